@@ -1,0 +1,152 @@
+"""From a recipe to the objects it describes. Every section is tried, so that all problems are shown at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from . import peft_io, pretrained
+from .data.batches import Plan
+from .data.federated import FederatedData, assemble
+from .engine import Schedule
+from .errors import ConfigError, FedloraError, Problem
+from .federation import Evaluation, Federation, Sampling
+from .method import Method
+from .model import Adapted, matching
+from .optim import SGD, AdamW, Optimizer
+from .tasks import CausalLM, Classification, Regression, Task
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+T = TypeVar("T")
+
+
+def device_of(name: str) -> str:
+    """The device to run on; "auto" takes cuda, then mps, then the CPU."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(d for d in ("cuda", "mps", "cpu") if found[d])
+    if not found[name.split(":")[0]]:
+        have = [d for d, ok in found.items() if ok]
+        raise ConfigError([Problem("model.device", name, f"a device of this machine ({', '.join(have)})", "use auto")])
+    return name
+
+
+def optimizer_of(r: Recipe) -> Optimizer:
+    """The optimizer that the train section describes."""
+    t = r.train
+    if t.optimizer == "sgd":
+        return SGD(t.lr, t.momentum, t.weight_decay)
+    return AdamW(t.lr, tuple(t.betas), weight_decay=t.weight_decay)
+
+
+def task_of(r: Recipe, data: FederatedData) -> Task:
+    if r.model.task == "classification":
+        return Classification(len(data.label_names))
+    return Regression() if r.model.task == "regression" else CausalLM()
+
+
+def attention_of(r: Recipe, method: Method) -> str:
+    """Eager attention where it must be differentiated twice, where there is attention dropout (its masks are ours), and
+    on the CPU, where sdpa's backward is the slower one; sdpa otherwise."""
+    if r.model.attention != "auto":
+        if r.model.attention == "sdpa" and method.second_order:
+            raise ConfigError([Problem("model.attention", "sdpa", f"auto or eager, because {method.title} differentiates "
+                                       "the model twice and fused attention cannot", "set model.attention to auto")])  # fmt: skip
+        return r.model.attention
+    return "eager" if method.second_order or r.train.dropout or device_of(r.model.device) == "cpu" else "sdpa"
+
+
+def adapted_of(r: Recipe, loaded: pretrained.Pretrained) -> Adapted:
+    """The base with its target and head sites."""
+    targets: Any = r.model.targets
+    if targets == "auto":
+        targets = peft_io.default_targets(loaded.model_type)
+    inside = [n for n in matching(loaded.base, targets) if n not in loaded.head]
+    groups = {"target": inside, "head": loaded.head}
+    return Adapted(loaded.base, groups, checkpointing=r.model.gradient_checkpointing, dropout=r.train.dropout)
+
+
+def tokenizer_of(r: Recipe) -> Any:
+    """The tokenizer alone: data can be prepared before the model is loaded."""
+    return pretrained.load_tokenizer(r.model.name, r.model.revision)
+
+
+def data_of(r: Recipe, tokenizer: Any, cache: Path | None = None) -> FederatedData:
+    """The clients' data, tokenised and partitioned."""
+    return assemble(
+        tokenizer,
+        task=r.model.task,
+        seed=r.run.seed,
+        cache=cache,
+        **r.data.model_dump(),
+        **{k: v for k, v in r.partition.model_dump().items()},
+    )
+
+
+def method_of(r: Recipe) -> Method:
+    """The method with its optimizer and clipping filled in from the train section."""
+    return r.method_object()
+
+
+def federation(r: Recipe, output: str | Path | None = None) -> Federation:
+    """Everything a recipe describes, ready to run. Raises ConfigError with all problems found."""
+    problems: list[Problem] = []
+
+    def attempt(field: str, make: Callable[[], T]) -> T | None:
+        try:
+            return make()
+        except ConfigError as e:
+            problems.extend(e.problems)
+        except FedloraError as e:
+            problems.append(Problem(field, "(see text)", str(e)))
+        return None
+
+    if r.run.threads:
+        torch.set_num_threads(r.run.threads)
+    method = attempt("method", lambda: method_of(r))
+    attempt("model.device", lambda: device_of(r.model.device))
+    attention = attempt("model.attention", lambda: attention_of(r, method)) if method else None
+    tokenizer = attempt("model", lambda: tokenizer_of(r))
+    data = attempt("data", lambda: data_of(r, tokenizer)) if tokenizer is not None else None
+    classes = len(data.label_names) if data is not None and data.label_names else 2
+    loaded = None
+    if not any(p.field.startswith("model") for p in problems):
+        loaded = attempt(
+            "model",
+            lambda: pretrained.load(
+                r.model.name, r.model.task, classes, seed=r.run.seed, dtype=r.model.dtype,
+                attention=attention or "eager", revision=r.model.revision, device=device_of(r.model.device),
+            ),
+        )  # fmt: skip
+    model = attempt("model.targets", lambda: adapted_of(r, loaded)) if loaded else None
+    if problems or method is None or data is None or model is None:
+        raise ConfigError(problems)
+    fed = Federation(
+        model=model,
+        task=task_of(r, data),
+        data=data,
+        method=method,
+        output=output or r.output_folder(),
+        plan=Plan(r.train.steps, r.train.epochs, r.train.batch_size),
+        schedule=Schedule(r.train.schedule, r.train.warmup),
+        sampling=Sampling(r.federation.rounds, r.federation.clients_per_round, r.federation.cohort, r.federation.min_clients),
+        evaluation=Evaluation(r.evaluation.every, tuple(r.evaluation.views), r.evaluation.cross_clients, r.evaluation.batch_size),
+        seed=r.run.seed,
+        block=r.run.block,
+        accumulation=r.train.accumulation,
+        keep=r.run.keep,
+        name=r.name,
+        recipe=r.resolved(),
+        recipe_hash=r.hash,
+    )
+    attempt("federation.clients_per_round", lambda: fed.sampling.size(fed.training))
+    attempt("method", lambda: method.init(fed.scene))
+    if problems:
+        raise ConfigError(problems)
+    return fed

@@ -1,0 +1,46 @@
+"""The command `fedlora`. Heavy imports happen inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 fine, 1 failed, 2 bad input, 130 interrupted."""
+    import click
+
+    from ..errors import ConfigError, FedloraError
+    from .app import app
+
+    code: object = 0
+    try:
+        code = app(args=argv, standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as e:
+        e.show()
+        code = 2
+    except click.exceptions.Exit as e:
+        code = e.exit_code
+    except FedloraError as e:
+        _say(str(e))
+        code = 2 if isinstance(e, ConfigError) else 1
+    except KeyboardInterrupt:
+        _say("interrupted")
+        code = 130
+    except BrokenPipeError:  # the reader (head, less) went away
+        sys.stderr.close()
+        code = 0
+    return code if isinstance(code, int) else 0
+
+
+def _say(text: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text("error: ", style="bold red") + Text(text), soft_wrap=True)
+
+
+def entry() -> None:
+    """Console script."""
+    sys.exit(main())

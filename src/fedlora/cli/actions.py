@@ -1,0 +1,233 @@
+"""What each command does."""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ..errors import DataError, FedloraError, StateError, near
+from . import tables
+from .progress import Bars, JsonLines
+
+if TYPE_CHECKING:
+    from ..federation import Federation
+    from ..recipe import Recipe
+    from ..watch import Watch
+
+out = Console()
+err = Console(stderr=True)
+
+
+def _console(quiet: bool, json: bool) -> Console:
+    """Bars go to standard error when standard output carries JSON or nothing else."""
+    return Console(stderr=True, quiet=quiet or json)
+
+
+@contextlib.contextmanager
+def _watch(metric: str, quiet: bool, json: bool) -> Iterator[Watch]:
+    from ..watch import Watch
+
+    if json:
+        yield JsonLines()
+    elif quiet:
+        yield Watch()
+    else:
+        with Bars(err, metric) as bars:
+            yield bars
+
+
+def _build(recipe: Recipe, output: Path | None, console: Console) -> Federation:
+    with console.status(f"loading {recipe.model.name} and {recipe.data.source}"):
+        from ..build import federation
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # libraries' deprecations are not the user's business
+            return federation(recipe, output)
+
+
+def _execute(recipe: Recipe, output: Path | None, quiet: bool, json: bool) -> Path:
+    """Run one recipe to its end; returns its folder."""
+    from ..metrics import primary
+
+    fed = _build(recipe, output, _console(quiet, json))
+    try:
+        with _watch(primary(recipe.model.task), quiet, json) as watch:
+            fed.run(watch)
+    except KeyboardInterrupt:
+        raise Interrupted(fed.store.root) from None
+    _report(fed.store.root, quiet or json)
+    return fed.store.root
+
+
+class Interrupted(FedloraError):
+    """Ctrl-C: the round at hand was dropped, everything before it is on disk."""
+
+    def __init__(self, folder: Path):
+        super().__init__(f"interrupted: the round at hand was dropped, earlier rounds are kept; go on with\n  fedlora resume {folder}")
+
+
+def _report(folder: Path, quiet: bool) -> None:
+    """Write the run's report where the plotting library is installed; say so where it is not."""
+    from .. import report as pages
+
+    try:
+        page = pages.write_run(folder)
+    except pages.MissingPlotly as e:
+        err.print(str(e), soft_wrap=True, markup=False)
+        return
+    if not quiet:
+        out.print(f"report: {page}", soft_wrap=True, highlight=False)
+
+
+def run(recipe: Path, sets: Sequence[str], output: Path | None, quiet: bool, json: bool) -> None:
+    from ..recipe import expand
+
+    recipes = expand(recipe, list(sets))
+    if len(recipes) == 1:
+        folder = _execute(recipes[0], output, quiet, json)
+        if not json:
+            tables.result(out, folder)
+        return
+    root = output or Path("runs") / recipe.stem
+    folders = []
+    for i, r in enumerate(recipes):
+        if not (quiet or json):
+            err.print(f"[bold]{i + 1}/{len(recipes)}[/] {r.name}", highlight=False)
+        folders.append(_execute(r, root / f"{r.name}-{r.hash}", quiet, json))
+    compare(folders, root / "comparison.html", json)
+
+
+def resume(folder: Path, quiet: bool, json: bool) -> None:
+    recipe = recipe_of(folder)
+    _execute(recipe, folder, quiet, json)
+    if not json:
+        tables.result(out, folder)
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe stored with a run."""
+    from ..recipe import Recipe
+
+    file = folder / "recipe.yaml"
+    if not folder.is_dir():
+        around = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise StateError(f"{folder}: no such run folder; {near(folder.name, around)}")
+    if not file.exists():
+        raise StateError(f"{folder}: holds no recipe.yaml, so it is not a run folder made from a recipe; choose another")
+    return Recipe.load(file)
+
+
+def opened(folder: Path) -> tuple[Recipe, Federation]:
+    """A finished or interrupted run, ready to serve."""
+    recipe = recipe_of(folder)
+    return recipe, _build(recipe, folder, err)
+
+
+def check(recipe: Path, sets: Sequence[str], json: bool) -> None:
+    from ..recipe import expand
+    from ..summary import plan
+
+    for r in expand(recipe, list(sets)):
+        facts = plan(_build(r, Path("unused"), _console(False, json)))
+        if json:
+            sys.stdout.write(json_.dumps({"name": r.name, "hash": r.hash, **facts}) + "\n")
+        else:
+            tables.plan(out, r, facts)
+
+
+def methods(json: bool) -> None:
+    from ..methods import METHODS
+    from ..methods.facts import facts
+
+    rows = [facts(m) for m in METHODS.values()]
+    if json:
+        sys.stdout.write(json_.dumps(rows) + "\n")
+    else:
+        tables.methods(out, rows)
+
+
+def report(folder: Path, output: Path | None) -> None:
+    from .. import report as pages
+
+    recipe_of(folder)
+    out.print(f"report: {pages.write_run(folder, output)}", soft_wrap=True, highlight=False)
+
+
+def run_folders(folders: Sequence[Path]) -> list[Path]:
+    """The run folders among `folders` and right below them."""
+    found: list[Path] = []
+    for folder in folders:
+        inside = [folder] if (folder / "recipe.yaml").exists() else sorted(p.parent for p in folder.glob("*/recipe.yaml"))
+        if not inside:
+            raise StateError(f"{folder}: no run folder here or below; give folders that `fedlora run` wrote")
+        found += inside
+    return found
+
+
+def compare(folders: Sequence[Path], output: Path | None, json: bool) -> None:
+    from .. import report as pages
+    from ..report.tables import compare_rows
+
+    found = run_folders(folders)
+    rows = compare_rows(found)
+    if json:
+        sys.stdout.write(json_.dumps(rows) + "\n")
+    else:
+        tables.comparison(out, rows)
+    try:
+        page = pages.write_comparison(found, output or (folders[0] if len(folders) == 1 else Path()) / "comparison.html")
+    except pages.MissingPlotly as e:
+        err.print(str(e), soft_wrap=True, markup=False)
+        return
+    if not json:
+        out.print(f"report: {page}", soft_wrap=True, highlight=False)
+
+
+def export(folder: Path, output: Path, clients: Sequence[str], all_clients: bool, merged: bool) -> None:
+    from ..serving import export_models
+
+    recipe, fed = opened(folder)
+    chosen = list(fed.data.ids[: fed.training]) if all_clients else list(clients)
+    with err.status("exporting"):
+        written = export_models(recipe, fed, output, chosen, merged)
+    for path in written:
+        out.print(str(path), soft_wrap=True, highlight=False, markup=False)
+
+
+def predict(folder: Path, texts: Sequence[str], client: str | None, file: Path | None, new_tokens: int, json: bool) -> None:
+    from ..build import tokenizer_of
+    from ..predict import predict_texts
+    from ..serving import deltas_of
+
+    lines = list(texts)
+    if file is not None:
+        try:
+            lines += [t for t in file.read_text(encoding="utf-8").splitlines() if t.strip()]
+        except (OSError, UnicodeDecodeError) as e:
+            raise DataError(f"predict: cannot read {file} ({e}); give a UTF-8 text file, one text a line") from e
+    recipe, fed = opened(folder)
+    pairs = isinstance(recipe.data.text, (list, tuple))
+    items: list[Any] = [tuple(t.split(" ||| ", 1)) if pairs else t for t in lines]
+    if pairs and any(len(t) != 2 for t in items):
+        raise DataError("predict: this model takes pairs; put ' ||| ' between the two texts")
+    said = predict_texts(fed, tokenizer_of(recipe), deltas_of(fed, client), items, recipe.data.max_length, new_tokens)
+    for s in said:
+        if json:
+            sys.stdout.write(json_.dumps({"text": s.text, "answer": s.answer, "confidence": s.confidence}) + "\n")
+        else:
+            sure = f"  ({s.confidence:.0%})" if s.confidence is not None else ""
+            out.print(f"{s.answer}{sure}", soft_wrap=True, highlight=False, markup=False)
+
+
+def demo(output: Path, sets: Sequence[str], quiet: bool) -> None:
+    from importlib.resources import as_file, files
+
+    with as_file(files("fedlora.data") / "demo.yaml") as recipe:
+        run(recipe, sets, output, quiet, False)

@@ -1,0 +1,126 @@
+"""The commands and their options; what they do is in actions.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="fedlora",
+    help="Federated fine-tuning of foundation models with low-rank adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)]
+Folder = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a field of the recipe.", show_default=False)]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write.", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of bars and tables.")]
+
+
+@app.command()
+def run(recipe: Recipe, sets: Sets = None, output: Output = None, quiet: Quiet = False, json: Json = False) -> None:
+    """Run a recipe (or a sweep of them) to its end, with a report. An interrupted run is taken up where it was."""
+    from . import actions
+
+    actions.run(recipe, sets or [], output, quiet, json)
+
+
+@app.command()
+def resume(folder: Folder, quiet: Quiet = False, json: Json = False) -> None:
+    """Go on with an interrupted run."""
+    from . import actions
+
+    actions.resume(folder, quiet, json)
+
+
+@app.command()
+def check(recipe: Recipe, sets: Sets = None, json: Json = False) -> None:
+    """Validate a recipe and show what would run; trains nothing."""
+    from . import actions
+
+    actions.check(recipe, sets or [], json)
+
+
+@app.command()
+def methods(json: Json = False) -> None:
+    """List the methods, their papers and what they share."""
+    from . import actions
+
+    actions.methods(json)
+
+
+@app.command()
+def report(folder: Folder, output: Output = None) -> None:
+    """Write the HTML report of a run."""
+    from . import actions
+
+    actions.report(folder, output)
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders of run folders.", show_default=False)],
+    output: Output = None,
+    json: Json = False,
+) -> None:
+    """Compare runs: a table here, and an HTML page."""
+    from . import actions
+
+    actions.compare(folders, output, json)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.", show_default=False)],
+    client: Annotated[list[str] | None, typer.Option("--client", "-c", help="A client's model; repeat for more.", show_default=False)] = None,
+    all_clients: Annotated[bool, typer.Option("--all-clients", help="Every client's model.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="The merged model instead of a PEFT adapter.")] = False,
+) -> None:
+    """Export PEFT folders: the global model, or the models of clients."""
+    from . import actions
+
+    actions.export(folder, output, client or [], all_clients, merged)
+
+
+@app.command()
+def predict(
+    folder: Folder,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; for pairs put ' ||| ' between the two.", show_default=False)] = None,
+    client: Annotated[str | None, typer.Option("--client", "-c", help="Use this client's model.", show_default=False)] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read texts from a file, one a line.", show_default=False)] = None,
+    new_tokens: Annotated[int, typer.Option(help="Longest continuation, tokens.")] = 64,
+    json: Json = False,
+) -> None:
+    """Text in, label or continuation out."""
+    from . import actions
+
+    actions.predict(folder, texts or [], client, file, new_tokens, json)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs.")] = Path("runs/demo"),
+    sets: Sets = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compare four methods on the standard library's own documentation, with a real encoder; about five minutes."""
+    from . import actions
+
+    actions.demo(output, sets or [], quiet)
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"fedlora {version_of('fedlora')}")
+        raise typer.Exit

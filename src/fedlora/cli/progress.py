@@ -1,0 +1,99 @@
+"""How a run looks in a terminal: progress bars, JSON lines, or nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..watch import Watch
+
+
+def size(n: float) -> str:
+    """Bytes for people: 1.2 MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(n) < 1000 or unit == "TB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    raise AssertionError
+
+
+class JsonLines(Watch):
+    """Every record as one JSON object a line on standard output."""
+
+    def __init__(self) -> None:
+        self.out = sys.stdout
+
+    def _say(self, line: dict[str, Any]) -> None:
+        self.out.write(json.dumps(line) + "\n")
+        self.out.flush()
+
+    def start(self, name: str, done: int, rounds: int) -> None:
+        self._say({"kind": "start", "name": name, "done": done, "rounds": rounds})
+
+    def record(self, line: dict[str, Any]) -> None:
+        self._say(line)
+
+    def end(self, summary: dict[str, Any]) -> None:
+        self._say({"kind": "summary", **summary})
+
+
+class Bars(Watch):
+    """Two bars, rounds and clients, with loss, metric, bytes and time left."""
+
+    def __init__(self, console: Console, metric: str):
+        self.console, self.metric = console, metric
+        self.facts = {"loss": float("nan"), "metric": float("nan"), "bytes": 0.0}
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False),
+            console=console, transient=not console.is_terminal,
+        )  # fmt: skip
+        self.rounds = self.clients = None
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def _note(self) -> str:
+        f = self.facts
+        parts = [f"loss {f['loss']:.3f}"] if f["loss"] == f["loss"] else []
+        parts += [f"{self.metric} {f['metric']:.3f}"] if f["metric"] == f["metric"] else []
+        return "  ".join([*parts, size(f["bytes"])])
+
+    def start(self, name: str, done: int, rounds: int) -> None:
+        self.rounds = self.progress.add_task("rounds ", total=rounds, completed=done, note=self._note())
+        self.clients = self.progress.add_task("clients", total=None, note="")
+
+    def round_start(self, round: int, clients: int) -> None:
+        if self.clients is not None:
+            self.progress.reset(self.clients, total=clients, note=f"training, round {round}")
+
+    def clients_done(self, n: int) -> None:
+        if self.clients is not None:
+            self.progress.advance(self.clients, n)
+
+    def evaluating(self, round: int) -> None:
+        if self.clients is not None:
+            self.progress.update(self.clients, note=f"evaluating, round {round}")
+
+    def record(self, line: dict[str, Any]) -> None:
+        if line["kind"] == "train":
+            self.facts["loss"] = line["loss"]
+            self.facts["bytes"] += sum(sum(d.values()) for d in line["bytes"].values())
+            for client, why in line["refused"].items():
+                self.progress.console.print(f"[yellow]round {line['round']}: refused the upload of {client}: {why}")
+        if line["kind"] == "eval" and line["view"] == "personal" and line["split"] in ("validation", "test"):
+            value = line["mean"].get(self.metric, float("nan"))
+            if line["split"] == "validation" or self.facts["metric"] != self.facts["metric"]:
+                self.facts["metric"] = value
+
+    def round_done(self, round: int, facts: dict[str, Any]) -> None:
+        if self.rounds is not None:
+            self.progress.update(self.rounds, completed=round, note=self._note())

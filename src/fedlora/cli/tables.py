@@ -1,0 +1,100 @@
+"""Tables that the commands print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .progress import size
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+
+MOST_CLIENTS = 16  # rows of the class table before it is cut
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for i, c in enumerate(columns):
+        table.add_column(c, justify="left" if i == 0 else "right")
+    return table
+
+
+def number(x: Any, digits: int = 3) -> str:
+    """A score; a dash for what was not measured."""
+    return "-" if x is None or x != x else f"{x:.{digits}f}"
+
+
+def result(out: Console, folder: Path) -> None:
+    """The summary of one run."""
+    s = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    table = _table(f"{s['name']}: {s['method']['title']}, {s['rounds']} rounds", "view", "mean", "by size", "worst tenth")
+    for view, scores in s["views"].items():
+        table.add_row(view, *(number(scores[k].get(s["metric"])) for k in ("mean", "weighted", "worst_decile")))
+    out.print(table)
+    chosen = f"{s['metric']} on test at round {s['chosen_round']}, chosen on {s['chosen_on']}"
+    last = f"; mean of the last rounds {number(s['test_last10'])}" if s["test_last10"] is not None else ""
+    out.print(f"{chosen}{last}. {size(s['bytes']['total'])} sent, {s['seconds']:.0f} s. Folder: {folder}", soft_wrap=True, highlight=False)
+
+
+def methods(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The table of `fedlora methods`."""
+    table = _table("methods", "name", "method", "paper", "shared", "personal", "what it does")
+    for c in table.columns[1:]:
+        c.justify = "left"
+    for r in rows:
+        table.add_row(r["name"], r["title"], r["paper"] or "-", ", ".join(r["shared"]) or "nothing",
+                      ", ".join(r["personal"]) or "-", Text(r["what"]))  # fmt: skip
+    out.print(table)
+
+
+def plan(out: Console, r: Recipe, facts: Mapping[str, Any]) -> None:
+    """What `fedlora check` shows."""
+    p, b = facts["parameters"], facts["bytes_per_round"]
+    table = _table(f"{r.name} ({r.hash}) is valid", "what", "value")
+    rows = [
+        ("method", f"{facts['method']}"),
+        ("model", f"{r.model.name}, {facts['sites']} target layers, {p['base']:,} frozen parameters, on {facts['device']}"),
+        ("data", ", ".join(f"{n:,} {s}" for s, n in facts["rows"].items())),
+        ("clients", f"{facts['clients']:,} train, {facts['unseen']:,} unseen, {facts['cohort']:,} a round, {facts['block']} in a block"),
+        ("rounds", f"{r.federation.rounds}, {facts['steps']} local steps of batch {r.train.batch_size}"),
+        ("trainable parameters", f"{p['trainable']:,} a client, of which head {p['head']:,}"),
+        ("shared / personal", f"{p['shared']:,} / {p['personal']:,}"),
+        ("bytes per round", f"{size(b['down'])} down, {size(b['up'])} up ({size(b['down'] + b['up'])} x {r.federation.rounds} rounds)"),
+        ("memory, estimated", f"{size(facts['memory_bytes'])}"),
+    ]  # fmt: skip
+    for name, value in rows:
+        table.add_row(name, value)
+    table.columns[1].justify = "left"
+    out.print(table)
+    if facts["histogram"]:
+        classes = _table("training rows per client and class", "client", *facts["label_names"], "all")
+        shown = facts["histogram"][:MOST_CLIENTS]
+        for id, counts in zip(facts["ids"], shown, strict=False):
+            classes.add_row(Text(id), *(str(c) if c else "." for c in counts), str(sum(counts)))
+        out.print(classes)
+        if len(facts["histogram"]) > MOST_CLIENTS:
+            out.print(f"... and {len(facts['histogram']) - MOST_CLIENTS:,} more clients")
+
+
+def comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Methods side by side; rows as report.tables.compare_rows gives them."""
+    if not rows:
+        return
+    metric = rows[0]["metric"]
+    table = _table(f"{metric} on test, round chosen on validation", "method", "personal", "global", "worst tenth",
+                   "last rounds", "trainable", "MB sent", "seconds", "seeds")  # fmt: skip
+    for r in rows:
+        spread = f" ± {r['test_std']:.3f}" if r.get("test_std") is not None else ""
+        table.add_row(
+            r["method"], number(r["test"]) + spread, number(r["global"]), number(r["worst_decile"]), number(r["test_last10"]),
+            f"{r['trainable']:,}", f"{r['bytes_total'] / 1e6:.1f}", f"{r['seconds']:.0f}", str(r["seeds"]),
+        )  # fmt: skip
+    out.print(table)

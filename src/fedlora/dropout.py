@@ -1,0 +1,104 @@
+"""Dropout whose masks belong to examples, so that any grouping of clients and rows trains exactly alike.
+
+A torch function mode answers every call of `torch.nn.functional.dropout` inside the frozen base, whichever module makes
+it. An entry of a mask is a hash of (the row's seed, the number of the call, the entry's coordinates): no generator, no
+state, and padding, block size and gradient accumulation change nothing. A tensor without a row axis (DeBERTa's relative
+embeddings) takes the step's common seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+GOLDEN = -7046029254386353131  # 2^64 / golden ratio as a signed integer: splitmix64's increment
+MIX = (-4658895280553007687, -7723592293110705685)  # splitmix64's multipliers (Steele, Lea & Flood, OOPSLA 2014)
+WIDEST = 1 << 18  # an axis is at most this long; coordinates then never collide
+
+
+def mix(z: Tensor) -> Tensor:
+    """splitmix64's finaliser, elementwise on int64, in place. torch's >> keeps the sign, hence the masks."""
+    for shift, factor in ((30, MIX[0]), (27, MIX[1])):
+        z.bitwise_xor_((z >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(factor)
+    return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
+
+
+def signed(n: int) -> int:
+    """n modulo 2^64 as a signed 64-bit integer, which is how torch counts."""
+    return (n + 2**63) % 2**64 - 2**63
+
+
+def keep_mask(seeds: Tensor, call: int, shape: torch.Size, p: float) -> Tensor:
+    """Bernoulli(1-p) mask, bool [rows ...]; seeds int64 [rows]. p is met to 2^-16: each hash gives four entries."""
+    last = -(-shape[-1] // 4)
+    counter = torch.arange(last, device=seeds.device)
+    for n in reversed(shape[1:-1]):
+        counter = torch.arange(n, device=seeds.device).view(-1, *[1] * counter.ndim) + counter * WIDEST
+    start = mix(seeds + signed(call * GOLDEN)).view(-1, *[1] * counter.ndim)
+    bits = mix(start + (counter + 1) * GOLDEN).view(torch.int16)
+    return bits.unflatten(-1, (last * 4,))[..., : shape[-1]] >= round(p * 65536) - 32768
+
+
+class ClientDropout(TorchFunctionMode):
+    """Active around one forward and its backward.
+
+    seeds: int64 [rows], one per row of the flattened batch; None switches dropout off. common: the step's seed.
+    """
+
+    def __init__(self, seeds: Tensor | None, common: int = 0):
+        super().__init__()
+        self.seeds, self.common, self.call = seeds, common, 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is not F.dropout:
+            return func(*args, **(kwargs or {}))
+        named = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | dict(kwargs or {})
+        x, p = named["input"], named.get("p", 0.5)
+        if self.seeds is None or not named.get("training", True) or p == 0.0:
+            return x
+        self.call += 1
+        if x.shape[0] == len(self.seeds):
+            mask = keep_mask(self.seeds, self.call, x.shape, p)
+        else:
+            mask = keep_mask(self.seeds.new_tensor([self.common]), self.call, torch.Size([1, *x.shape]), p)[0]
+        return x * (mask / (1 - p)).to(x.dtype)
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For gradient checkpointing: the recomputation draws the masks that the forward drew."""
+        start = self.call
+
+        @contextmanager
+        def nothing() -> Iterator[None]:
+            yield
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            end, self.call = self.call, start
+            try:
+                with _Resumed(self):
+                    yield
+            finally:
+                self.call = end
+
+        return nothing(), again()
+
+
+class _Resumed(TorchFunctionMode):
+    """Hands calls to an existing ClientDropout; a mode object itself cannot be entered twice."""
+
+    def __init__(self, inner: ClientDropout):
+        super().__init__()
+        self.inner = inner
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return self.inner.__torch_function__(func, types, args, kwargs)

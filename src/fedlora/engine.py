@@ -1,0 +1,191 @@
+"""In-process runtime: clients trained a block at a time over one frozen base.
+
+Equal to training them one at a time, dropout included; blocks only make it faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from . import wire
+from .errors import TrainingError, UploadError
+from .method import Client, Method, Order, Scene, Server, Upload, Work
+from .model import Batch
+from .optim import schedule
+from .tasks import Loss, stack_batches
+from .tree import Key, Params, stack, unstack, where
+
+Pace = Callable[[Order, int, int], float]  # (order, step, steps of this client) -> learning-rate factor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning-rate schedule over the whole run: all rounds and local steps are one line, so warm-up never restarts."""
+
+    kind: str = "constant"
+    warmup: float = 0.0
+
+    def __call__(self, order: Order, step: int, steps: int) -> float:
+        return schedule(self.kind, self.warmup, (order.round + (step + 0.5) / steps) / max(order.rounds, 1))
+
+
+@dataclass
+class Trained:
+    """What one client's local work gave."""
+
+    upload: Params
+    kept: Params
+    served: Params
+    metrics: dict[str, float]
+
+
+def train_block(
+    method: Method,
+    scene: Scene,
+    loss: Loss,
+    order: Order,
+    down: Sequence[Params],
+    kept: Sequence[Params],
+    batches: Sequence[Sequence[Batch]],
+    pace: Pace,
+) -> list[Trained]:
+    """Train K clients in lockstep; a client that runs out of batches waits unchanged.
+
+    down, kept: one tree per client, no client axis. batches: per client, `method.draws` of them a step.
+    """
+    if clash := down[0].keys() & kept[0].keys():
+        raise ValueError(f"{method.title}: every leaf has one owner, but server and client own {sorted(map(str, clash))}")
+    device, d = loss.model.device, method.draws
+    work = method.begin(scene, order, _to(stack(down), device), _to(stack(kept), device))
+    steps = [len(b) // d for b in batches]
+    seen: dict[str, list[torch.Tensor]] = {}
+    alive = []
+    for t in range(max(steps)):
+        now = [b[d * min(t, n - 1) :][:d] for b, n in zip(batches, steps, strict=True)]  # [client][draw]
+        draws = [_to_batch(stack_batches(draw), device) for draw in zip(*now, strict=True)]
+        lr = torch.tensor([pace(order, min(t, n - 1), n) for n in steps], dtype=torch.float64)
+        new, metrics = method.step(work, loss, lr, *draws)
+        alive.append(torch.tensor([t < n for n in steps]))
+        work = where(alive[-1], new, work)
+        for name, v in metrics.items():
+            seen.setdefault(name, []).append(v)
+    live = torch.stack(alive).double()  # [steps K]
+    means = {n: _mean(torch.stack(v).double().cpu(), live) for n, v in seen.items()}
+    served = method.served(work)
+    up, mine = method.finish(work)
+    k = len(down)
+    return [
+        Trained(u, m, s, {n: float(v[j]) for n, v in means.items()})
+        for j, (u, m, s) in enumerate(zip(*(unstack(_to(x, "cpu"), k) for x in (up, mine, served)), strict=True))
+    ]
+
+
+def _mean(values: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """Mean over a client's own steps, [steps K] -> [K]; what a waiting client computed does not count."""
+    return torch.where(live > 0, values, 0.0).sum(0) / live.sum(0)
+
+
+def _to(p: Params, device: torch.device | str) -> Params:
+    return {k: v if k.part == "steps" else v.to(device) for k, v in p.items()}  # step counters are the host's
+
+
+def _to_batch(batch: Batch, device: torch.device) -> Batch:
+    """Tensors that the model reads go to the device; bookkeeping stays where the host reads it."""
+    return {n: v if n == "common" else v.to(device) for n, v in batch.items()}
+
+
+@dataclass
+class RoundLog:
+    """What a round tells its caller beside the next server."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    up: wire.Traffic = field(default_factory=wire.Traffic)
+    down: wire.Traffic = field(default_factory=wire.Traffic)
+    examples: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class Engine:
+    """One method over one model and its clients' data.
+
+    batches(client, order, draws) gives a client's minibatches of a round; load and save are the store of kept leaves.
+    """
+
+    method: Method
+    scene: Scene
+    loss: Loss
+    batches: Callable[[Client, Order, int], Sequence[Batch]]
+    load: Callable[[str, int], Params | None]
+    save: Callable[[str, int, Params], None]
+    pace: Pace = Schedule()
+    block: int = 8
+    min_clients: int = 1
+    norm_bound: float | None = None
+    on_block: Callable[[int], None] = lambda n: None
+
+    def kept(self, client: Client, round: int) -> Params:
+        """A client's personal leaves as of its last accepted upload before `round`."""
+        return self.load(client.id, round) or self.method.keep(self.scene, client)
+
+    def round(
+        self, server: Server, rounds: int, cohort: Sequence[Client], see: Callable[[Upload], None] = lambda u: None
+    ) -> tuple[Server, RoundLog]:
+        """Train `cohort` and aggregate; `see` looks at every accepted upload.
+
+        Raises TrainingError when fewer than min_clients uploads are acceptable.
+        """
+        log = RoundLog()
+        order = Order(server.round, rounds)
+
+        def uploads() -> Iterator[Upload]:
+            for u in self._uploads(server, order, cohort, log):
+                see(u)
+                yield u
+
+        return self.method.aggregate(self.scene, server, uploads()), log
+
+    def _uploads(self, server: Server, order: Order, cohort: Sequence[Client], log: RoundLog) -> Iterator[Upload]:
+        accepted = 0
+        for clients, work in blocks(cohort, self.block, lambda c: self.batches(c, order, self.method.draws)):
+            down = [self.method.broadcast(self.scene, server, c) for c in clients]
+            header = {"round": order.round, "rounds": order.rounds}
+            log.down = sum((wire.measure(p, wire.size(p, header)) for p in down), log.down)
+            kept = [self.kept(c, order.round) for c in clients]
+            results = train_block(self.method, self.scene, self.loss, order, down, kept, work, self.pace)
+            for c, r, received, batches in zip(clients, results, down, work, strict=True):
+                log.losses[c.id] = r.metrics.get("loss", float("nan"))
+                log.tokens += sum(int(b["attention_mask"].sum()) for b in batches if "attention_mask" in b)
+                reply = {"round": order.round, "examples": c.examples}
+                log.up += wire.measure(r.upload, wire.size(r.upload, reply))
+                try:
+                    wire.validate(r.upload, wire.expect(r.upload), norm_bound=self.norm_bound)
+                except UploadError as e:
+                    log.refused[c.id] = str(e)
+                    continue
+                self.save(c.id, order.round, r.kept)
+                accepted += 1
+                log.examples += c.examples
+                yield Upload(c, r.upload)
+            self.on_block(len(clients))
+        if accepted < self.min_clients:
+            why = "; ".join(f"{c}: {e}" for c, e in list(log.refused.items())[:3])
+            raise TrainingError(
+                f"round {order.round + 1}: {accepted} acceptable uploads of {len(cohort)}, expected at least "
+                f"{self.min_clients} (federation.min_clients). {why}; lower train.lr, set train.clip, or look at the data. "
+                "The round was dropped; earlier rounds are kept"
+            )
+
+
+def blocks(
+    cohort: Sequence[Client], size: int, batches: Callable[[Client], Sequence[Batch]]
+) -> Iterator[tuple[Sequence[Client], Sequence[Sequence[Batch]]]]:
+    """Blocks of at most `size` clients; clients of like size together, so few wait."""
+    todo = sorted(cohort, key=lambda c: -c.examples)  # stable: the order of uploads does not depend on the block size
+    for i in range(0, len(todo), size):
+        clients = todo[i : i + size]
+        yield clients, [batches(c) for c in clients]

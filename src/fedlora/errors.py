@@ -1,0 +1,75 @@
+"""Errors that say who, what came, what was expected and what to do.
+
+    FedloraError
+      x ConfigError    a recipe or an argument is wrong; holds every problem found, not only the first
+      x DataError      a file, column, label or client is not usable
+      x ModelError     a model, site or target does not fit
+      x StateError     a run folder is damaged, foreign or full
+      x UploadError    a client's upload was refused
+      x TrainingError  training cannot go on (non-finite loss everywhere, too few clients)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+class FedloraError(Exception):
+    """Base of all errors a user can cause and mend; the command line prints them without a traceback."""
+
+
+class DataError(FedloraError):
+    """A file, column, label or client is not usable."""
+
+
+class ModelError(FedloraError):
+    """A model, site or target does not fit."""
+
+
+class StateError(FedloraError):
+    """A run folder is damaged, belongs to another recipe, or cannot be written."""
+
+
+class UploadError(FedloraError):
+    """A client's upload was refused; the round goes on without it."""
+
+
+class TrainingError(FedloraError):
+    """Training cannot go on."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a configuration."""
+
+    field: str  # dotted path in the recipe, e.g. "method.rank"
+    got: Any
+    expected: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.field}: got {self.got!r}, expected {self.expected}"
+        return f"{text}; {self.remedy}" if self.remedy else text
+
+
+class ConfigError(FedloraError):
+    """All problems of a configuration at once."""
+
+    def __init__(self, problems: Iterable[Problem]):
+        self.problems = tuple(problems)
+        lines = "\n".join(f"  - {p}" for p in self.problems)
+        count = len(self.problems)
+        super().__init__(f"{count} problem{'s' * (count != 1)} in the configuration:\n{lines}")
+
+
+def near(name: str, known: Iterable[str], n: int = 3) -> str:
+    """A remedy that lists the near misses: "did you mean 'query', 'key'?" or what exists at all."""
+    known = [str(k) for k in known]
+    close = difflib.get_close_matches(str(name), known, n=n, cutoff=0.5)
+    if close:
+        return "did you mean " + ", ".join(repr(c) for c in close) + "?"
+    shown = ", ".join(repr(k) for k in known[:8]) + (", ..." if len(known) > 8 else "")
+    return f"available: {shown}" if known else "none are available"

@@ -1,0 +1,340 @@
+"""A federation on one machine: rounds, evaluation, the run folder. The same objects a recipe builds can be made by hand.
+
+    fl.Federation(model=..., task=..., data=..., method=fl.FedSALoRA(rank=8), output="runs/mine").run()
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .analysis import product_error
+from .data.batches import Plan, batch_of, train_batches
+from .data.federated import FederatedData
+from .engine import Engine, RoundLog, Schedule, train_block
+from .errors import ConfigError, Problem
+from .evaluate import predict
+from .memory import auto_block
+from .method import Client, Method, Order, Scene, Server, Upload
+from .metrics import Scores, better, primary, score, summary
+from .model import Adapted, Batch
+from .seeds import np_rng
+from .store import Store
+from .tasks import Loss, Task
+from .tree import Params, count, select, stack, unstack
+from .watch import Watch
+
+View = Literal["personal", "global", "unseen", "cross"]
+POOLED = "all clients"
+EXACTNESS_COHORT = 32  # the exactness meter holds a cohort's uploads; above this it is off
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Who takes part: clients_per_round a count, a fraction in (0, 1), or None for all; a new sample each round or one
+    fixed cohort."""
+
+    rounds: int = 10
+    clients_per_round: float | None = None
+    cohort: Literal["uniform", "fixed"] = "uniform"
+    min_clients: int = 1
+
+    def size(self, clients: int) -> int:
+        """Clients in a round."""
+        c = self.clients_per_round
+        if c is None:
+            return clients
+        n = max(1, round(c * clients)) if isinstance(c, float) and 0 < c < 1 else int(c)
+        if not 1 <= n <= clients:
+            raise ConfigError([Problem("federation.clients_per_round", c, f"1 to {clients} (the clients that train)")])
+        return n
+
+    def members(self, clients: int, seed: int, round: int) -> list[int]:
+        """Client indices of `round`, ascending."""
+        n = self.size(clients)
+        if n == clients:
+            return list(range(clients))
+        draw = np_rng(seed, "cohort", 0 if self.cohort == "fixed" else round)
+        return sorted(draw.choice(clients, n, replace=False).tolist())
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """When and what to evaluate. every: rounds between evaluations (the first, before training, and the last always)."""
+
+    every: int = 1
+    views: Sequence[View] = ("personal", "global")
+    cross_clients: int = 8
+    batch_size: int = 64
+    exactness: bool = True
+
+
+@dataclass
+class Federation:
+    """One run: a method over a model and its clients' data.
+
+    block: clients trained at once, or "auto" from memory. store: the run folder. ranks: client id -> LoRA rank, for
+    methods with unequal ranks.
+    """
+
+    model: Adapted
+    task: Task
+    data: FederatedData
+    method: Method
+    output: str | Path
+    plan: Plan = Plan()
+    schedule: Schedule = Schedule()
+    sampling: Sampling = Sampling()
+    evaluation: Evaluation = Evaluation()
+    seed: int = 0
+    block: int | Literal["auto"] = "auto"
+    accumulation: int = 1
+    keep: Literal["last", "all"] = "last"
+    name: str = "run"
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe_hash: str = ""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.scene = Scene(self.model.groups, self.seed)
+        self.loss = Loss(self.model, self.task, self.accumulation)
+        self.store = Store(Path(self.output), keep=self.keep)
+        self.index = _Index(self.data.ids)
+        self.training = len(self.data.ids) - self.data.unseen
+        if not self.recipe_hash:
+            self.recipe_hash = _hash_of(self)
+
+    # clients ----------------------------------------------------------------------------------------------------
+    def client(self, k: int) -> Client:
+        """What the server knows of client number k."""
+        id = self.data.ids[k]
+        return Client(id, int(self.data.splits["train"].sizes[k]), self.ranks.get(id))
+
+    def cohort(self, round: int) -> list[Client]:
+        """The clients of a round (0-based)."""
+        if self.method.pooled:
+            return [Client(POOLED, int(self.data.splits["train"].offsets[self.training]))]
+        return [self.client(k) for k in self.sampling.members(self.training, self.seed, round)]
+
+    def batches(self, client: Client, order: Order, draws: int) -> list[Batch]:
+        """One client's minibatches of a round."""
+        k = None if client.id == POOLED else self.index[client.id]
+        return train_batches(self.data, k, self.plan, draws, self.seed, order.round, client.id)
+
+    # rounds -----------------------------------------------------------------------------------------------------
+    def engine(self, watch: Watch) -> Engine:
+        return Engine(
+            self.method, self.scene, self.loss, self.batches, lambda id, r: self.store.load_client(id, r),
+            lambda id, r, p: self.store.save_client(id, r, p), self.schedule, self.block_size(), self.sampling.min_clients,
+            on_block=watch.clients_done,
+        )  # fmt: skip
+
+    def block_size(self) -> int:
+        """Clients trained at once: as set, or what memory allows; 1 for models whose clients cannot share a forward."""
+        rows = self.data.splits["train"].rows[:2]
+        batch = batch_of(self.data, np.zeros(len(rows), np.int64), rows)
+        together = self.model.probe({n: v[None].to(self.model.device) for n, v in batch.items()})
+        if self.block == "auto":
+            return auto_block(self) if together else 1
+        return self.block
+
+    def run(self, watch: Watch | None = None) -> dict[str, Any]:
+        """Train to the last round from wherever the run folder was left; returns the summary.
+
+        KeyboardInterrupt drops the round at hand and leaves a folder that `run` takes up again.
+        """
+        watch = watch or Watch()
+        with self.store.lock():
+            self.store.claim(self.recipe_hash, dict(self.recipe))
+            from .summary import describe_run, summarise
+
+            engine = self.engine(watch)
+            loaded = self.store.load_server()
+            if loaded is None:
+                describe_run(self)
+                server = self.method.init(self.scene)
+                self._commit(server, self.evaluate(engine, server, watch), watch)
+            else:
+                server = Server(*loaded)
+            watch.start(self.name, server.round, self.sampling.rounds)
+            while server.round < self.sampling.rounds:
+                server = self._round(engine, server, watch)
+            result = summarise(self, server)
+            self.store.write_json("summary.json", result)
+            watch.end(result)
+            return result
+
+    def _round(self, engine: Engine, server: Server, watch: Watch) -> Server:
+        start = time.perf_counter()
+        cohort = self.cohort(server.round)
+        watch.round_start(server.round + 1, len(cohort))
+        meter = _Meter(self.method, self.scene, self.evaluation.exactness and len(cohort) <= EXACTNESS_COHORT)
+        new, log = engine.round(server, self.sampling.rounds, cohort, meter.see)
+        trained = time.perf_counter()
+        lines = [self._train_line(new, cohort, log, meter.error(new))]
+        if new.round % self.evaluation.every == 0 or new.round == self.sampling.rounds:
+            lines += self.evaluate(engine, new, watch)
+        evaluated = time.perf_counter()
+        self._commit(new, lines, watch)
+        facts = {
+            "round": new.round,
+            "train_seconds": trained - start,
+            "eval_seconds": evaluated - trained,
+            "server_seconds": time.perf_counter() - evaluated,
+            "tokens": log.tokens,
+            "peak_memory_bytes": peak_memory(),
+        }
+        self.store.append_timing(facts)
+        watch.round_done(new.round, facts | {"bytes": log.up.total + log.down.total})
+        return new
+
+    def _train_line(self, new: Server, cohort: Sequence[Client], log: RoundLog, error: float | None) -> dict[str, Any]:
+        good = [v for c, v in log.losses.items() if c not in log.refused]
+        return {
+            "kind": "train",
+            "round": new.round,
+            "loss": float(np.mean(good)) if good else float("nan"),
+            "clients": [c.id for c in cohort],
+            "losses": log.losses,
+            "examples": log.examples,
+            "refused": log.refused,
+            "bytes": {"up": log.up.as_dict(), "down": log.down.as_dict()},
+            "exactness": None if error is None else {"product_error": error},
+        }
+
+    def _commit(self, server: Server, lines: Sequence[dict[str, Any]], watch: Watch) -> None:
+        length = self.store.append_metrics(lines)
+        self.store.save_server(server.round, server.params, server.notes, length)
+        for line in lines:
+            watch.record(line)
+
+    # evaluation -------------------------------------------------------------------------------------------------
+    def served(self, engine: Engine, server: Server, clients: Sequence[int], view: View) -> list[Params]:
+        """Model-ready deltas of each client: its personal model, or the shared part with fresh personal leaves."""
+        method, fresh = self.method, view == "global"
+        probe = self.client(clients[0])
+        alike = not method.keep(self.scene, probe) and probe.rank is None
+        if alike and (fresh or not method.tune):
+            down = method.broadcast(self.scene, server, probe)
+            one = unstack(method.personal(self.scene, stack([down]), {}), 1)[0]
+            return [one] * len(clients)
+        out: list[Params] = []
+        for i in range(0, len(clients), engine.block):
+            part = [self.client(k) for k in clients[i : i + engine.block]]
+            down_each = [method.broadcast(self.scene, server, c) for c in part]
+            kept = [method.keep(self.scene, c) if fresh else engine.kept(c, server.round) for c in part]
+            if method.tune and not fresh:
+                order = Order(server.round, max(self.sampling.rounds, server.round + 1))
+                tune = Plan(method.tune, None, self.plan.batch_size)
+                work = [
+                    train_batches(self.data, k, tune, method.draws, self.seed, "tune", server.round, self.data.ids[k])
+                    for k in clients[i : i + engine.block]
+                ]
+                done = train_block(method, self.scene, self.loss, order, down_each, kept, work, self.schedule)
+                out += [r.served for r in done]
+            else:
+                out += unstack(method.personal(self.scene, stack(down_each), stack(kept)), len(part))
+        return out
+
+    def scores(self, params: Sequence[Params], clients: Sequence[int], split: str, block: int) -> dict[str, Scores]:
+        """Scores of params[j] on the rows that client clients[j] holds in `split`."""
+        rows = [self.data.splits[split][k] for k in clients]
+        found = predict(self.model, self.task, self.data, params, clients, rows, self.evaluation.batch_size, block)
+        return {self.data.ids[k]: score(p, self.task.kind) for k, p in zip(clients, found, strict=True)}
+
+    def evaluate(self, engine: Engine, server: Server, watch: Watch) -> list[dict[str, Any]]:
+        """Lines of metrics for every view and split that has rows."""
+        watch.evaluating(server.round)
+        lines: list[dict[str, Any]] = []
+        everybody = list(range(self.training))
+        groups: dict[View, list[int]] = {v: everybody for v in self.evaluation.views if v in ("personal", "global")}
+        if self.data.unseen:
+            groups["unseen"] = list(range(self.training, len(self.data.ids)))
+        for view, clients in groups.items():
+            params = self.served(engine, server, clients, view)
+            for split in ("validation", "test"):
+                if split in self.data.splits and self.data.splits[split].offsets[-1] > 0:
+                    by_client = self.scores(params, clients, split, engine.block)
+                    lines.append({"kind": "eval", "round": server.round, "view": view, "split": split,
+                                  "clients": by_client, **summary(by_client)})  # fmt: skip
+        if "cross" in self.evaluation.views and server.round == self.sampling.rounds:
+            lines.append(self._cross(engine, server))
+        return lines
+
+    def _cross(self, engine: Engine, server: Server) -> dict[str, Any]:
+        """Client i's model on client j's test data, for up to cross_clients clients spread over all."""
+        n = min(self.evaluation.cross_clients, self.training)
+        chosen = [int(k) for k in np.linspace(0, self.training - 1, n).round()]
+        params = self.served(engine, server, chosen, "personal")
+        metric = primary(self.task.kind)
+        matrix = []
+        for p in params:
+            row = self.scores([p] * n, chosen, "test", engine.block)
+            matrix.append([row[self.data.ids[k]].get(metric, float("nan")) for k in chosen])
+        return {"kind": "cross", "round": server.round, "split": "test", "metric": metric,
+                "ids": [self.data.ids[k] for k in chosen], "matrix": matrix}  # fmt: skip
+
+    # facts ------------------------------------------------------------------------------------------------------
+    def parameters(self) -> dict[str, int]:
+        """Scalars one client trains, shares and keeps, of which head; and the frozen base."""
+        server = self.method.init(self.scene)
+        probe = self.client(0)
+        down = select(self.method.broadcast(self.scene, server, probe), lambda k: k.part != "rank")
+        kept = select(self.method.keep(self.scene, probe), lambda k: "~" not in k.adapter)
+        head = lambda p: count(select(p, lambda k: k.adapter == "head"))  # noqa: E731
+        return {
+            "trainable": count(down) + count(kept),
+            "shared": count(down),
+            "personal": count(kept),
+            "head": head(down) + head(kept),
+            "base": sum(p.numel() for p in self.model.base.parameters()),
+        }
+
+
+class _Index(dict[str, int]):
+    """Client id -> number."""
+
+    def __init__(self, ids: Sequence[str]):
+        super().__init__((id, k) for k, id in enumerate(ids))
+
+
+class _Meter:
+    """Holds a round's uploads for the exactness meter, if it is on."""
+
+    def __init__(self, method: Method, scene: Scene, on: bool):
+        self.method, self.scene, self.on = method, scene, on
+        self.seen: list[tuple[Params, float]] = []
+
+    def see(self, u: Upload) -> None:
+        if self.on:
+            weight = getattr(self.method, "weight", None)
+            self.seen.append((u.params, weight(u) if weight else 1.0))
+
+    def error(self, new: Server) -> float | None:
+        if not self.on or not self.seen:
+            return None
+        fixed = getattr(self.method, "fixed", None)
+        frozen = fixed(self.scene) if fixed else {}
+        return product_error([(frozen | p, w) for p, w in self.seen], frozen | new.params)
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process so far, bytes."""
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return rss if sys.platform == "darwin" else rss * 1024
+
+
+def _hash_of(f: Federation) -> str:
+    """Identity of a run made by hand: the method, the plan and the shape of data and model."""
+    import hashlib
+
+    facts = (f.method, f.plan, f.schedule, f.sampling, f.evaluation, f.seed, len(f.data.ids), f.data.splits["train"].rows[:64].tolist(),
+             sorted((g, len(s)) for g, s in f.model.groups.items()), type(f.model.base).__name__)  # fmt: skip
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]

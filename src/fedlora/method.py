@@ -1,0 +1,285 @@
+"""A federated fine-tuning method: eight pure functions and its hyperparameters. No other state.
+
+A method is a frozen dataclass. Runtimes own the loops (in-process engine, Flower), methods own the maths. On the server
+a leaf has no client axis; in `begin`, `step`, `finish`, `personal` every leaf is [K ...], the clients of one block.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .adapters import Adapter, AdapterName, init_head, make
+from .errors import ConfigError, ModelError, Problem
+from .model import Batch, Site
+from .optim import AdamW, Optimizer, clip
+from .tasks import Loss
+from .tree import Key, Params, mean, rank, select, stack, unstack
+
+Work = dict[str, Params]  # everything a block of clients carries from step to step; leaves [K ...]
+Metrics = dict[str, Tensor]  # [K]
+Head = Literal["shared", "personal", "frozen"]
+Weights = Literal["examples", "uniform"]
+
+
+@dataclass(frozen=True)
+class Client:
+    """What the server may know about a client."""
+
+    id: str
+    examples: int
+    rank: int | None = None  # None: the method's own rank
+
+
+@dataclass(frozen=True)
+class Server:
+    """All that a run needs to go on; written to disk after every round."""
+
+    round: int  # rounds done
+    params: Params
+    notes: dict[str, Any] = field(default_factory=dict)  # JSON only
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One client's accepted reply."""
+
+    client: Client
+    params: Params
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Fixed facts about the run that both sides know."""
+
+    groups: Mapping[str, Sequence[Site]]
+    seed: int
+
+    @property
+    def head(self) -> Sequence[Site]:
+        return self.groups.get("head", ())
+
+    def sites(self, group: str) -> Sequence[Site]:
+        """Sites of a group; raises ModelError where the model has none."""
+        found = self.groups.get(group, ())
+        if not found:
+            raise ModelError(f"model: no {group!r} sites, found groups {sorted(self.groups)}; set model.targets")
+        return found
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a client must know of the run; it comes with the message, not from a global."""
+
+    round: int  # 0-based: the round being trained
+    rounds: int  # of the whole run
+
+
+class Method(ABC):
+    """The contract; tests/test_contract.py holds every method to it."""
+
+    name: ClassVar[str]  # in recipes
+    title: ClassVar[str]  # in tables
+    paper: ClassVar[str] = ""
+    draws: ClassVar[int] = 1  # independent minibatches a step takes
+    second_order: ClassVar[bool] = False  # differentiates the model twice
+    pooled: ClassVar[bool] = False  # trains one client that holds everybody's data
+    tune: int = 0  # local steps taken before a client's model is served (FedAvg + fine-tuning, Per-FedAvg)
+
+    # server
+    @abstractmethod
+    def init(self, scene: Scene) -> Server:
+        """Round 0."""
+
+    @abstractmethod
+    def broadcast(self, scene: Scene, server: Server, client: Client) -> Params:
+        """What this client receives."""
+
+    @abstractmethod
+    def aggregate(self, scene: Scene, server: Server, uploads: Iterable[Upload]) -> Server:
+        """The next server. Reads `uploads` once, so that they can stream."""
+
+    # client
+    @abstractmethod
+    def begin(self, scene: Scene, order: Order, down: Params, kept: Params) -> Work: ...
+
+    @abstractmethod
+    def step(self, work: Work, loss: Loss, lr: Tensor, *draws: Batch) -> tuple[Work, Metrics]:
+        """One local step. lr [K] is the schedule's factor on the method's own learning rates."""
+
+    @abstractmethod
+    def finish(self, work: Work) -> tuple[Params, Params]:
+        """(upload, kept)."""
+
+    @abstractmethod
+    def served(self, work: Work) -> Params:
+        """The deltas a client serves from where its work stands, model-ready."""
+
+    @abstractmethod
+    def personal(self, scene: Scene, down: Params, kept: Params) -> Params:
+        """The deltas a client serves from what it received and kept, model-ready."""
+
+    def keep(self, scene: Scene, client: Client) -> Params:
+        """Personal leaves of a client that has none yet; an unseen client serves these."""
+        return {}
+
+
+def block_size(p: Params) -> int:
+    """K of a stacked tree."""
+    return len(next(iter(p.values()))) if p else 1
+
+
+def expand(p: Params, k: int) -> Params:
+    """Give leaves that all clients share the client axis, without copying."""
+    return {key: v[None].expand(k, *v.shape) for key, v in p.items()}
+
+
+@dataclass(frozen=True)
+class SGDMethod(Method):
+    """Client side written once: descend the loss over the trainable leaves; upload the shared ones, keep the rest.
+
+    rank, alpha, adapter: the delta form (adapters.py).
+    head: who owns the classification head; one switch, the same for all methods of a comparison.
+    weights: p_k by number of examples or uniform.
+    moments: optimizer state reset at the start of each round, or kept by the client.
+    clip: largest gradient norm per client, None for none.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    adapter: AdapterName = "lora"
+    head: Head = "shared"
+    weights: Weights = "examples"
+    moments: Literal["reset", "keep"] = "reset"
+    optimizer: Optimizer = AdamW()
+    clip: float | None = None
+    label: ClassVar[str] = "lora"  # the adapter's name in keys
+    shares_head: ClassVar[bool] = True  # Local-only shares nothing, whatever the switch says
+
+    def __post_init__(self) -> None:
+        bad = []
+        if not isinstance(self.rank, int) or self.rank < 1:
+            bad.append(Problem("method.rank", self.rank, "an integer >= 1", "choose 4, 8 or 16"))
+        if not self.alpha > 0:
+            bad.append(Problem("method.alpha", self.alpha, "a number > 0", "alpha = 2 * rank is usual"))
+        if self.clip is not None and not self.clip > 0:
+            bad.append(Problem("train.clip", self.clip, "a number > 0 or null"))
+        if bad:
+            raise ConfigError(bad)
+
+    @property
+    def form(self) -> Adapter:
+        return make(self.adapter, self.rank, self.alpha)
+
+    # what a subclass states -------------------------------------------------------------------------------------
+    @abstractmethod
+    def trains(self, k: Key) -> bool:
+        """Whether an adapter leaf is trained. The head follows the switch."""
+
+    @abstractmethod
+    def shares(self, k: Key) -> bool:
+        """Whether a trained adapter leaf is shared; personal otherwise."""
+
+    # ------------------------------------------------------------------------------------------------------------
+    def shared(self, k: Key) -> bool:
+        if k.adapter == "head":
+            return self.shares_head and self.head == "shared"
+        return "~" not in k.adapter and self.shares(k)
+
+    def fixed(self, scene: Scene) -> Params:
+        """Leaves that every party derives from the seed: frozen halves, random projections. Nobody owns or sends them."""
+        form, sites = self.form, scene.sites(self.form.group)
+        start = form.init(self.label, sites, scene.seed)
+        return form.fixed(self.label, sites, scene.seed) | select(start, lambda k: not self.trains(k))
+
+    def start(self, scene: Scene) -> Params:
+        """Every trained leaf at its start: the deltas are zero, so training starts at the base model."""
+        sites = scene.sites(self.form.group)
+        check_ranks(self, sites)
+        p = select(self.form.init(self.label, sites, scene.seed), self.trains)
+        return p if self.head == "frozen" else p | init_head(scene.head)
+
+    def init(self, scene: Scene) -> Server:
+        return Server(0, select(self.start(scene), self.shared))
+
+    def keep(self, scene: Scene, client: Client) -> Params:
+        p = select(self.start(scene), lambda k: not self.shared(k))
+        if self.moments == "keep":
+            p |= unstack(_flat(self.optimizer.init(stack([self.start(scene)]))), 1)[0]
+        return p
+
+    def broadcast(self, scene: Scene, server: Server, client: Client) -> Params:
+        return server.params
+
+    def begin(self, scene: Scene, order: Order, down: Params, kept: Params) -> Work:
+        p = down | select(kept, lambda k: "~" not in k.adapter)
+        old = select(kept, lambda k: "~" in k.adapter)
+        state = _flat(self.optimizer.init(p)) | old if old else _flat(self.optimizer.init(p))
+        return {"train": p, "fixed": to(expand(self.fixed(scene), block_size(p)), p), "moments": state}
+
+    def ready(self, p: Params, fixed: Params) -> Params:
+        """Model-ready deltas from trained and fixed leaves."""
+        return self.form.view(p | fixed)
+
+    def step(self, work: Work, loss: Loss, lr: Tensor, batch: Batch) -> tuple[Work, Metrics]:
+        p = work["train"]
+        value, g = loss.gradient(lambda q: self.ready(q, work["fixed"]), p, batch)
+        new, state = self.optimizer.update(clip(g, self.clip), _deep(work["moments"]), p, lr)
+        return work | {"train": new, "moments": _flat(state)}, {"loss": value}
+
+    def finish(self, work: Work) -> tuple[Params, Params]:
+        p = work["train"]
+        moments = work["moments"] if self.moments == "keep" else {}
+        return select(p, self.shared), select(p, lambda k: not self.shared(k)) | moments
+
+    def served(self, work: Work) -> Params:
+        return self.ready(work["train"], work["fixed"])
+
+    def personal(self, scene: Scene, down: Params, kept: Params) -> Params:
+        p = down | select(kept, lambda k: "~" not in k.adapter)
+        return self.ready(p, to(expand(self.fixed(scene), block_size(p)), p))
+
+    def aggregate(self, scene: Scene, server: Server, uploads: Iterable[Upload]) -> Server:
+        new = mean((u.params, self.weight(u)) for u in uploads)
+        return Server(server.round + 1, server.params | new, server.notes)
+
+    def weight(self, u: Upload) -> float:
+        """p_k before normalisation."""
+        return float(u.client.examples) if self.weights == "examples" else 1.0
+
+
+def check_ranks(method: SGDMethod, sites: Sequence[Site]) -> None:
+    """A LoRA rank above a layer's size buys nothing and hides a mistake: refused. VeRA's rank may exceed it."""
+    if method.adapter == "vera":
+        return
+    for s in sites:
+        if method.rank > min(s.out, s.in_):
+            raise ModelError(
+                f"{method.title}: rank {method.rank} exceeds the layer {s.name!r} of {s.out} x {s.in_}; "
+                f"lower method.rank to at most {min(s.out, s.in_)} or choose other targets"
+            )
+
+
+def to(p: Params, like: Params) -> Params:
+    """Move p to the device of `like`."""
+    device = next(iter(like.values())).device if like else torch.device("cpu")
+    return {k: v.to(device) for k, v in p.items()}
+
+
+def _flat(state: Mapping[str, Params]) -> Params:
+    """Optimizer state as leaves: moment "m" of adapter "lora" is adapter "lora~m"."""
+    return {k._replace(adapter=f"{k.adapter}~{n}"): v for n, p in state.items() for k, v in p.items()}
+
+
+def _deep(p: Params) -> dict[str, Params]:
+    """Inverse of _flat."""
+    out: dict[str, Params] = {}
+    for k, v in p.items():
+        adapter, _, n = k.adapter.partition("~")
+        out.setdefault(n, {})[k._replace(adapter=adapter)] = v
+    return out

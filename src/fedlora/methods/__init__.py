@@ -1,0 +1,10 @@
+"""The table of methods: the one place where a method is registered."""
+
+from __future__ import annotations
+
+from ..method import Method
+from .average import CentralizedLoRA, FedSALoRA, FFALoRA, FineTunedLoRA, HomLoRA, LocalLoRA, ShareB
+
+METHODS: dict[str, type[Method]] = {
+    m.name: m for m in (CentralizedLoRA, LocalLoRA, FineTunedLoRA, HomLoRA, FFALoRA, FedSALoRA, ShareB)
+}

@@ -1,0 +1,221 @@
+"""A frozen base model with weight deltas at named sites; parameters come in as an argument.
+
+Deltas are added by forward hooks, so the base keeps its modules, its names and its code: any model whose sites are
+nn.Linear, GPT-2's Conv1D or (for biases) nn.LayerNorm will do, a user's own included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import deltas
+from .dropout import ClientDropout
+from .errors import ModelError, near
+from .tree import Params
+
+Batch = dict[str, Tensor]  # leaves [K b ...]; "labels" [K b ...], "weight" [K b] 0 on padding rows, "seed" [K b] of dropout
+NOT_INPUTS = frozenset({"labels", "weight", "seed", "common"})
+
+
+class Site(NamedTuple):
+    """One place that can carry deltas."""
+
+    name: str  # module path in the base
+    out: int
+    in_: int
+    bias: bool = True  # whether the base has a bias there
+
+
+def site_of(name: str, module: nn.Module) -> Site | None:
+    """The site at `module`, None for a module that cannot carry deltas."""
+    bias = getattr(module, "bias", None) is not None
+    if isinstance(module, nn.Linear):
+        return Site(name, module.out_features, module.in_features, bias)
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2: weight [in out]
+        return Site(name, module.nf, module.weight.shape[0], bias)
+    if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
+        return Site(name, module.weight.shape[-1], module.weight.shape[-1], bias)
+    return None
+
+
+class Adapted:
+    """The only thing a method sees of the model: its sites and the pure function from (deltas, batch) to an output.
+
+    groups names module paths by use: "target" carries adapters, "head" the task head; more for methods that need them.
+    `call` turns (base, inputs) into the output tensor; by default `base(**inputs)` and its `.logits` where it has them.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        groups: Mapping[str, Sequence[str]],
+        call: Callable[[nn.Module, Mapping[str, Tensor]], Tensor] | None = None,
+        checkpointing: bool = False,
+        dropout: bool = True,
+    ):
+        base.requires_grad_(False)
+        base.eval()
+        if getattr(getattr(base, "config", None), "use_cache", False):
+            base.config.use_cache = False  # keys and values of past tokens are only for generation
+        self.base, self.call, self.dropout = base, call or _logits, dropout
+        self.checkpointing = checkpointing
+        self._bound: dict[str, list[deltas.Parts]] = {}
+        self._fired: set[str] = set()  # sites that some forward has reached
+        self._common: set[str] = set()  # sites that work on a tensor all examples share
+        self._rows = (1, 1)  # clients, clients * b of the batch at hand
+        self._mode: ClientDropout | None = None
+        self.groups: dict[str, tuple[Site, ...]] = {}
+        modules = dict(base.named_modules())
+        for group, names in groups.items():
+            self.groups[group] = tuple(self._site(n, modules) for n in names)
+        hooked = {s.name for sites in self.groups.values() for s in sites}
+        self.hooks = [modules[n].register_forward_hook(self._hook(n)) for n in sorted(hooked)]
+        if checkpointing:
+            self._enable_checkpointing()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base.parameters()).device
+
+    def _site(self, name: str, modules: Mapping[str, nn.Module]) -> Site:
+        if name not in modules:
+            raise ModelError(f"model: no module {name!r} in {type(self.base).__name__}; {near(name, modules)}")
+        site = site_of(name, modules[name])
+        if site is None or "/" in name:
+            kind = type(modules[name]).__name__
+            raise ModelError(f"model: module {name!r} is a {kind}, expected Linear, Conv1D or LayerNorm; choose another")
+        return site
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def add(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+            clients, rows = self._rows
+            self._fired.add(name)
+            if len(y) != rows:
+                self._common.add(name)
+            bound = self._bound.get(name)
+            if not bound:
+                return y
+            if clients > 1 and len(y) != rows:
+                raise ModelError(
+                    f"model: site {name!r} works on a tensor that all examples share ({len(y)} rows, batch {rows}), so "
+                    f"{clients} clients cannot be in one block; set run.block to 1 or choose other targets"
+                )
+            for parts in bound:
+                y = deltas.apply(args[0], y, parts)
+            return y
+
+        return add
+
+    def _enable_checkpointing(self) -> None:
+        def contexts() -> Any:
+            assert self._mode is not None
+            return self._mode.checkpoint_contexts()
+
+        enable = getattr(self.base, "activation_checkpointing_enable", None)
+        if enable is None or not getattr(self.base, "supports_gradient_checkpointing", False):
+            raise ModelError(
+                f"model: {type(self.base).__name__} does not support gradient checkpointing; "
+                "set model.gradient_checkpointing to false or use a model that does"
+            )
+        enable(activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts})
+
+    def bind(self, p: Params) -> None:
+        """Stays bound until the next call: gradient checkpointing re-runs the forward during backward."""
+        groups: dict[tuple[str, str], dict[str, Tensor]] = {}
+        for k, v in p.items():
+            if k.part in deltas.PARTS:
+                groups.setdefault((k.site, k.adapter), {})[k.part] = v
+        self._bound = {}
+        for (site, _), parts in groups.items():
+            self._bound.setdefault(site, []).append(parts)
+
+    @contextmanager
+    def training(self, batch: Batch) -> Iterator[None]:
+        """Around a forward and its backward: dropout by the batch's seeds, checkpointing on."""
+        seeds = batch["seed"].flatten() if "seed" in batch and self.dropout else None
+        if seeds is None and not self.checkpointing:
+            yield
+            return
+        self._mode = ClientDropout(seeds, int(batch["common"][0]) if "common" in batch else 0)
+        self.base.train()
+        try:
+            with self._mode:
+                yield
+        finally:
+            self.base.eval()
+
+    def forward(self, p: Params, batch: Batch) -> Tensor:
+        """Output of every row, [K b ...]. batch leaves [K b ...]."""
+        self.bind(p)
+        inputs = {n: v.flatten(0, 1) for n, v in batch.items() if n not in NOT_INPUTS}
+        first = next(iter(batch.values()))
+        self._rows = (first.shape[0], first.shape[0] * first.shape[1])
+        y: Tensor = self.call(self.base, inputs)
+        return y.unflatten(0, first.shape[:2])
+
+    @contextmanager
+    def serving(self, p: Params) -> Iterator[None]:
+        """The base itself computes with deltas p (K = 1) bound: for `generate`, which calls it many times."""
+        self.bind(p)
+        self._rows = (1, 1)
+        cache = getattr(self.base.config, "use_cache", None)
+        self.base.config.use_cache = True
+        try:
+            yield
+        finally:
+            self.base.config.use_cache = cache
+
+    def probe(self, batch: Batch) -> bool:
+        """Run `batch` once; True if several clients can be in one block. Raises ModelError for targets never reached.
+
+        DeBERTa-v3 projects relative positions that all examples share by its target layers: its clients' deltas differ
+        there, so its blocks hold one client.
+        """
+        with torch.inference_mode():
+            self.forward({}, batch)
+        if unused := [s.name for sites in self.groups.values() for s in sites if s.name not in self._fired]:
+            raise ModelError(
+                f"model: the forward never reaches {unused[0]!r} ({len(unused)} such sites), so a delta there would do "
+                "nothing; choose other targets"
+            )
+        return not self._common & {s.name for s in self.groups.get("target", ())}
+
+    def close(self) -> None:
+        """Remove the hooks: the base is as it was."""
+        for h in self.hooks:
+            h.remove()
+
+
+def _logits(base: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    out = base(**inputs)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def matching(base: nn.Module, targets: str | Iterable[str]) -> list[str]:
+    """Module paths that `targets` names, as PEFT reads them: a list of name endings, or one regular expression.
+
+    Raises ModelError with the near misses for a target that matches nothing.
+    """
+    import re
+
+    names = {n: m for n, m in base.named_modules() if n and site_of(n, m) is not None}
+    if isinstance(targets, str):
+        found = [n for n in names if re.fullmatch(targets, n)]
+        endings = sorted({n.rsplit(".", 1)[-1] for n in names})
+        if not found:
+            raise ModelError(f"model.targets: pattern {targets!r} matches no layer; {near(targets, endings)}")
+        return found
+    found = []
+    for t in targets:
+        mine = [n for n in names if n == t or n.endswith("." + t)]
+        if not mine:
+            endings = sorted({n.rsplit(".", 1)[-1] for n in names} | set(names))
+            raise ModelError(f"model.targets: {t!r} matches no layer of {type(base).__name__}; {near(t, endings)}")
+        found += [n for n in mine if n not in found]
+    order = {n: i for i, n in enumerate(names)}
+    return sorted(found, key=order.__getitem__)

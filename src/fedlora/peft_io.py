@@ -1,0 +1,102 @@
+"""Everything that touches PEFT: its table of default targets, and adapters in and out of its on-disk format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ModelError, near
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .tree import Params
+
+# Architectures that PEFT's table lacks; the query and value projections, as in its entries for their relatives.
+ALSO = {"albert": ["query", "value"], "distilbert": ["q_lin", "v_lin"], "deberta-v3": ["query_proj", "value_proj"]}
+
+
+def default_targets(model_type: str) -> list[str] | str:
+    """PEFT's own default LoRA targets of an architecture; raises ModelError where it has none."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
+
+    found: list[str] | str | None = TABLE.get(model_type, ALSO.get(model_type))
+    if found is None:
+        raise ModelError(
+            f"model.targets: no default targets for architecture {model_type!r}; name the layers yourself, e.g. "
+            f"model.targets: [query, value] ({near(model_type, list(TABLE) + list(ALSO))})"
+        )
+    return found
+
+
+def to_peft(base: nn.Module, head: Sequence[str], deltas: Params, task: str, source: str) -> Any:
+    """A PeftModel around `base` (a plain copy, without our hooks) that computes what the model-ready `deltas` compute.
+
+    Scale is in B already, so lora_alpha = r. Several low-rank adapters at a site become one of the summed rank, by
+    concatenation. The head is saved whole: base plus delta. Raises ModelError for deltas that PEFT's LoRA cannot hold.
+    """
+    import torch
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    factors = _factors(deltas)
+    other = [k for k in deltas if k.part not in ("A", "B", "rank") and k.adapter != "head"]
+    if other:
+        raise ModelError(f"export: leaf {other[0]} is no low-rank delta, so PEFT's LoRA cannot hold it; use --merged")
+    ranks = {site: len(a) for site, (a, _) in factors.items()}
+    if not ranks:
+        raise ModelError("export: there is no low-rank adapter to export; use --merged for the model itself")
+    common = max(ranks.values())
+    odd = {site: r for site, r in ranks.items() if r != common}
+    modules = dict(base.named_modules())
+    config = LoraConfig(
+        r=common,
+        lora_alpha=common,
+        target_modules=sorted(ranks),
+        rank_pattern={f"^{site}$": r for site, r in odd.items()},
+        alpha_pattern={f"^{site}$": r for site, r in odd.items()},
+        modules_to_save=sorted({h.split(".")[0] for h in head}) or None,
+        fan_in_fan_out=any(type(modules[s]).__name__ == "Conv1D" for s in ranks),
+        task_type=TaskType.CAUSAL_LM if task == "causal-lm" else TaskType.SEQ_CLS,
+    )
+    model = get_peft_model(base, config)
+    model.peft_config["default"].base_model_name_or_path = source
+    inner = dict(model.base_model.model.named_modules())
+    with torch.no_grad():
+        for site, (a, b) in factors.items():
+            inner[site].lora_A["default"].weight.copy_(a)
+            inner[site].lora_B["default"].weight.copy_(b)
+        for k, v in deltas.items():
+            if k.adapter == "head":
+                top, _, rest = k.site.partition(".")
+                module = inner[f"{top}.modules_to_save.default" + (f".{rest}" if rest else "")]
+                getattr(module, k.part).add_(v.to(getattr(module, k.part)))
+    return model
+
+
+def _factors(deltas: Params) -> dict[str, tuple[Tensor, Tensor]]:
+    """site -> (A [r i], B [o r]), all low-rank adapters of a site side by side."""
+    import torch
+
+    out: dict[str, tuple[Tensor, Tensor]] = {}
+    for k, a in deltas.items():
+        if k.part == "A" and "d" not in {x.part for x in deltas if x.adapter == k.adapter}:
+            b = deltas[k._replace(part="B")]
+            old = out.get(k.site)
+            out[k.site] = (a, b) if old is None else (torch.cat([old[0], a]), torch.cat([old[1], b], 1))
+    return out
+
+
+def export(
+    make_base: Callable[[], nn.Module], head: Sequence[str], deltas: Params, task: str, source: str, out: Path,
+    merged: bool = False, tokenizer: Any = None,
+) -> Path:  # fmt: skip
+    """Write a PEFT folder (adapter_config.json, adapter_model.safetensors), or the merged model, to `out`."""
+    model = to_peft(make_base(), head, deltas, task, source)
+    if merged:
+        model.merge_and_unload().save_pretrained(out)
+    else:
+        model.save_pretrained(out)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    return out

@@ -1,0 +1,178 @@
+"""The sections of a recipe: what can be said, of which type, in which range, with which default.
+
+Rules that join several fields stand in rules.py; the method section, whose fields are the method's own, in hyperparameters.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PartShare = Annotated[float, Field(ge=0, lt=1)]  # a share that leaves something
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Immutable, and closed: an unknown field is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
+
+
+class Model(Section):
+    """The pretrained base and where it is adapted."""
+
+    name: Text = "minilm"
+    """"minilm" (carried by the extra "demo"), a hub id, or a local folder."""
+    task: Literal["classification", "regression", "causal-lm"] = "classification"
+    targets: Text | Annotated[tuple[Text, ...], Field(min_length=1)] = "auto"
+    """Layers with a delta: "auto" (PEFT's table for the architecture), name endings, or one regular expression."""
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the frozen base; adapters are always fp32."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub id."""
+
+
+class Data(Section):
+    """The examples, before they are given to clients."""
+
+    source: Text | Annotated[tuple[Text, ...], Field(min_length=1)]
+    """"demo", a file, a glob, a list of files, a folder, a hub id, or a folder made by datasets' save_to_disk."""
+    subset: Text | None = None
+    """Configuration name of a hub data set."""
+    split: Text | None = None
+    format: Literal["auto", "csv", "tsv", "jsonl", "parquet"] = "auto"
+    text: Text | tuple[Text, Text] | None = None
+    """Column of the text, or the two columns of a pair."""
+    label: Text | None = None
+    prompt: Text | None = None
+    """Column that a causal language model reads without loss, before `completion`."""
+    completion: Text | None = None
+    template: Text | None = None
+    test: Text | None = None
+    """File or split that is test data only."""
+    validation: Text | None = None
+    client: Text | None = None
+    """Column that names the client of each row, or "file": one client per file."""
+    max_length: Count = 64
+    """Tokens; longer texts are cut."""
+    limit: Count | None = None
+    """Use at most this many rows."""
+    encoding: Text = "utf-8"
+
+
+class Partition(Section):
+    """Which client gets which rows."""
+
+    kind: Literal["iid", "dirichlet", "label-sorting", "classes", "column", "quantity", "domain"] = "iid"
+    clients: Count = 8
+    alpha: Positive = 0.5
+    """Concentration of the Dirichlet draw (kinds dirichlet and quantity): small is skewed."""
+    share: Share = 0.5
+    """Share of rows that stay in label order (kind label-sorting)."""
+    classes: Count = 2
+    """Classes a client holds (kind classes)."""
+    column: Text | None = None
+    """Column that decides (kinds column and domain)."""
+    domains: Count = 1
+    """Domains a client holds (kind domain)."""
+    min_size: Count = 1
+    """Rows that every client gets at least."""
+    validation: PartShare = 0.1
+    """Share of a client's own rows."""
+    test: PartShare = 0.2
+    """Share of a client's own rows."""
+    unseen: Natural = 0
+    """Clients that never train and are evaluated as new ones."""
+    permute_labels: bool = False
+    """Give each client its own permutation of the labels (concept shift)."""
+
+
+class Train(Section):
+    """Local work of one client in one round."""
+
+    steps: Count | None = None
+    """Optimizer steps; 10 where neither steps nor epochs are given."""
+    epochs: Positive | None = None
+    """Passes over the client's rows, instead of steps."""
+    batch_size: Count = 16
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Positive = 1e-3
+    momentum: PartShare = 0.0
+    """SGD only."""
+    betas: tuple[PartShare, PartShare] = (0.9, 0.999)
+    """AdamW only."""
+    weight_decay: NotNegative = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the learning rate, over the whole run."""
+    warmup: Share = 0.0
+    """Share of the whole run."""
+    clip: Positive | None = None
+    """Largest norm of a client's gradient."""
+    accumulation: Count = 1
+    """Parts a batch is computed in; the result is the same, the memory smaller."""
+    dropout: bool = True
+    """Use the base's own dropout rates while training."""
+
+
+class Federation(Section):
+    """Rounds and who takes part."""
+
+    rounds: Count = 10
+    clients_per_round: Count | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """A number of clients, a fraction in (0, 1), or null for all."""
+    cohort: Literal["uniform", "fixed"] = "uniform"
+    """A new uniform sample each round, or one sample for the whole run."""
+    min_clients: Count = 1
+    """Accepted uploads a round needs."""
+
+
+class Evaluation(Section):
+    """What is measured, and when. Unseen clients are evaluated wherever the partition sets some aside."""
+
+    every: Count = 1
+    """Rounds between evaluations; the start and the last round are always evaluated."""
+    views: Annotated[tuple[Literal["personal", "global", "unseen", "cross"], ...], Field(min_length=1)] = (
+        "personal",
+        "global",
+    )
+    cross_clients: Annotated[int, Field(ge=2)] = 8
+    """Clients in the matrix of the view cross."""
+    batch_size: Count = 64
+
+
+class Run(Section):
+    """How it is run; only the seed changes the result."""
+
+    seed: Natural = 0
+    block: Literal["auto"] | Count = "auto"
+    """Clients computed at once."""
+    output: Text = "runs/{name}-{hash}"
+    """Run folder; {name}, {hash}, {seed} and {method} are filled in."""
+    tensorboard: bool = False
+    keep: Literal["last", "all"] = "last"
+    """States on disk: those needed to resume, or those of every round."""
+    threads: Count | None = None
+    """Threads of torch; null leaves torch's own choice."""
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": Model,
+    "data": Data,
+    "partition": Partition,
+    "train": Train,
+    "federation": Federation,
+    "evaluation": Evaluation,
+    "run": Run,
+}  # in the order of the file; "method" comes after "partition"

@@ -1,0 +1,60 @@
+"""The models of a finished run: whose deltas to serve, and writing them as PEFT folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from . import peft_io, pretrained
+from .build import tokenizer_of
+from .errors import DataError, StateError, near
+from .federation import Federation
+from .method import Server
+from .tree import Params
+from .watch import Watch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .recipe import Recipe
+
+
+def server_of(fed: Federation) -> Server:
+    """The last committed round."""
+    loaded = fed.store.load_server()
+    if loaded is None:
+        raise StateError(f"{fed.store.root}: no round is committed yet; run it first")
+    return Server(*loaded)
+
+
+def deltas_of(fed: Federation, client: str | None) -> Params:
+    """Model-ready deltas of a client's personal model, or of the global one for None."""
+    view = "global" if client is None else "personal"
+    if client is not None and client not in fed.index:
+        raise DataError(f"client {client!r} is not in this run; {near(client, fed.data.ids)}")
+    k = 0 if client is None else fed.index[client]
+    return fed.served(fed.engine(Watch()), server_of(fed), [k], view)[0]
+
+
+def export_models(recipe: Recipe, fed: Federation, out: Path, clients: Sequence[str], merged: bool) -> list[Path]:
+    """Write one PEFT (or merged) folder for the global model, or one per client under `out`; returns the folders."""
+    source = pretrained.locate(recipe.model.name)
+    names = list(fed.data.label_names)
+
+    def plain() -> nn.Module:
+        loaded = pretrained.load(recipe.model.name, recipe.model.task, len(names) or 2, seed=recipe.run.seed, revision=recipe.model.revision)
+        if names:
+            loaded.base.config.id2label = dict(enumerate(names))
+            loaded.base.config.label2id = {n: i for i, n in enumerate(names)}
+        return loaded.base
+
+    head = tuple(s.name for s in fed.model.groups.get("head", ()))
+    tokenizer = tokenizer_of(recipe)
+    written = []
+    for client in clients or [None]:
+        folder = out if client is None else out / quote(client, safe="")
+        deltas = deltas_of(fed, client)
+        written.append(peft_io.export(plain, head, deltas, recipe.model.task, source, folder, merged, tokenizer))
+    return written

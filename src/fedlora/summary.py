@@ -1,0 +1,167 @@
+"""The facts of a run as files: environment and partition at its start, the summary at its end.
+
+The round is chosen on validation and scored on test; the mean of the last ten evaluated rounds stands beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .data.federated import FederatedData
+from .method import Order, Server
+from .metrics import better, primary
+from .tree import stack, unstack
+
+if TYPE_CHECKING:
+    from .federation import Federation
+
+PACKAGES = ("fedlora", "torch", "transformers", "peft", "datasets", "safetensors", "numpy", "flwr")
+
+
+def environment(f: Federation) -> dict[str, Any]:
+    """Versions and hardware that a reader of the numbers needs."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(f.model.device) if f.model.device.type != "cuda" else torch.cuda.get_device_name(f.model.device),
+        "packages": versions,
+    }
+
+
+def processor() -> str:
+    """The processor's own name."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def partition_facts(data: FederatedData) -> dict[str, Any]:
+    """Class histogram (or size) of every client in every split."""
+    out: dict[str, Any] = {"ids": list(data.ids), "label_names": list(data.label_names), "unseen": data.unseen}
+    out["sizes"] = {s: rows.sizes.tolist() for s, rows in data.splits.items()}
+    if data.label_names:
+        for split in data.splits:
+            out[split] = data.histogram(split).tolist()
+    return out
+
+
+def describe_run(f: Federation) -> None:
+    """Write what is known before training starts."""
+    f.store.write_json("environment.json", environment(f))
+    f.store.write_json("partition.json", partition_facts(f.data) | dict(f.recipe.get("partition", {})))
+
+
+def read_lines(f: Federation, name: str) -> list[dict[str, Any]]:
+    path = f.store.root / name
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def chosen_round(lines: Iterable[dict[str, Any]], metric: str) -> tuple[int | None, str]:
+    """(round, split it was chosen on): best mean of the personal view, validation before test; earliest of equals."""
+    evals = [x for x in lines if x["kind"] == "eval" and x["view"] in ("personal", "global") and metric in x["mean"]]
+    for split in ("validation", "test"):
+        for view in ("personal", "global"):
+            best: tuple[int, float] | None = None
+            for x in evals:
+                if x["split"] == split and x["view"] == view:
+                    v = x["mean"][metric]
+                    if best is None or better(metric, v, best[1]):
+                        best = (x["round"], v)
+            if best is not None:
+                return best[0], split
+    return None, "validation"
+
+
+def summarise(f: Federation, server: Server) -> dict[str, Any]:
+    """summary.json: parameters, chosen round, scores of every view there, costs."""
+    lines, timings = read_lines(f, "metrics.jsonl"), read_lines(f, "timings.jsonl")
+    metric = primary(f.task.kind)
+    chosen, chosen_on = chosen_round(lines, metric)
+
+    def at(view: str, split: str, round: int | None) -> dict[str, Any]:
+        for x in lines:
+            if x["kind"] == "eval" and (x["view"], x["split"], x["round"]) == (view, split, round):
+                return {k: x[k] for k in ("mean", "weighted", "worst_decile")}
+        return {}
+
+    views = {v: at(v, "test", chosen) for v in ("personal", "global", "unseen")}
+    main = "personal" if views["personal"] else "global"
+    last = [x["mean"].get(metric) for x in lines if x["kind"] == "eval" and (x["view"], x["split"]) == (main, "test")][-10:]
+    sent = {d: sum(sum(x["bytes"][d].values()) for x in lines if x["kind"] == "train") for d in ("up", "down")}
+    return {
+        "name": f.name,
+        "hash": f.recipe_hash,
+        "seed": f.seed,
+        "method": {"name": f.method.name, "title": f.method.title, "repr": repr(f.method), "paper": f.method.paper},
+        "task": f.task.kind,
+        "metric": metric,
+        "rounds": server.round,
+        "chosen_round": chosen,
+        "chosen_on": chosen_on,
+        "validation": at(main, "validation", chosen).get("mean", {}).get(metric),
+        "test": views[main].get("mean", {}).get(metric),
+        "test_last10": sum(last) / len(last) if last else None,
+        "views": {v: x for v, x in views.items() if x},
+        "parameters": f.parameters(),
+        "bytes": sent | {"total": sent["up"] + sent["down"]},
+        "seconds": sum(t["train_seconds"] + t["eval_seconds"] + t["server_seconds"] for t in timings),
+        "peak_memory_bytes": max((t["peak_memory_bytes"] for t in timings), default=0),
+    }
+
+
+def plan(f: Federation) -> dict[str, Any]:
+    """What would run, for `fedlora check`: clients, histograms, parameters, bytes per round, estimated memory."""
+    from . import wire
+    from .memory import client_bytes
+
+    cohort = f.cohort(0)
+    server, probe = f.method.init(f.scene), f.client(0)
+    block = f.block_size()
+    parameters = f.parameters()
+    down, kept = f.method.broadcast(f.scene, server, probe), f.method.keep(f.scene, probe)
+    order = Order(0, f.sampling.rounds)
+    up, _ = f.method.finish(f.method.begin(f.scene, order, stack([down]), stack([kept])))
+    sent = {"down": wire.size(down, {"round": 0, "rounds": f.sampling.rounds}),
+            "up": wire.size(unstack(up, 1)[0], {"round": 0, "examples": probe.examples})}  # fmt: skip
+    width = next(f.model.base.parameters()).element_size()
+    train = f.data.splits["train"]
+    return {
+        "method": repr(f.method),
+        "device": str(f.model.device),
+        "sites": len(f.model.groups["target"]),
+        "rows": {s: int(r.offsets[-1]) for s, r in f.data.splits.items()},
+        "clients": f.training,
+        "unseen": f.data.unseen,
+        "cohort": len(cohort),
+        "block": min(block, len(cohort)),
+        "steps": f.plan.count(int(train.sizes.max()), f.method.draws),
+        "parameters": parameters,
+        "bytes_per_round": {d: n * len(cohort) for d, n in sent.items()},
+        "memory_bytes": parameters["base"] * width + client_bytes(f) * min(block, len(cohort)),
+        "ids": list(f.data.ids[:64]),
+        "label_names": list(f.data.label_names),
+        "histogram": f.data.histogram("train")[:1000].tolist() if f.data.label_names else [],
+    }

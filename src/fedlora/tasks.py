@@ -1,0 +1,147 @@
+"""What a model is trained for: the loss of every example and the weight it has in its client's mean.
+
+A task turns (output, batch) into per-row (sum of losses, number of things counted); the client's loss is the ratio of
+their weighted sums. Rows of a block that only pad have weight 0. Metrics of predictions are in metrics.py.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .model import Adapted, Batch
+from .tree import Params
+
+
+class Task(ABC):
+    """Frozen description of a task; `kind` is its name in recipes."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def row_losses(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Summed loss of each row, [N]; output [N ...] in any float dtype, labels [N ...]."""
+
+    def row_counts(self, labels: Tensor) -> Tensor:
+        """How many terms the loss of each row sums, [N]."""
+        return torch.ones(len(labels), device=labels.device)
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """Cross-entropy over `classes`; labels [N] int64."""
+
+    kind: ClassVar[str] = "classification"
+    classes: int = 2
+
+    def row_losses(self, output: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(output.float(), labels, reduction="none")
+
+
+@dataclass(frozen=True)
+class Regression(Task):
+    """Squared error; labels [N] float."""
+
+    kind: ClassVar[str] = "regression"
+
+    def row_losses(self, output: Tensor, labels: Tensor) -> Tensor:
+        return (output.float().view(len(labels), -1)[:, 0] - labels.float()).square()
+
+
+@dataclass(frozen=True)
+class CausalLM(Task):
+    """Cross-entropy of the next token, mean over scored tokens; labels [N L], -100 where there is no loss."""
+
+    kind: ClassVar[str] = "causal-lm"
+
+    def row_losses(self, output: Tensor, labels: Tensor) -> Tensor:
+        n, length, vocabulary = output.shape
+        target = labels[:, 1:].reshape(-1)
+        scores = output[:, :-1].float().reshape(-1, vocabulary)
+        return F.cross_entropy(scores, target, reduction="none", ignore_index=-100).view(n, length - 1).sum(1)
+
+    def row_counts(self, labels: Tensor) -> Tensor:
+        return (labels[:, 1:] != -100).sum(1).float()
+
+
+def stack_batches(batches: Sequence[Batch]) -> Batch:
+    """One batch [K b ...] from one [b ...] per client, each padded to the widest and longest of the block.
+
+    Padding tokens are masked; padding rows repeat a client's first row with weight 0, so no row is fully masked.
+    """
+    b = max(len(x["labels"]) for x in batches)
+    out: Batch = {}
+    for name in batches[0]:
+        leaves = [x[name] for x in batches]
+        if leaves[0].ndim >= 2 and len({v.shape[1:] for v in leaves}) > 1:
+            width = max(v.shape[1] for v in leaves)
+            fill = -100 if name == "labels" else 0
+            leaves = [F.pad(v, (*[0, 0] * (v.ndim - 2), 0, width - v.shape[1]), value=fill) for v in leaves]
+        if leaves[0].ndim:
+            leaves = [v if len(v) == b else torch.cat([v, v[:1].expand(b - len(v), *v.shape[1:])]) for v in leaves]
+        out[name] = torch.stack(leaves)
+    rows = torch.tensor([len(x["labels"]) for x in batches])
+    out["weight"] = (torch.arange(b)[None] < rows[:, None]).float()
+    return out
+
+
+class Loss:
+    """The pure function a method descends: (model-ready deltas, batch) -> mean loss of each client [K].
+
+    Pure although there is dropout: the masks are a function of the batch's own seed, so the same batch is the same
+    function however often it is called. `parts` > 1 accumulates gradients over row groups: less memory, same gradient.
+    """
+
+    def __init__(self, model: Adapted, task: Task, parts: int = 1):
+        self.model, self.task, self.parts = model, task, parts
+
+    def __call__(self, p: Params, batch: Batch) -> Tensor:
+        with self.model.training(batch):
+            return self._share(p, batch, self._count(batch))
+
+    def _count(self, batch: Batch) -> Tensor:
+        counts = self.task.row_counts(batch["labels"].flatten(0, 1)).view(batch["weight"].shape)
+        return (counts * batch["weight"]).sum(1).clamp_min(1e-12)
+
+    def _share(self, p: Params, batch: Batch, total: Tensor) -> Tensor:
+        """This batch's part of a mean over `total` terms, [K]."""
+        y = self.model.forward(p, batch).flatten(0, 1)
+        each = self.task.row_losses(y, batch["labels"].flatten(0, 1)).view(batch["weight"].shape)
+        return (each * batch["weight"]).sum(1) / total
+
+    def pieces(self, batch: Batch) -> Iterator[Batch]:
+        """Row groups of a batch, for accumulation."""
+        b = batch["weight"].shape[1]
+        size = -(-b // self.parts)
+        for i in range(0, b, size):
+            yield {n: v[:, i : i + size] if v.ndim > 1 else v for n, v in batch.items()}
+
+    def gradient(
+        self, ready: Callable[[Params], Params], p: Params, batch: Batch, create_graph: bool = False
+    ) -> tuple[Tensor, Params]:
+        """Value [K] and gradient of loss(ready(p), batch) with respect to the leaves p.
+
+        Clients of a block do not interact, so the gradient of the sum holds every client's own gradient.
+        """
+        leaves = p if create_graph else {k: v.detach().requires_grad_() for k, v in p.items()}
+        total = self._count(batch)
+        if create_graph:
+            with self.model.training(batch):
+                value = self._share(ready(leaves), batch, total)
+                grads = torch.autograd.grad(value.sum(), list(leaves.values()), create_graph=True)
+            return value, dict(zip(leaves, grads, strict=True))
+        value, sums = torch.zeros_like(total), None
+        for piece in self.pieces(batch) if self.parts > 1 else [batch]:
+            with self.model.training(piece):
+                part = self._share(ready(leaves), piece, total)
+                found = torch.autograd.grad(part.sum(), list(leaves.values()), materialize_grads=True)
+            value = value + part.detach()
+            sums = list(found) if sums is None else list(torch._foreach_add(sums, list(found)))
+        assert sums is not None
+        return value, dict(zip(leaves, sums, strict=True))

@@ -1,0 +1,140 @@
+"""Named tensors: the one data type that crosses every boundary (model, wire, disk).
+
+Shape letters used everywhere: K clients in a block, b examples per client, L tokens, r rank, i/o in/out features,
+n entries of a sparse delta. On the server, the wire and the disk a leaf has no client axis; inside client code
+every leaf has it first: [K, ...].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Key(NamedTuple):
+    """Name of one leaf: which adapter, which weight of the base, which part of the adapter."""
+
+    adapter: str  # "lora", "common", "personal", "sparse", "head"
+    site: str  # module path in the base, e.g. "encoder.layer.0.attention.self.query"; "" for run-wide leaves
+    part: str  # "A" [r i] | "B" [o r] | "values" [n] | "weight" [o i] | "bias" [o] | "rank" [] ...
+
+    def __str__(self) -> str:
+        return "/".join(self)
+
+    @classmethod
+    def parse(cls, text: str) -> Key:
+        """Inverse of str. Raises ValueError unless `text` has exactly three parts."""
+        parts = text.split("/")
+        if len(parts) != 3:
+            raise ValueError(f"leaf name {text!r} has {len(parts)} parts, expected adapter/site/part")
+        return cls(*parts)
+
+
+Params = dict[Key, Tensor]
+
+
+def select(p: Params, keep: Callable[[Key], bool]) -> Params:
+    """The leaves whose key satisfies `keep`."""
+    return {k: v for k, v in p.items() if keep(k)}
+
+
+def mean(terms: Iterable[tuple[Params, float]]) -> Params:
+    """Weighted mean [leafwise], streaming: holds one running sum, never all the uploads.
+
+    Sums in float64 would double the memory for no gain: K <= a few thousand terms of like size.
+    """
+    total, acc = 0.0, {}
+    for p, w in terms:
+        total += w
+        for k, v in p.items():
+            if k in acc:
+                acc[k].add_(v, alpha=w)
+            else:
+                acc[k] = v * w
+    return {k: v.div_(total) for k, v in acc.items()}
+
+
+def rank_axis(k: Key) -> int | None:
+    """The axis (from the end) that holds the rank: A [r i], B [o r], VeRA's d [r]."""
+    return {"A": -2, "B": -1, "d": -1}.get(k.part)
+
+
+def rank(k: Key, v: Tensor) -> int:
+    """Rank of one leaf, 0 for leaves that have none."""
+    axis = rank_axis(k)
+    return 0 if axis is None else v.shape[axis]
+
+
+def pad_rank(k: Key, v: Tensor, r: int) -> Tensor:
+    """Zero-pad the rank axis to r. Parts without a rank pass through."""
+    axis = rank_axis(k)
+    if axis is None or v.shape[axis] == r:
+        return v
+    shape = list(v.shape)
+    shape[axis] = r - shape[axis]
+    return torch.cat([v, v.new_zeros(shape)], axis)
+
+
+def cut_rank(k: Key, v: Tensor, r: int) -> Tensor:
+    """The leading r components of the rank axis. Parts without a rank pass through."""
+    axis = rank_axis(k)
+    return v if axis is None else v.narrow(axis, 0, min(r, v.shape[axis]))
+
+
+def factor(dw: Tensor, r: int, split: str = "sqrt") -> tuple[Tensor, Tensor]:
+    """Best rank-r factors B [o r], A [r i] of dw [o i], with B A ~ dw.
+
+    split "sqrt" puts the root of the singular values on both sides, "B" puts them all on B. Signs are fixed (the
+    largest entry of each left vector is positive): an SVD is unique only up to them, and a resumed run would differ.
+    """
+    u, s, vh = torch.linalg.svd(dw, full_matrices=False)
+    sign = u.gather(0, u.abs().argmax(0)[None]).sign()
+    u, vh, s = (u * sign)[:, :r], (vh * sign.mT)[:r], s[:r]
+    left, right = (s, torch.ones_like(s)) if split == "B" else (s.sqrt(), s.sqrt())
+    return u * left, right[:, None] * vh
+
+
+def stack(ps: Sequence[Params]) -> Params:
+    """K client trees -> one tree with a leading client axis; smaller ranks are zero-padded (exact: zeros stay zero)."""
+    top = {k: max(rank(k, p[k]) for p in ps) for k in ps[0]}
+    return {k: torch.stack([pad_rank(k, p[k], top[k]) for p in ps]) for k in ps[0]}
+
+
+def unstack(p: Params, k: int) -> list[Params]:
+    """Inverse of stack. An adapter with a `rank` leaf [K] is cut back to each client's own rank."""
+    live = {key.adapter: v.tolist() for key, v in p.items() if key.part == "rank"}
+
+    def cut(key: Key, v: Tensor, j: int) -> Tensor:
+        ranks = live.get(key.adapter.split("~")[0])  # "lora~m" holds the moments of "lora"
+        return v if ranks is None else cut_rank(key, v, ranks[j])
+
+    return [{key: cut(key, v[j], j).clone() for key, v in p.items()} for j in range(k)]
+
+
+def per_client(v: Tensor, like: Tensor) -> Tensor:
+    """[K] -> [K 1 ... 1], ready to broadcast against `like` [K ...]."""
+    return v.view(-1, *[1] * (like.ndim - 1))
+
+
+def where(alive: Tensor, new: Mapping[str, Params], old: Mapping[str, Params]) -> dict[str, Params]:
+    """Keep `old` for clients of the block that have run out of batches. alive: [K] bool."""
+    if bool(alive.all()):
+        return dict(new)
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return a if a is b else torch.where(per_client(alive, a).to(a.device), a, b)
+
+    return {g: {k: pick(new[g][k], old[g][k]) for k in new[g]} for g in new}
+
+
+def norm(v: Tensor) -> Tensor:
+    """Frobenius norm per client: [K, ...] -> [K]. Its gradient at zero is zero, not NaN."""
+    return torch.linalg.vector_norm(v.flatten(1), dim=1)
+
+
+def count(p: Params) -> int:
+    """Number of scalars."""
+    return sum(v.numel() for v in p.values())

@@ -1,0 +1,30 @@
+"""What a run tells whoever watches it: the command line's progress bars, JSON lines, or nobody."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Watch:
+    """All calls do nothing; override what you want to see."""
+
+    def start(self, name: str, done: int, rounds: int) -> None:
+        """The run begins with `done` of `rounds` rounds committed."""
+
+    def round_start(self, round: int, clients: int) -> None:
+        """Round `round` (1-based) trains `clients` clients."""
+
+    def clients_done(self, n: int) -> None:
+        """`n` more clients of this round are trained."""
+
+    def evaluating(self, round: int) -> None:
+        """Evaluation after `round` begins."""
+
+    def record(self, line: dict[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+
+    def round_done(self, round: int, facts: dict[str, Any]) -> None:
+        """The round is committed; facts: seconds, bytes, metric."""
+
+    def end(self, summary: dict[str, Any]) -> None:
+        """All rounds are done."""

@@ -1,0 +1,161 @@
+"""The contract: every method, one table row each. A new method adds a row to TABLE and nothing else.
+
+A row: the method at test size, and the parts its client uploads (adapter.part), written down by hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from fedlora import wire
+from fedlora.engine import Schedule, train_block
+from fedlora.errors import FedloraError
+from fedlora.federation import Federation
+from fedlora.method import Method, Order
+from fedlora.methods import METHODS
+from fedlora.optim import SGD, AdamW
+from fedlora.store import Store
+from fedlora.tree import Key, Params, stack
+from fedlora.watch import Watch
+
+HEAD = "head.weight head.bias"
+
+
+@dataclass(frozen=True)
+class Row:
+    method: Method
+    uploads: str
+
+
+TABLE = {
+    "centralized": Row(METHODS["centralized"](rank=4, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
+    "local": Row(METHODS["local"](rank=4, optimizer=AdamW(1e-2)), ""),
+    "fedavg-ft": Row(METHODS["fedavg-ft"](rank=4, tune=2, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
+    "homlora": Row(METHODS["homlora"](rank=4, optimizer=AdamW(1e-2), weights="uniform"), f"lora.A lora.B {HEAD}"),
+    "homlora-moments": Row(METHODS["homlora"](rank=4, optimizer=AdamW(1e-2), moments="keep"), f"lora.A lora.B {HEAD}"),
+    "ffa": Row(METHODS["ffa"](rank=4, optimizer=SGD(0.2, momentum=0.9)), f"lora.B {HEAD}"),
+    "fedsa": Row(METHODS["fedsa"](rank=4, optimizer=AdamW(1e-2)), f"lora.A {HEAD}"),
+    "fedsa-personal-head": Row(METHODS["fedsa"](rank=4, head="personal", optimizer=AdamW(1e-2)), "lora.A"),
+    "fedsa-rslora": Row(METHODS["fedsa"](rank=4, adapter="rslora", head="frozen", optimizer=AdamW(1e-2)), "lora.A"),
+    "fedsa-vera": Row(METHODS["fedsa"](rank=16, adapter="vera", optimizer=AdamW(5e-2)), f"lora.d {HEAD}"),
+    "share-b": Row(METHODS["share-b"](rank=4, optimizer=AdamW(1e-2), clip=1.0), f"lora.B {HEAD}"),
+}
+
+
+def test_every_method_has_a_row() -> None:
+    assert {row.method.name for row in TABLE.values()} == set(METHODS)
+
+
+def state(f: Federation) -> tuple[Params, dict[str, Params], str]:
+    """All that a run leaves behind: server leaves, client leaves, metrics."""
+    loaded = f.store.load_server()
+    assert loaded is not None
+    round, params, _ = loaded
+    kept = {id: f.store.load_client(id, round) or {} for id in f.data.ids}
+    return params, kept, (f.store.root / "metrics.jsonl").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", TABLE)
+class TestEveryMethod:
+    def test_block_equals_one_by_one(self, name: str, tmp_path: Path) -> None:
+        """Clients of unequal length trained in one block == one at a time, dropout included."""
+        one = tiny.federation(TABLE[name].method, tmp_path / "1", tiny.bert(dropout=0.2), block=1)
+        all_ = tiny.federation(TABLE[name].method, tmp_path / "4", tiny.bert(dropout=0.2), block=4)
+        one.run()
+        all_.run()
+        (a, kept_a, _), (b, kept_b, _) = state(one), state(all_)
+        tiny.close(a, b)
+        for id in kept_a:
+            tiny.close(kept_a[id], kept_b[id])
+
+    def test_crash_and_resume_is_bit_exact(self, name: str, tmp_path: Path) -> None:
+        """Crash in the middle of round 2, after some client files are written; resume == never crashed."""
+        whole = tiny.federation(TABLE[name].method, tmp_path / "a", tiny.bert(dropout=0.2), block=2)
+        whole.run()
+        broken = tiny.federation(TABLE[name].method, tmp_path / "b", tiny.bert(dropout=0.2), block=2)
+
+        class Crash(Watch):
+            def clients_done(self, n: int) -> None:
+                if broken.store.load_server()[0] == 1:
+                    raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            broken.run(Crash())
+        again = tiny.federation(TABLE[name].method, tmp_path / "b", tiny.bert(dropout=0.2), block=2)
+        again.run()
+        (a, kept_a, lines_a), (b, kept_b, lines_b) = state(whole), state(again)
+        tiny.close(a, b, 0.0)
+        for id in kept_a:
+            tiny.close(kept_a[id], kept_b[id], 0.0)
+        assert lines_a == lines_b
+
+    def test_only_declared_leaves_leave(self, name: str, tmp_path: Path) -> None:
+        """The encoded upload holds exactly the parts of the table; nothing uploaded is also kept; all that trains is one of
+        the two."""
+        m, f = TABLE[name].method, tiny.federation(TABLE[name].method, tmp_path)
+        client = f.client(3)
+        server = m.init(f.scene)
+        down, kept = m.broadcast(f.scene, server, client), m.keep(f.scene, client)
+        order = Order(0, 3)
+        [done] = train_block(m, f.scene, f.loss, order, [down], [kept], [f.batches(client, order, m.draws)], Schedule())
+        sent, _ = wire.decode(wire.encode(done.upload))
+        assert {f"{k.adapter}.{k.part}" for k in sent} == set(TABLE[name].uploads.split())
+        assert not sent.keys() & done.kept.keys()
+        moved = [k for k, v in (done.upload | done.kept).items() if "~" not in k.adapter and not torch.equal(v, (down | kept)[k])]
+        assert moved
+
+    def test_starts_at_the_base_model(self, name: str, tmp_path: Path) -> None:
+        m, f = TABLE[name].method, tiny.federation(TABLE[name].method, tmp_path)
+        client = f.client(0)
+        ready = m.personal(f.scene, stack([m.broadcast(f.scene, m.init(f.scene), client)]), stack([m.keep(f.scene, client)]))
+        batch = {n: v[None] for n, v in f.data.examples.collate(f.data.splits["train"][0]).items()}
+        assert ready
+        torch.testing.assert_close(f.model.forward(ready, batch), f.model.forward({}, batch), rtol=0, atol=0)
+
+    def test_loss_falls(self, name: str, tmp_path: Path) -> None:
+        f = tiny.federation(TABLE[name].method, tmp_path, sampling=dataclasses.replace(tiny.federation(TABLE[name].method, tmp_path).sampling, rounds=8))
+        f.run()
+        lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        train = [x["loss"] for x in lines if x["kind"] == "train"]
+        assert train[-1] < train[0] - 0.01, train
+
+    def test_personal_leaves_are_personal(self, name: str, tmp_path: Path) -> None:
+        """After a round, personal leaves differ between clients and an unsampled client has none of the round's."""
+        from fedlora.federation import Sampling
+
+        f = tiny.federation(TABLE[name].method, tmp_path, sampling=Sampling(rounds=1, clients_per_round=3))
+        f.run()
+        if f.method.pooled:
+            return
+        sampled = {c.id for c in f.cohort(0)}
+        kept = {id: f.store.load_client(id, 1) for id in f.data.ids}
+        has_private = bool(f.method.keep(f.scene, f.client(0)))
+        assert {id for id, p in kept.items() if p} == (sampled if has_private else set())
+        mine = [p for p in kept.values() if p]
+        for a, b in zip(mine, mine[1:], strict=False):
+            assert any(not torch.equal(a[k], b[k]) for k in a if k.part != "steps")
+
+    def test_refuses_bad_input(self, name: str, tmp_path: Path) -> None:
+        m = TABLE[name].method
+        with pytest.raises(FedloraError, match=r"rank: got 0, expected an integer >= 1"):
+            dataclasses.replace(m, rank=0)
+        if getattr(m, "adapter", "") != "vera":
+            f = tiny.federation(dataclasses.replace(m, rank=64), tmp_path)
+            with pytest.raises(FedloraError, match=r"rank 64 exceeds the layer .*16 x 16"):
+                m_big = f.method
+                m_big.keep(f.scene, f.client(0))
+                m_big.init(f.scene)
+
+    def test_is_printable_and_hashable(self, name: str, tmp_path: Path) -> None:
+        m = TABLE[name].method
+        assert m.title and type(m).__name__ in repr(m)
+        assert hash(m) == hash(dataclasses.replace(m))
+        assert dataclasses.replace(m) == m
