@@ -77,10 +77,11 @@ def train_block(
     served = method.served(work)
     up, mine = method.finish(work)
     k = len(down)
-    return [
-        Trained(u, m, s, {n: float(v[j]) for n, v in means.items()})
-        for j, (u, m, s) in enumerate(zip(*(unstack(_to(x, "cpu"), k) for x in (up, mine, served)), strict=True))
-    ]
+    out = []
+    for j, (p, s) in enumerate(zip(unstack(_to(up | mine, "cpu"), k), unstack(_to(served, "cpu"), k), strict=True)):
+        upload, kept_ = {key: p[key] for key in up}, {key: p[key] for key in mine}  # cut to one rank, then apart
+        out.append(Trained(upload, kept_, s, {n: float(v[j]) for n, v in means.items()}))
+    return out
 
 
 def _mean(values: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
@@ -170,7 +171,7 @@ class Engine:
                 self.save(c.id, order.round, r.kept)
                 accepted += 1
                 log.examples += c.examples
-                yield Upload(c, r.upload)
+                yield Upload(c, r.upload, r.metrics)
             self.on_block(len(clients))
         if accepted < self.min_clients:
             why = "; ".join(f"{c}: {e}" for c, e in list(log.refused.items())[:3])

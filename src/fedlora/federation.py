@@ -80,8 +80,7 @@ class Evaluation:
 class Federation:
     """One run: a method over a model and its clients' data.
 
-    block: clients trained at once, or "auto" from memory. store: the run folder. ranks: client id -> LoRA rank, for
-    methods with unequal ranks.
+    block: clients trained at once, or "auto" from memory. output: the run folder.
     """
 
     model: Adapted
@@ -100,7 +99,6 @@ class Federation:
     name: str = "run"
     recipe: Mapping[str, Any] = field(default_factory=dict)
     recipe_hash: str = ""
-    ranks: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.scene = Scene(self.model.groups, self.seed)
@@ -115,7 +113,7 @@ class Federation:
     def client(self, k: int) -> Client:
         """What the server knows of client number k."""
         id = self.data.ids[k]
-        return Client(id, int(self.data.splits["train"].sizes[k]), self.ranks.get(id))
+        return Client(id, int(self.data.splits["train"].sizes[k]))
 
     def cohort(self, round: int) -> list[Client]:
         """The clients of a round (0-based)."""
@@ -165,11 +163,20 @@ class Federation:
                 server = Server(*loaded)
             watch.start(self.name, server.round, self.sampling.rounds)
             while server.round < self.sampling.rounds:
-                server = self._round(engine, server, watch)
+                server = self._round(engine, self._advance(engine, server, watch), watch)
             result = summarise(self, server)
             self.store.write_json("summary.json", result)
             watch.end(result)
             return result
+
+    def _advance(self, engine: Engine, server: Server, watch: Watch) -> Server:
+        """Let a method with stages change its parametrisation; what that does to the scores is recorded."""
+        new = self.method.advance(self.scene, server)
+        if new is server:
+            return server
+        lines = [{**line, "stage": "handover"} for line in self.evaluate(engine, new, watch)]
+        self._commit(new, [{"kind": "handover", "round": new.round, **new.notes.get("handover", {})}, *lines], watch)
+        return new
 
     def _round(self, engine: Engine, server: Server, watch: Watch) -> Server:
         start = time.perf_counter()
@@ -220,7 +227,7 @@ class Federation:
         """Model-ready deltas of each client: its personal model, or the shared part with fresh personal leaves."""
         method, fresh = self.method, view == "global"
         probe = self.client(clients[0])
-        alike = not method.keep(self.scene, probe) and probe.rank is None
+        alike = not method.keep(self.scene, probe) and not method.per_client
         if alike and (fresh or not method.tune):
             down = method.broadcast(self.scene, server, probe)
             one = unstack(method.personal(self.scene, stack([down]), {}), 1)[0]

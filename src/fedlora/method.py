@@ -33,7 +33,6 @@ class Client:
 
     id: str
     examples: int
-    rank: int | None = None  # None: the method's own rank
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class Upload:
 
     client: Client
     params: Params
+    metrics: Mapping[str, float] = field(default_factory=dict)  # declared ones: the mean training loss
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class Method(ABC):
     title: ClassVar[str]  # in tables
     paper: ClassVar[str] = ""
     draws: ClassVar[int] = 1  # independent minibatches a step takes
-    second_order: ClassVar[bool] = False  # differentiates the model twice
+    second_order: bool = False  # differentiates the model twice
+    per_client: bool = False  # broadcast depends on the client
     pooled: ClassVar[bool] = False  # trains one client that holds everybody's data
     tune: int = 0  # local steps taken before a client's model is served (FedAvg + fine-tuning, Per-FedAvg)
 
@@ -103,6 +104,10 @@ class Method(ABC):
     @abstractmethod
     def aggregate(self, scene: Scene, server: Server, uploads: Iterable[Upload]) -> Server:
         """The next server. Reads `uploads` once, so that they can stream."""
+
+    def advance(self, scene: Scene, server: Server) -> Server:
+        """Between two rounds, after evaluation: a method with stages changes the parametrisation here."""
+        return server
 
     # client
     @abstractmethod
@@ -218,22 +223,41 @@ class SGDMethod(Method):
 
     def begin(self, scene: Scene, order: Order, down: Params, kept: Params) -> Work:
         p = down | select(kept, lambda k: "~" not in k.adapter)
-        old = select(kept, lambda k: "~" in k.adapter)
-        state = _flat(self.optimizer.init(p)) | old if old else _flat(self.optimizer.init(p))
-        return {"train": p, "fixed": to(expand(self.fixed(scene), block_size(p)), p), "moments": state}
+        train = select(p, lambda k: k.part != "rank")
+        state = _flat(self.optimizer.init(train)) | select(kept, lambda k: "~" in k.adapter)
+        work = {"train": train, "ranks": select(p, lambda k: k.part == "rank"), "moments": state}
+        return work | {"fixed": to(expand(self.fixed(scene), block_size(p)), p)}
 
     def ready(self, p: Params, fixed: Params) -> Params:
         """Model-ready deltas from trained and fixed leaves."""
         return self.form.view(p | fixed)
 
-    def step(self, work: Work, loss: Loss, lr: Tensor, batch: Batch) -> tuple[Work, Metrics]:
+    def penalty(self, work: Work, p: Params) -> Tensor | None:
+        """What is added to the loss, [K], as a function of the trained leaves p."""
+        return None
+
+    def step(self, work: Work, loss: Loss, lr: Tensor, *draws: Batch) -> tuple[Work, Metrics]:
         p = work["train"]
-        value, g = loss.gradient(lambda q: self.ready(q, work["fixed"]), p, batch)
-        new, state = self.optimizer.update(clip(g, self.clip), _deep(work["moments"]), p, lr)
-        return work | {"train": new, "moments": _flat(state)}, {"loss": value}
+        value, g = loss.gradient(lambda q: self.ready(q, work["fixed"]), p, draws[0])
+        return self.descend(work, self.penalised(work, g), lr), {"loss": value}
+
+    def penalised(self, work: Work, g: Params) -> Params:
+        """g plus the gradient of the penalty."""
+        leaves = {k: v.detach().requires_grad_() for k, v in work["train"].items()}
+        extra = self.penalty(work, leaves)
+        if extra is None:
+            return g
+        more = torch.autograd.grad(extra.sum(), list(leaves.values()), materialize_grads=True)
+        return {k: v + m for (k, v), m in zip(g.items(), more, strict=True)}
+
+    def descend(self, work: Work, g: Params, lr: Tensor) -> Work:
+        """One optimizer step along g on the leaves that g has."""
+        p = work["train"]
+        new, state = self.optimizer.update(clip(g, self.clip), _deep(work["moments"]), {k: p[k] for k in g}, lr)
+        return work | {"train": p | new, "moments": _flat(state)}
 
     def finish(self, work: Work) -> tuple[Params, Params]:
-        p = work["train"]
+        p = work["train"] | work["ranks"]
         moments = work["moments"] if self.moments == "keep" else {}
         return select(p, self.shared), select(p, lambda k: not self.shared(k)) | moments
 
@@ -241,7 +265,7 @@ class SGDMethod(Method):
         return self.ready(work["train"], work["fixed"])
 
     def personal(self, scene: Scene, down: Params, kept: Params) -> Params:
-        p = down | select(kept, lambda k: "~" not in k.adapter)
+        p = select(down | kept, lambda k: "~" not in k.adapter and k.part != "rank")
         return self.ready(p, to(expand(self.fixed(scene), block_size(p)), p))
 
     def aggregate(self, scene: Scene, server: Server, uploads: Iterable[Upload]) -> Server:

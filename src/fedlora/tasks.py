@@ -33,6 +33,11 @@ class Task(ABC):
         return torch.ones(len(labels), device=labels.device)
 
 
+def full(output: Tensor) -> Tensor:
+    """Half precision to fp32 before a softmax or a square; fp32 and fp64 stay."""
+    return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+
+
 @dataclass(frozen=True)
 class Classification(Task):
     """Cross-entropy over `classes`; labels [N] int64."""
@@ -41,7 +46,7 @@ class Classification(Task):
     classes: int = 2
 
     def row_losses(self, output: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(output.float(), labels, reduction="none")
+        return F.cross_entropy(full(output), labels, reduction="none")
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Regression(Task):
     kind: ClassVar[str] = "regression"
 
     def row_losses(self, output: Tensor, labels: Tensor) -> Tensor:
-        return (output.float().view(len(labels), -1)[:, 0] - labels.float()).square()
+        return (full(output).view(len(labels), -1)[:, 0] - labels.to(output)).square()
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class CausalLM(Task):
     def row_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         n, length, vocabulary = output.shape
         target = labels[:, 1:].reshape(-1)
-        scores = output[:, :-1].float().reshape(-1, vocabulary)
+        scores = full(output[:, :-1]).reshape(-1, vocabulary)
         return F.cross_entropy(scores, target, reduction="none", ignore_index=-100).view(n, length - 1).sum(1)
 
     def row_counts(self, labels: Tensor) -> Tensor:

@@ -104,12 +104,14 @@ def stack(ps: Sequence[Params]) -> Params:
 
 
 def unstack(p: Params, k: int) -> list[Params]:
-    """Inverse of stack. An adapter with a `rank` leaf [K] is cut back to each client's own rank."""
-    live = {key.adapter: v.tolist() for key, v in p.items() if key.part == "rank"}
+    """Inverse of stack. An adapter with a `rank` leaf [K] (for all sites, or one a site) is cut back to each client's
+    own rank."""
+    live = {(key.adapter, key.site): v.tolist() for key, v in p.items() if key.part == "rank"}
 
     def cut(key: Key, v: Tensor, j: int) -> Tensor:
-        ranks = live.get(key.adapter.split("~")[0])  # "lora~m" holds the moments of "lora"
-        return v if ranks is None else cut_rank(key, v, ranks[j])
+        adapter = key.adapter.split("~")[0]  # "lora~m" holds the moments of "lora"
+        ranks = live.get((adapter, key.site)) or live.get((adapter, ""))
+        return v if ranks is None or v.ndim == 0 else cut_rank(key, v, ranks[j])
 
     return [{key: cut(key, v[j], j).clone() for key, v in p.items()} for j in range(k)]
 

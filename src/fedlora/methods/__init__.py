@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from ..method import Method
 from .average import CentralizedLoRA, FedSALoRA, FFALoRA, FineTunedLoRA, HomLoRA, LocalLoRA, ShareB
+from .hetlora import HetLoRA
+from .pf2lora import PF2LoRA
 
 METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (CentralizedLoRA, LocalLoRA, FineTunedLoRA, HomLoRA, FFALoRA, FedSALoRA, ShareB)
+    m.name: m for m in (CentralizedLoRA, LocalLoRA, FineTunedLoRA, HomLoRA, FFALoRA, FedSALoRA, ShareB, HetLoRA, PF2LoRA)
 }

@@ -1,6 +1,6 @@
 """The sections of a recipe: what can be said, of which type, in which range, with which default.
 
-Rules that join several fields stand in rules.py; the method section, whose fields are the method's own, in hyperparameters.py.
+Rules that join fields stand in rules.py; the section method, whose fields are the method's own, in hyperparameters.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Model(Section):
     """The pretrained base and where it is adapted."""
 
     name: Text = "minilm"
-    """"minilm" (carried by the extra "demo"), a hub id, or a local folder."""
+    """A hub id, a local folder, or "minilm" (carried by the extra "demo")."""
     task: Literal["classification", "regression", "causal-lm"] = "classification"
     targets: Text | Annotated[tuple[Text, ...], Field(min_length=1)] = "auto"
     """Layers with a delta: "auto" (PEFT's table for the architecture), name endings, or one regular expression."""
@@ -38,6 +38,7 @@ class Model(Section):
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the frozen base; adapters are always fp32."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    """One of auto, cpu, mps, cuda, cuda:0, cuda:1 and so on."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     revision: Text | None = None
@@ -48,7 +49,7 @@ class Data(Section):
     """The examples, before they are given to clients."""
 
     source: Text | Annotated[tuple[Text, ...], Field(min_length=1)]
-    """"demo", a file, a glob, a list of files, a folder, a hub id, or a folder made by datasets' save_to_disk."""
+    """A file, a glob, a list of files, a folder, a hub id, a folder made by datasets' save_to_disk, or "demo"."""
     subset: Text | None = None
     """Configuration name of a hub data set."""
     split: Text | None = None
@@ -102,10 +103,10 @@ class Partition(Section):
 class Train(Section):
     """Local work of one client in one round."""
 
-    steps: Count | None = None
-    """Optimizer steps; 10 where neither steps nor epochs are given."""
     epochs: Positive | None = None
     """Passes over the client's rows, instead of steps."""
+    steps: Count | None = Field(default_factory=lambda given: None if given.get("epochs") else 10)
+    """Optimizer steps; 10 where neither steps nor epochs are given."""
     batch_size: Count = 16
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Positive = 1e-3

@@ -1,0 +1,82 @@
+"""Columns of a table, with errors that name the column, the row and the remedy. Rows are counted from 1."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import DataError, near
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def column(table: pa.Table, name: str, field: str = "data.text") -> pa.ChunkedArray:
+    """The column `name`, which the recipe's `field` asks for; dictionaries are decoded. Raises DataError if it is missing."""
+    import pyarrow as pa
+
+    if name not in table.column_names:
+        raise DataError(f"{field}: no column {name!r} among the columns {table.column_names}; {near(name, table.column_names)}")
+    found = table.column(name)
+    return found.cast(found.type.value_type) if pa.types.is_dictionary(found.type) else found
+
+
+def full(table: pa.Table, name: str, field: str) -> pa.ChunkedArray:
+    """`column`, and no value of it is missing. Raises DataError with the first row that is."""
+    import pyarrow.compute as pc
+
+    values = column(table, name, field)
+    empty = pc.is_null(values, nan_is_null=True)
+    at = pc.index(empty, True).as_py()
+    if at >= 0:
+        count = pc.sum(empty).as_py()
+        raise DataError(f"{field}: column {name!r} has no value in row {at + 1} ({count} of {len(values)} rows are empty), "
+                        "expected a value in every row; fill or remove those rows")  # fmt: skip
+    return values
+
+
+def strings(table: pa.Table, name: str, field: str) -> list[str]:
+    """The column as text [n]; numbers and booleans are written out. Raises DataError for missing values and nested types."""
+    import pyarrow as pa
+
+    values = full(table, name, field)
+    kind = values.type
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        raise DataError(f"{field}: column {name!r} holds {kind}, expected text; choose another column")
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        values = values.cast(pa.string())
+    out: list[str] = values.to_pylist()
+    return out
+
+
+def codes(values: pa.ChunkedArray, name: str, field: str) -> tuple[np.ndarray, list[Any]]:
+    """Distinct values by number: int64 [n] and the sorted values (integers as integers). Raises DataError for other types."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = values.type
+    if pa.types.is_floating(kind):
+        numbers = values.to_numpy()
+        broken = np.flatnonzero(numbers != np.floor(numbers))
+        if len(broken):
+            raise DataError(f"{field}: column {name!r} holds {numbers[broken[0]]} in row {broken[0] + 1}, expected classes (text or "
+                            "whole numbers); for real values set model.task to regression")  # fmt: skip
+        values = pa.chunked_array([numbers.astype(np.int64)])
+    elif not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise DataError(f"{field}: column {name!r} holds {kind}, expected text or whole numbers; choose another column")
+    encoded = values.combine_chunks().dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.combine_chunks()
+    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    number = np.empty(len(order), np.int64)
+    number[order] = np.arange(len(order))
+    return number[encoded.indices.to_numpy()], encoded.dictionary.take(order).to_pylist()
+
+
+def class_names(table: pa.Table, name: str) -> list[str] | None:
+    """The names that `datasets` keeps for a ClassLabel column, None for any other column."""
+    raw = (table.schema.metadata or {}).get(b"huggingface")
+    feature = json.loads(raw).get("info", {}).get("features", {}).get(name, {}) if raw else {}
+    return feature.get("names") if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None

@@ -1,0 +1,180 @@
+"""HetLoRA: clients of different ranks (Cho et al., EMNLP 2024, arXiv:2401.06432).
+
+    distribute   B_k = B[:, :r_k], A_k = A[:r_k]
+    train        loss + lambda * tail,  tail = ||B_k[:, g:]||_F ||A_k[g:]||_F,  g = floor(gamma r_k)
+    self-prune   if tail after training < tail at receipt: r_k = max(r_min, g), truncate; kept for later rounds
+    aggregate    zero-pad to r_max;  p_k = ||B_k A_k||_F / sum_j ||B_j A_j||_F;  A = sum p_k A_k, B = sum p_k B_k
+
+Round 1 never prunes: B = 0, so no tail can be smaller than at receipt. gamma = 1 never prunes.
+Choices: norms over the whole model (root of the sum of squares over sites) or per site; one prune decision a client or
+one a site; one scale alpha / r_max for all ranks, so that equal factors mean equal deltas; a component that no member of
+the cohort holds keeps its server value (`padding="zero"` pads literally and lets it die). Data size is not in p_k.
+share = "first" gives FedSA-LoRA's ownership on HetLoRA's ranks: B_k stays, its norm ||B_k A_k|| travels for p_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..analysis import gram_norm
+from ..errors import ConfigError, Problem
+from ..method import Client, Scene, Server, SGDMethod, Upload, Work
+from ..ranks import Plan, from_budget, lookup, padded_mean, power_law, truncate, uniform
+from ..tree import Key, Params, norm, pad_rank, rank, select
+
+
+@dataclass(frozen=True)
+class HetLoRA(SGDMethod):
+    """Ranks by client, self-pruning, sparsity-weighted aggregation.
+
+    rank: r_max. plan: how ranks are given: uniform in [rank_min, rank], truncated power law, explicit or from a budget in
+    bytes a message (`ranks` maps client id, or "*", to its rank or bytes).
+    """
+
+    name: ClassVar[str] = "hetlora"
+    title: ClassVar[str] = "HetLoRA"
+    paper: ClassVar[str] = "arXiv:2401.06432"
+    per_client: ClassVar[bool] = True
+    rank_min: int = 2
+    plan: Plan = "uniform"
+    exponent: float = 1.0
+    ranks: tuple[tuple[str, float], ...] = ()
+    gamma: float = 0.99
+    lam: float = 1e-3
+    norms: Literal["model", "site"] = "model"
+    decide: Literal["client", "site"] = "client"
+    padding: Literal["keep", "zero"] = "keep"
+    share: Literal["both", "first"] = "both"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bad = []
+        if not 1 <= self.rank_min <= self.rank:
+            bad.append(Problem("method.rank_min", self.rank_min, f"1 to rank_max={self.rank}", "lower it or raise method.rank"))
+        if not 0 < self.gamma <= 1:
+            bad.append(Problem("method.gamma", self.gamma, "a number in (0, 1]", "0.99, 0.85 and 0.5 are in use"))
+        if self.lam < 0:
+            bad.append(Problem("method.lam", self.lam, "a number >= 0"))
+        if self.adapter == "vera":
+            bad.append(Problem("method.adapter", "vera", "lora or rslora: VeRA has no factors to truncate"))
+        if self.plan in ("explicit", "budget") and not self.ranks:
+            bad.append(Problem("method.ranks", self.ranks, f"a client: value map for plan {self.plan!r}", "'*' is everybody else"))
+        if self.plan == "explicit":
+            for client, r in self.ranks:
+                if not self.rank_min <= r <= self.rank:
+                    side = f"exceeds rank_max={self.rank}; raise method.rank" if r > self.rank else f"is below rank_min={self.rank_min}; lower it"
+                    bad.append(Problem("method.ranks", f"HetLoRA: rank {r} of client {client!r} {side}", f"{self.rank_min} to {self.rank}"))
+        if bad:
+            raise ConfigError(bad)
+
+    def trains(self, k: Key) -> bool:
+        return k.part != "rank"
+
+    def shares(self, k: Key) -> bool:
+        return self.share == "both" or k.part != "B"
+
+    # ranks ------------------------------------------------------------------------------------------------------
+    def first_rank(self, scene: Scene, client: Client) -> int:
+        """r_k at the start."""
+        if self.plan == "uniform":
+            return uniform(self.rank_min, self.rank, scene.seed, client.id)
+        if self.plan == "power":
+            return power_law(self.rank_min, self.rank, self.exponent, scene.seed, client.id)
+        given = lookup(dict(self.ranks), client)
+        if given is None:
+            raise ConfigError([Problem("method.ranks", f"nothing for client {client.id!r}", "a value", "add it, or '*' for the rest")])
+        if self.plan == "budget":
+            return from_budget(given, scene.sites("target"), scene.head, self.rank_min, self.rank)
+        return int(given)
+
+    def rank_of(self, scene: Scene, server: Server, client: Client) -> dict[str, int]:
+        """site -> r_k now; "" stands for all sites where one decision is taken a client."""
+        known = server.notes["ranks"].get(client.id)
+        sites = [""] if self.decide == "client" else [s.name for s in scene.sites("target")]
+        return known or dict.fromkeys(sites, self.first_rank(scene, client))
+
+    # server -----------------------------------------------------------------------------------------------------
+    def init(self, scene: Scene) -> Server:
+        return Server(0, super().init(scene).params, {"ranks": {}})
+
+    def broadcast(self, scene: Scene, server: Server, client: Client) -> Params:
+        r = self.rank_of(scene, server, client)
+        cut = truncate(server.params, lambda k: r.get(k.site, r.get("", self.rank)))
+        return cut | {Key(self.label, site, "rank"): torch.tensor(n) for site, n in r.items()}
+
+    def keep(self, scene: Scene, client: Client) -> Params:
+        return truncate(super().keep(scene, client), lambda k: self.first_rank(scene, client))
+
+    def aggregate(self, scene: Scene, server: Server, uploads: Iterable[Upload]) -> Server:
+        known = dict(server.notes["ranks"])
+
+        def weighted() -> Iterable[tuple[Upload, float]]:
+            for u in uploads:
+                known[u.client.id] = {k.site: int(v) for k, v in u.params.items() if k.part == "rank"}
+                yield Upload(u.client, select(u.params, lambda k: k.part != "norm")), self.weight(u)
+
+        new = padded_mean(weighted(), server.params, self.rank, guard=self.padding == "keep")
+        return Server(server.round + 1, server.params | new, server.notes | {"ranks": known})
+
+    def weight(self, u: Upload) -> float:
+        """||B_k A_k||_F over the whole model, from r x r Gram matrices; no [out, in] product, no SVD."""
+        if self.share == "first":
+            return float(u.params[Key(self.label, "", "norm")])
+        squares = [gram_norm(u.params[k._replace(part="B")], a) ** 2 for k, a in u.params.items() if k.part == "A"]
+        return float(torch.stack(squares).sum().sqrt())
+
+    # client -----------------------------------------------------------------------------------------------------
+    def begin(self, scene: Scene, order: object, down: Params, kept: Params) -> Work:
+        work = super().begin(scene, order, down, kept)  # type: ignore[arg-type]
+        return work | {"received": {Key(self.label, site, "tail"): t for site, t in self.tails(work, work["train"]).items()}}
+
+    def tails(self, work: Work, p: Params) -> dict[str, Tensor]:
+        """site -> ||B[:, g:]||_F ||A[g:]||_F, [K]; the whole model is site "". Padded components are zero."""
+        sides: dict[str, dict[str, list[Tensor]]] = {}
+        for k, v in p.items():
+            if k.part not in ("A", "B") or k.adapter != self.label:
+                continue
+            r = work["ranks"].get(Key(self.label, k.site, "rank"), work["ranks"].get(Key(self.label, "", "rank")))
+            assert r is not None
+            components = torch.arange(v.shape[-2 if k.part == "A" else -1], device=v.device)
+            tail = (components >= (self.gamma * r.double()).floor().to(v.device)[:, None]).to(v)  # [K r]
+            masked = v * (tail[:, :, None] if k.part == "A" else tail[:, None, :])
+            whole = self.norms == "model" and self.decide == "client"
+            sides.setdefault("" if whole else k.site, {}).setdefault(k.part, []).append(norm(masked))
+        total = lambda norms: torch.linalg.vector_norm(torch.stack(norms), dim=0)  # noqa: E731
+        return {site: total(parts["B"]) * total(parts["A"]) for site, parts in sides.items()}
+
+    def penalty(self, work: Work, p: Params) -> Tensor | None:
+        if self.lam == 0 or self.gamma == 1:
+            return None
+        return self.lam * torch.stack(list(self.tails(work, p).values())).sum(0)
+
+    def ready(self, p: Params, fixed: Params) -> Params:
+        """A personal B may still have components that its A was pruned of (a fresh one always has): they meet zeros."""
+        most = {k.site: max(rank(k, v), rank(k._replace(part="A"), p[k._replace(part="A")])) for k, v in p.items() if k.part == "B"}
+        return super().ready({k: pad_rank(k, v, most[k.site]) if k.site in most else v for k, v in p.items()}, fixed)
+
+    def finish(self, work: Work) -> tuple[Params, Params]:
+        up, kept = super().finish(work | {"ranks": self.prune(work)})
+        if self.share == "first":
+            p = work["train"]
+            squares = [gram_norm(p[k._replace(part="B")], a) ** 2 for k, a in p.items() if k.part == "A"]
+            up[Key(self.label, "", "norm")] = torch.stack(squares).sum(0).sqrt()
+        return up, kept
+
+    def prune(self, work: Work) -> Params:
+        """The new rank leaves: g where the tail has shrunk since receipt, never below r_min."""
+        now = self.tails(work, work["train"])
+        start = {k.site: v for k, v in work["received"].items()}
+        out = {}
+        for k, r in work["ranks"].items():
+            sites = [k.site] if k.site in now else list(now)
+            shrunk = sum(now[s] for s in sites) < sum(start[s] for s in sites)  # type: ignore[operator]
+            g = (self.gamma * r.double()).floor().to(r).clamp_min(self.rank_min)
+            out[k] = torch.where(shrunk.to(r.device), torch.minimum(g, r), r)
+        return out

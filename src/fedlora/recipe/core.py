@@ -1,0 +1,177 @@
+"""The typed description of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic.fields import FieldInfo
+
+from ..errors import ConfigError, Problem, near
+from . import hyperparameters, reading
+from .hyperparameters import MethodSection
+from .overrides import apply
+from .problems import UNTYPED, dumps, of_fields
+from .rules import Partial, broken
+from .sections import SECTIONS, Data, Evaluation, Federation, Model, Partition, Run, Section, Train
+
+if TYPE_CHECKING:
+    from ..method import Method
+
+ORDER = ("name", "model", "data", "partition", "method", "train", "federation", "evaluation", "run")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+RESULT = ("seed",)  # the fields of the section run that change the result; the others are not hashed
+
+
+class Recipe(BaseModel):
+    """One run, whole. Immutable; made from sections as mappings or as section objects.
+
+    Raises ConfigError with every problem found: of each field, of fields that do not fit each other, and of the method.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    name: str = "run"
+    model: Model = Model()
+    data: Data
+    partition: Partition = Partition()
+    method: MethodSection
+    train: Train = Train()
+    federation: Federation = Federation()
+    evaluation: Evaluation = Evaluation()
+    run: Run = Run()
+    _method: Any = PrivateAttr()
+
+    def __init__(self, **raw: Any) -> None:
+        fields, method = _checked(raw)
+        super().__init__(**fields)
+        self._method = method
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.resolved() == other.resolved()
+
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
+    @classmethod
+    def load(cls, path: str | Path, sets: Sequence[str] = ()) -> Recipe:
+        """The recipe in a YAML file, with overrides such as "train.lr=1e-3". A file with a sweep needs `expand`."""
+        return cls.from_dict(reading.read(path), sets)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], sets: Sequence[str] = ()) -> Recipe:
+        """The recipe in a mapping such as a YAML file holds."""
+        changed, problems = apply(reading.mapping(raw, "recipe"), sets)
+        if "sweep" in changed:
+            problems.append(
+                Problem("sweep", changed["sweep"], "one run", "remove the sweep, or use fedlora.recipe.expand")
+            )
+            changed = {k: v for k, v in changed.items() if k != "sweep"}
+        try:
+            recipe = cls(**changed)
+        except ConfigError as e:
+            raise ConfigError([*problems, *e.problems]) from e
+        if problems:
+            raise ConfigError(problems)
+        return recipe
+
+    def override(self, *sets: str) -> Recipe:
+        """This recipe with overrides such as "train.lr=1e-3"."""
+        return self.from_dict(self.model_dump(mode="json", exclude_unset=True), sets)
+
+    def method_object(self) -> Method:
+        """The method, with its optimizer and clipping from the section train."""
+        method: Method = self._method
+        return method
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything, defaults included, as JSON has it; loads back as the same recipe."""
+        plain = self.model_dump(mode="json") | {"method": hyperparameters.resolved(self._method)}
+        return {key: plain[key] for key in ORDER}
+
+    def to_yaml(self) -> str:
+        """`resolved` as YAML."""
+        return reading.dump(self.resolved())
+
+    @property
+    def hash(self) -> str:
+        """12 hex digits of what decides the result: all but the name and how it is run (folder, threads, block)."""
+        decisive = {k: v for k, v in self.resolved().items() if k != "name"}
+        decisive["run"] = {k: decisive["run"][k] for k in RESULT}
+        text = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def output_folder(self) -> Path:
+        """The run folder, with its placeholders filled in."""
+        return Path(
+            self.run.output.format(name=self.name, hash=self.hash, seed=self.run.seed, method=self.method.name)
+        ).expanduser()
+
+
+def _checked(raw: Mapping[str, Any]) -> tuple[dict[str, Any], Method | None]:
+    """The fields of a Recipe and its method. Raises ConfigError with all problems."""
+    problems = [Problem(k, raw[k], "a section of a recipe", near(k, ORDER)) for k in raw if k not in ORDER]
+    fields: dict[str, Any] = {}
+    partial: dict[str, Any] = {}
+    for name, kind in SECTIONS.items():
+        value, rest, wrong = _section(name, kind, raw.get(name))
+        problems += wrong
+        if value is not None:
+            fields[name] = value
+        if rest is not None:
+            partial[name] = rest
+    given = raw.get("method")
+    if isinstance(given, MethodSection):
+        given = {"name": given.name, **given.given}
+    method, wrong = hyperparameters.build(given, fields.get("train"))
+    problems += [*wrong, *broken(partial)]
+    title = raw.get("name", "run")
+    if not isinstance(title, str) or not NAME.fullmatch(title):
+        problems.append(
+            Problem("name", title, "letters, digits, '.', '_' and '-'", "it becomes part of a folder's name")
+        )
+    if problems:
+        raise ConfigError(problems)
+    written = {"name": given} if isinstance(given, str) else dict(given or {})
+    return {"name": title, **fields, "method": MethodSection(**written)}, method
+
+
+def _section(name: str, kind: type[Section], raw: Any) -> tuple[Section | None, Partial | None, list[Problem]]:
+    """One section by itself: whole, without its wrong fields, and what is wrong. JSON's types are taken strictly."""
+    if isinstance(raw, kind):
+        return raw, Partial(raw), []
+    raw = {} if raw is None else raw
+    if not isinstance(raw, Mapping):
+        fields = ", ".join(kind.model_fields)
+        return None, None, [Problem(name, raw, "a mapping of fields", f"the section {name} has {fields}")]
+    try:
+        text = dumps(name, dict(raw))
+        section = kind.model_validate_json(text, strict=True)
+        return section, Partial(section), []
+    except ValidationError as e:
+        wrong = {str(x["loc"][0]) for x in e.errors() if x["loc"]}
+        problems = of_fields(name, e, raw, defaults(kind), {n: meaning(f) for n, f in kind.model_fields.items()})
+        right = {k: v for k, v in json.loads(text).items() if k not in wrong}
+        lacking = {n: "?" for n, f in kind.model_fields.items() if f.is_required() and n not in right}
+        rest = kind.model_validate_json(json.dumps(right | lacking), strict=True)
+        return None, Partial(rest, wrong), problems
+    except ConfigError as e:
+        return None, None, list(e.problems)
+
+
+def meaning(field: FieldInfo) -> str:
+    """A field's description as a phrase."""
+    return (field.description or "").strip().removesuffix(".")
+
+
+def defaults(kind: type[Section]) -> dict[str, Any]:
+    """Field -> JSON form of its default, UNTYPED where there is none to show."""
+    return {
+        n: UNTYPED if f.is_required() or f.default_factory else json.loads(json.dumps(f.default))
+        for n, f in kind.model_fields.items()
+    }

@@ -1,0 +1,80 @@
+"""`--set a.b=c`: a dotted path of the recipe and a value in YAML."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..errors import ConfigError, Problem, near
+from . import reading
+from .sections import SECTIONS
+
+
+def paths() -> list[str]:
+    """Every path that can be set; the hyperparameters of the method are not among them, they depend on its name."""
+    return ["name", "method.name", *(f"{s}.{f}" for s, kind in SECTIONS.items() for f in kind.model_fields)]
+
+
+def split(text: str) -> tuple[str, Any]:
+    """ "a.b=c" as path and value. Raises ConfigError."""
+    path, equals, value = text.partition("=")
+    path = path.strip()
+    if not equals or not path:
+        raise ConfigError([Problem("--set", text, "path=value", "for example --set train.lr=1e-3")])
+    return path, reading.parse(value, f"--set {path}")
+
+
+def check(path: str, value: Any) -> Problem | None:
+    """A problem if no recipe has this path."""
+    head = path.partition(".")[0]
+    whole = path in SECTIONS or path == "method"
+    if whole or path in paths() or (head == "method" and path.count(".") == 1 and not path.endswith(".")):
+        return None
+    return Problem(path, value, "a field of the recipe", near(path, paths()))
+
+
+def put(raw: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """`raw` with the value at a path; sections that are missing are made. `raw` stays as it is."""
+    head, dot, rest = path.partition(".")
+    if not dot:
+        return {**raw, head: value}
+    inner = raw.get(head)
+    if head == "method" and isinstance(inner, str):
+        inner = {"name": inner}
+    if inner is None:
+        inner = {}
+    if not isinstance(inner, Mapping):  # the section itself is wrong, and will be reported as such
+        return dict(raw)
+    return {**raw, head: {**inner, rest: value}}
+
+
+def assign(raw: Mapping[str, Any], pairs: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], list[Problem]]:
+    """Put each value in its place, in order; paths that do not exist are problems and change nothing."""
+    out, problems = dict(raw), []
+    for path, value in pairs:
+        wrong = check(path, value)
+        if wrong:
+            problems.append(wrong)
+        else:
+            out = put(out, path, copy.deepcopy(value))
+    return out, problems
+
+
+def parsed(sets: Sequence[str]) -> tuple[list[tuple[str, Any]], list[Problem]]:
+    """All overrides as pairs, and what is wrong with the others."""
+    pairs: list[tuple[str, Any]] = []
+    problems: list[Problem] = []
+    for text in sets:
+        try:
+            pairs.append(split(text))
+        except ConfigError as e:
+            problems += e.problems
+    return pairs, problems
+
+
+def apply(raw: Mapping[str, Any], sets: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
+    """`raw` with the overrides; the later of two wins."""
+    pairs, problems = parsed(sets)
+    out, wrong = assign(raw, pairs)
+    return out, problems + wrong

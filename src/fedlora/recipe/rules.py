@@ -1,0 +1,203 @@
+"""Rules that join fields. Each is a function of the sections it reads, and stops at a field that is wrong by itself."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import inspect
+import string
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from ..errors import Problem, near
+from .sections import Data, Evaluation, Federation, Model, Partition, Run, Section, Train
+
+Rule = Callable[..., Iterator[Problem]]
+BY_LABEL = ("dirichlet", "label-sorting", "classes")
+PLACES = ("name", "hash", "seed", "method")  # what run.output may mention
+
+
+def work(train: Train) -> Iterator[Problem]:
+    if (train.steps is None) == (train.epochs is None):
+        both = {"steps": train.steps, "epochs": train.epochs}
+        yield Problem("train.steps", both, "exactly one of steps and epochs", "set the other one to null")
+    if train.accumulation > train.batch_size:
+        yield Problem(
+            "train.accumulation",
+            train.accumulation,
+            f"at most train.batch_size, {train.batch_size}",
+            "a part holds a row or more",
+        )
+    if train.optimizer == "adamw" and train.momentum:
+        yield Problem("train.momentum", train.momentum, "0 with adamw", "set train.betas, or train.optimizer to sgd")
+    if train.optimizer == "sgd" and train.betas != Train.model_fields["betas"].default:
+        yield Problem(
+            "train.betas", list(train.betas), "no betas with sgd", "set train.momentum, or train.optimizer to adamw"
+        )
+
+
+def columns(model: Model, data: Data) -> Iterator[Problem]:
+    if data.source == "demo":
+        return  # its columns are known
+    if model.task == "causal-lm":
+        yield from _language(data)
+    else:
+        yield from _labelled(model, data)
+    texts = (data.text,) if isinstance(data.text, str) else data.text or ()
+    if len(set(texts)) < len(texts):
+        yield Problem("data.text", list(texts), "two different columns", "give one column for single texts")
+    if data.label is not None and data.label in texts:
+        yield Problem("data.label", data.label, "another column than the text", "name the column of the labels")
+
+
+def _labelled(model: Model, data: Data) -> Iterator[Problem]:
+    if data.text is None:
+        yield Problem(
+            "data.text", None, f"a column, or two for pairs, for {model.task}", "name the column of the texts"
+        )
+    if data.label is None:
+        yield Problem("data.label", None, f"a column for {model.task}", "name the column of the labels")
+    for field in ("prompt", "completion"):
+        value = getattr(data, field)
+        if value is not None:
+            yield Problem(
+                f"data.{field}", value, f"null for {model.task}", "set model.task to causal-lm, or use data.text"
+            )
+
+
+def _language(data: Data) -> Iterator[Problem]:
+    if isinstance(data.text, tuple):
+        yield Problem("data.text", list(data.text), "one column for causal-lm", "use data.prompt and data.completion")
+    if data.text is not None and data.completion is not None:
+        yield Problem("data.text", data.text, "null beside data.completion", "drop one of the two")
+    if data.prompt is not None and data.completion is None:
+        yield Problem("data.completion", None, "a column beside data.prompt", "name the column of the answers")
+    if data.completion is not None and data.prompt is None and data.template is None:
+        yield Problem("data.prompt", None, "a column beside data.completion", "name the column of the questions")
+    if data.text is None and data.prompt is None and data.completion is None and data.template is None:
+        yield Problem(
+            "data.text", None, "a column for causal-lm", "name a text column, or data.prompt and data.completion"
+        )
+
+
+def encoding(data: Data) -> Iterator[Problem]:
+    try:
+        codecs.lookup(data.encoding)
+    except LookupError:
+        yield Problem(
+            "data.encoding",
+            data.encoding,
+            "a character encoding",
+            near(data.encoding, ["utf-8", "utf-16", "latin-1", "cp1252"]),
+        )
+
+
+def clients(partition: Partition, data: Data) -> Iterator[Problem]:
+    p = partition
+    if p.validation + p.test >= 1:
+        yield Problem(
+            "partition.validation",
+            p.validation,
+            f"less than {1 - p.test:g} beside test {p.test:g}",
+            "leave rows to train on",
+        )
+    if not natural(p, data) and p.unseen >= p.clients:
+        yield Problem(
+            "partition.unseen", p.unseen, f"less than partition.clients, {p.clients}", "leave clients to train"
+        )
+    if p.kind == "domain" and p.column is None:
+        yield Problem("partition.column", None, "a column for kind domain", "name the column of the domains")
+    if p.kind == "column" and p.column is None and data.client is None and data.source != "demo":
+        yield Problem("partition.column", None, "a column for kind column", "name it, or set data.client")
+
+
+def natural(p: Partition, data: Data) -> bool:
+    """Whether the data say how many clients there are."""
+    return p.kind == "column" or data.client is not None
+
+
+def labels(model: Model, data: Data, partition: Partition) -> Iterator[Problem]:
+    without = model.task == "regression" or (model.task == "causal-lm" and data.label is None and data.source != "demo")
+    if partition.kind in BY_LABEL and without:
+        why = "regression has no classes" if model.task == "regression" else "or name a column of classes as data.label"
+        yield Problem(
+            "partition.kind", partition.kind, "a kind that needs no classes", f"choose iid, quantity or column; {why}"
+        )
+    if partition.permute_labels and model.task != "classification":
+        yield Problem("partition.permute_labels", True, f"false for {model.task}", "only classes can be permuted")
+
+
+def cohort(federation: Federation, partition: Partition, data: Data) -> Iterator[Problem]:
+    if natural(partition, data) or partition.unseen >= partition.clients:
+        return
+    training, c = partition.clients - partition.unseen, federation.clients_per_round
+    if isinstance(c, int) and c > training:
+        yield Problem(
+            "federation.clients_per_round",
+            c,
+            f"at most {training}, the clients that train",
+            "lower it, or null for all",
+        )
+        return
+    size = training if c is None else c if isinstance(c, int) else max(1, round(c * training))
+    if federation.min_clients > size:
+        yield Problem(
+            "federation.min_clients", federation.min_clients, f"at most {size}, the clients of a round", "lower it"
+        )
+
+
+def views(evaluation: Evaluation, partition: Partition) -> Iterator[Problem]:
+    v = evaluation.views
+    if len(set(v)) < len(v):
+        yield Problem("evaluation.views", list(v), "each view once", "drop the repetition")
+    if "unseen" in v and not partition.unseen:
+        yield Problem(
+            "evaluation.views", list(v), "no view unseen, because no client is", "set partition.unseen to 1 or more"
+        )
+
+
+def output(run: Run) -> Iterator[Problem]:
+    try:
+        places = [p for _, p, _, _ in string.Formatter().parse(run.output) if p is not None]
+    except ValueError as e:
+        yield Problem("run.output", run.output, "a folder", f"{e}; write {{{{ for a brace")
+        return
+    for p in places:
+        if p not in PLACES:
+            yield Problem(
+                "run.output",
+                run.output,
+                f"a folder with {', '.join('{' + x + '}' for x in PLACES)} at most",
+                near(p, PLACES),
+            )
+
+
+RULES: tuple[Rule, ...] = (work, columns, encoding, clients, labels, cohort, views, output)
+
+
+class Wrong(Exception):
+    """A rule has read a field that is wrong by itself: nothing more can be said."""
+
+
+class Partial:
+    """A section of which some fields are wrong; reading one of those raises Wrong."""
+
+    def __init__(self, section: Section, wrong: Collection[str] = ()):
+        self._section, self._wrong = section, wrong
+
+    def __getattr__(self, field: str) -> Any:
+        if field in self._wrong:
+            raise Wrong(field)
+        return getattr(self._section, field)
+
+
+def broken(sections: Mapping[str, Partial]) -> list[Problem]:
+    """What the rules find in the sections that are there."""
+    found: list[Problem] = []
+    for rule in RULES:
+        names = inspect.signature(rule).parameters
+        if all(n in sections for n in names):
+            with contextlib.suppress(Wrong):
+                for problem in rule(**{n: sections[n] for n in names}):
+                    found.append(problem)
+    return found

@@ -1,0 +1,106 @@
+"""One file, many runs: the product of the lists under `sweep`.
+
+    sweep:
+      method.name: [homlora, fedsa]     # one run for each combination
+      run.seed: [0, 1, 2]
+      variants:                         # and for each of these, several fields at once
+        - {train.lr: 1e-3}
+        - {train.lr: 1e-2, train.steps: 5}
+
+Overrides hold for every run; one of a swept path replaces its list (and `--set "sweep.run.seed=[0, 1]"` sets a list).
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, Problem
+from . import reading
+from .core import Recipe
+from .overrides import assign, check, parsed
+
+Pairs = list[tuple[str, Any]]
+
+
+def expand(path: str | Path, sets: Sequence[str] = ()) -> list[Recipe]:
+    """The runs that a recipe file describes: one, or all of its sweep. Raises ConfigError with the problems of all."""
+    return expand_dict(reading.read(path), sets)
+
+
+def expand_dict(raw: Mapping[str, Any], sets: Sequence[str] = ()) -> list[Recipe]:
+    """`expand` for a mapping such as a YAML file holds."""
+    raw = reading.mapping(raw, "recipe")
+    pairs, problems = parsed(sets)
+    fixed = [(p, v) for p, v in pairs if not p.startswith("sweep.")]
+    axes, wrong = _axes(raw.get("sweep"), [(p.removeprefix("sweep."), v) for p, v in pairs if p.startswith("sweep.")])
+    axes = [a for a in axes if not (len(a[0]) == 1 and a[0][0][0] in dict(fixed))]
+    problems += wrong
+    base = {k: v for k, v in raw.items() if k != "sweep"}
+    recipes: list[Recipe] = []
+    for choice in itertools.product(*axes):
+        chosen = [pair for part in choice for pair in part]
+        changed, bad_path = assign(base, [*chosen, *fixed])
+        if axes and not any(p == "name" for p, _ in [*chosen, *fixed]):
+            changed["name"] = "-".join([str(base.get("name", "run")), *_labels(chosen)])
+        try:
+            recipe = Recipe.from_dict(changed)
+        except ConfigError as e:
+            problems += [*bad_path, *e.problems]
+            continue
+        problems += bad_path
+        recipes.append(recipe)
+    problems += _twins(recipes)
+    if problems:
+        raise ConfigError(_unique(problems))
+    return recipes
+
+
+def _axes(sweep: Any, extra: Pairs) -> tuple[list[list[Pairs]], list[Problem]]:
+    """Each axis as its alternatives, each of these as pairs of path and value."""
+    if sweep is None and not extra:
+        return [], []
+    if sweep is not None and not isinstance(sweep, Mapping):
+        return [], [Problem("sweep", sweep, "a mapping of paths to lists", "write sweep: {run.seed: [0, 1, 2]}")]
+    axes: list[list[Pairs]] = []
+    problems: list[Problem] = []
+    for path, values in {**(sweep or {}), **dict(extra)}.items():
+        where = f"sweep.{path}"
+        if not isinstance(values, list) or not values:
+            problems.append(Problem(where, values, "a list of values, at least one", f"write {path}: [...]"))
+        elif path == "variants":
+            odd = [v for v in values if not isinstance(v, Mapping) or not all(isinstance(k, str) for k in v)]
+            problems += [Problem(where, v, "a mapping of paths to values", "write {train.lr: 1e-3}") for v in odd]
+            axes.append([list(v.items()) for v in values if v not in odd])
+        elif (wrong := check(str(path), values)) is not None:
+            problems.append(Problem(where, values, wrong.expected, wrong.remedy))
+        else:
+            axes.append([[(path, v)] for v in values])
+    return ([] if problems else axes), problems
+
+
+def _labels(chosen: Pairs) -> list[str]:
+    """What tells a run from the others of its sweep, fit for a folder's name: "fedsa", "seed1", "lr0.001"."""
+    named = [str(v) if isinstance(v, str) else f"{p.rpartition('.')[2]}{v}" for p, v in chosen]
+    return [re.sub(r"[^A-Za-z0-9._]+", "-", n).strip("-") or "x" for n in named]
+
+
+def _twins(recipes: Sequence[Recipe]) -> list[Problem]:
+    """Runs of a sweep that are one and the same."""
+    first: dict[str, Recipe] = {}
+    problems = []
+    for r in recipes:
+        twin = first.setdefault(r.hash, r)
+        if twin is not r:
+            problems.append(
+                Problem("sweep", f"{twin.name}, {r.name}", "runs that differ", "drop the one or the override")
+            )
+    return problems
+
+
+def _unique(problems: Sequence[Problem]) -> list[Problem]:
+    """Each problem once, though many runs of a sweep have it."""
+    return list({(p.field, repr(p.got), p.expected): p for p in problems}.values())

@@ -1,0 +1,177 @@
+"""HetLoRA against dense products, a hand-worked pruning example and its reductions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from fedlora import ranks
+from fedlora.errors import ConfigError
+from fedlora.method import Client, Order, Scene, Server, Upload
+from fedlora.methods.average import HomLoRA
+from fedlora.methods.hetlora import HetLoRA
+from fedlora.model import Site
+from fedlora.optim import SGD, AdamW
+from fedlora.tree import Key, Params, stack
+
+SITES = (Site("p", 6, 5), Site("q", 4, 7))
+SCENE = Scene({"target": SITES, "head": ()}, 3)
+A, B, RANK = "A", "B", Key("lora", "", "rank")
+
+
+def random_upload(m: HetLoRA, server: Server, id: str, seed: int) -> Upload:
+    g = torch.Generator().manual_seed(seed)
+    down = m.broadcast(SCENE, server, Client(id, 1))
+    return Upload(Client(id, 1), {k: torch.randn(v.shape, generator=g) if v.is_floating_point() else v for k, v in down.items()})
+
+
+def test_aggregation_by_dense_products() -> None:
+    """p_k = ||B_k A_k||_F / sum, from the dense products; factors zero-padded; nothing of the code under test."""
+    m = HetLoRA(rank=4, rank_min=1, plan="explicit", ranks=(("a", 2), ("b", 4), ("c", 3)))
+    server = m.init(SCENE)
+    uploads = [random_upload(m, server, id, i) for i, id in enumerate("abc")]
+    new = m.aggregate(SCENE, server, uploads).params
+    size = []
+    for u in uploads:
+        size.append(sum((u.params[Key("lora", s.name, B)] @ u.params[Key("lora", s.name, A)]).square().sum() for s in SITES).sqrt())
+    p = torch.stack(size) / sum(size)
+    for s in SITES:
+        for part, shape in ((A, (4, s.in_)), (B, (s.out, 4))):
+            want = torch.zeros(shape)
+            for w, u in zip(p, uploads, strict=True):
+                v = u.params[Key("lora", s.name, part)]
+                want[tuple(slice(n) for n in v.shape)] += w * v
+            torch.testing.assert_close(new[Key("lora", s.name, part)], want)
+
+
+def test_equal_ranks_and_norms_reduce_to_fedavg(tmp_path: Path) -> None:
+    """Two uploads of one norm: the mean with equal weights, whatever the sizes of their data."""
+    m = HetLoRA(rank=4, rank_min=4, gamma=1.0)
+    server = m.init(SCENE)
+    u = random_upload(m, server, "a", 1)
+    flipped = {k: -v if k.part == A else v for k, v in u.params.items()}  # the same norm, another product
+    other = Upload(Client("b", 1000), flipped)
+    got = m.aggregate(SCENE, server, [u, other]).params
+    want = HomLoRA(rank=4, weights="uniform").aggregate(SCENE, server, [u, other]).params
+    for k in got:
+        torch.testing.assert_close(got[k], want[k])
+
+
+def test_pruning_by_hand() -> None:
+    """r = 4, gamma 0.5, so g = 2. Tail at receipt: ||B[:, 2:]|| ||A[2:]|| = 2 * 3 = 6 for all three clients. After
+    'training': 1 * 3 = 3 (prune to 2), 2 * 3 = 6 (equal: stay), 4 * 3 = 12 (stay). r_min = 3 would stop at 3."""
+    for low, pruned in ((1, 2), (3, 3)):
+        m = HetLoRA(rank=4, rank_min=low, gamma=0.5)
+
+        def leaves(sizes: list[float]) -> Params:
+            a, b = torch.zeros(3, 4, 5), torch.zeros(3, 6, 4)
+            a[:, 2, 0], a[:, 0, 1] = 3.0, 9.0
+            for i, x in enumerate(sizes):
+                b[i, 0, 3], b[i, 0, 0] = x, 7.0
+            return {Key("lora", "p", A): a, Key("lora", "p", B): b}
+
+        received = leaves([2.0, 2.0, 2.0]) | {RANK: torch.tensor([4, 4, 4])}
+        scene = Scene({"target": SITES[:1], "head": ()}, 0)
+        work = m.begin(scene, Order(1, 2), received, {})
+        up, _ = m.finish(work | {"train": leaves([1.0, 2.0, 4.0])})
+        assert up[RANK].tolist() == [pruned, 4, 4]
+
+
+def test_round_one_never_prunes_and_later_rounds_do(tmp_path: Path) -> None:
+    m = HetLoRA(rank=8, rank_min=1, gamma=0.5, lam=50.0, plan="explicit", ranks=(("*", 8),), optimizer=SGD(0.05))
+    f = tiny.federation(m, tmp_path)
+    engine = f.engine(__import__("fedlora.watch", fromlist=["Watch"]).Watch())
+    server, seen = m.init(f.scene), []
+    for r in range(3):
+        server, _ = engine.round(server, 3, f.cohort(r))
+        seen.append(sorted(x[""] for x in server.notes["ranks"].values()))
+    assert seen[0] == [8, 8, 8, 8]
+    assert seen[2] < seen[0]
+    assert seen[2][0] >= 1
+    down = m.broadcast(f.scene, server, f.client(0))
+    assert {v.shape[0] for k, v in down.items() if k.part == A} == {int(down[RANK])}
+
+
+def test_penalty_and_its_gradient() -> None:
+    """lambda ||B tail|| ||A tail|| over the whole model, by autograd on the dense formula; at B = 0 it is finite."""
+    m = HetLoRA(rank=4, rank_min=1, gamma=0.5, lam=0.3)
+    g = torch.Generator().manual_seed(0)
+    shapes = {k: v.shape for k, v in m.init(SCENE).params.items()}
+    received = {k: torch.randn(2, *s, generator=g) for k, s in shapes.items()} | {RANK: torch.tensor([4, 2])}
+    received[Key("lora", "p", A)][1, 2:] = 0  # client 1 has rank 2: what lies beyond is padding
+    received[Key("lora", "p", B)][1, :, 2:] = 0
+    received[Key("lora", "q", A)][1, 2:] = 0
+    received[Key("lora", "q", B)][1, :, 2:] = 0
+    work = m.begin(SCENE, Order(0, 1), received, {})
+    zeros = {k: torch.zeros_like(v) for k, v in work["train"].items()}
+    got = m.penalised(work, zeros)
+    for client, cut in ((0, 2), (1, 1)):
+        p = {k: v[client].clone().requires_grad_() for k, v in work["train"].items()}
+        b = sum((p[Key("lora", s.name, B)][:, cut:] ** 2).sum() for s in SITES).sqrt()
+        a = sum((p[Key("lora", s.name, A)][cut:] ** 2).sum() for s in SITES).sqrt()
+        (0.3 * a * b).backward()
+        for k, v in p.items():
+            torch.testing.assert_close(got[k][client], v.grad)
+    at_zero = {k: torch.zeros_like(v) if k.part == B else v for k, v in received.items()}
+    assert all(torch.isfinite(v).all() for v in m.penalised(m.begin(SCENE, Order(0, 1), at_zero, {}), zeros).values())
+
+
+@pytest.mark.parametrize("padding", ["keep", "zero"])
+def test_dead_components(padding: Any) -> None:
+    """A component that no cohort member holds keeps its server value; literal zero-padding loses it."""
+    m = HetLoRA(rank=4, rank_min=1, plan="explicit", ranks=(("*", 2),), padding=padding)
+    server = m.init(SCENE)
+    new = m.aggregate(SCENE, server, [random_upload(m, server, id, i) for i, id in enumerate("ab")]).params
+    for s in SITES:
+        a = Key("lora", s.name, A)
+        assert torch.equal(new[a][2:], server.params[a][2:]) == (padding == "keep")
+        assert new[a][2:].abs().max() == (server.params[a][2:].abs().max() if padding == "keep" else 0)
+        assert not torch.equal(new[a][:2], server.params[a][:2])
+
+
+def test_rank_plans() -> None:
+    ids = [f"c{i}" for i in range(2000)]
+    flat = Counter(ranks.uniform(2, 5, 0, id) for id in ids)
+    assert set(flat) == {2, 3, 4, 5} and min(flat.values()) > 400
+    steep = Counter(ranks.power_law(1, 8, 2.0, 0, id) for id in ids)
+    assert set(steep) <= set(range(1, 9)) and steep[1] / steep[2] == pytest.approx(4, rel=0.25)
+    # 4 bytes x (6+5 + 4+7) = 88 a rank
+    assert [ranks.from_budget(b, SITES, (), 1, 8) for b in (0, 88 * 3, 88 * 3.9, 1e9)] == [1, 3, 3, 8]
+    m = HetLoRA(rank=8, rank_min=1, plan="budget", ranks=(("a", 88 * 5), ("*", 88 * 2)))
+    assert [m.first_rank(SCENE, Client(id, 1)) for id in "ab"] == [5, 2]
+
+
+def test_bad_plans_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"HetLoRA: rank 12 of client 'c3' exceeds rank_max=8; raise method.rank"):
+        HetLoRA(rank=8, plan="explicit", ranks=(("c3", 12),))
+    with pytest.raises(ConfigError, match=r"rank_min: got 9, expected 1 to rank_max=8"):
+        HetLoRA(rank=8, rank_min=9)
+    with pytest.raises(ConfigError, match=r"gamma: got 0"):
+        HetLoRA(gamma=0)
+    with pytest.raises(ConfigError, match=r"nothing for client 'z'"):
+        HetLoRA(plan="explicit", ranks=(("a", 4),)).first_rank(SCENE, Client("z", 1))
+
+
+def test_padding_stays_zero_through_training(tmp_path: Path) -> None:
+    """On a client zero-padding is exact: zeros in both factors have zero gradient, so a block trains as one."""
+    m = HetLoRA(rank=8, rank_min=2, plan="explicit", ranks=(("c0", 2), ("*", 8)), lam=0.1, optimizer=AdamW(1e-2))
+    f = tiny.federation(m, tmp_path)
+    clients = [f.client(k) for k in range(4)]
+    down = [m.broadcast(f.scene, m.init(f.scene), c) for c in clients]
+    work = m.begin(f.scene, Order(0, 1), stack(down), {})
+    from fedlora.tasks import stack_batches
+
+    for t in range(3):
+        batch = stack_batches([f.batches(c, Order(0, 1), 1)[t % 2] for c in clients])
+        work, _ = m.step(work, f.loss, torch.ones(4, dtype=torch.float64), batch)
+
+    def padding(k: Key, v: Tensor) -> Tensor:
+        return v[0, 2:] if k.part == A else v[0, :, 2:]
+
+    assert all(padding(k, v).abs().max() == 0 for k, v in work["train"].items() if k.part in (A, B))
