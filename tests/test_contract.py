@@ -62,6 +62,25 @@ TABLE = {
     "pf2lora-finite-difference": Row(
         METHODS["pf2lora"](rank=4, hypergradient="finite_difference", optimizer=AdamW(1e-2)), f"common.A common.B {HEAD}"
     ),
+    "slora": Row(METHODS["slora"](rank=4, density=0.1, sparse_rounds=2, optimizer=AdamW(1e-2)), f"sparse.values {HEAD}"),
+    "slora-keep": Row(
+        METHODS["slora"](rank=4, density=0.1, sparse_rounds=1, base="keep", split="B", layers="all", optimizer=AdamW(1e-2)), f"sparse.values {HEAD}"
+    ),
+    "slora-pf2lora": Row(
+        METHODS["slora"](rank=4, density=0.1, sparse_rounds=1, second="pf2lora", head="personal", optimizer=AdamW(1e-2)), "sparse.values"
+    ),
+    "fft": Row(METHODS["fft"](optimizer=AdamW(1e-3)), f"full.weight full.bias full.gain full.table {HEAD}"),
+    "sft": Row(METHODS["sft"](density=0.1, optimizer=AdamW(3e-2, weight_decay=0.1)), f"sparse.values {HEAD}"),
+    "bitfit": Row(METHODS["bitfit"](optimizer=AdamW(1e-2)), f"bitfit.bias {HEAD}"),
+    "houlsby": Row(
+        METHODS["houlsby"](rank=4, optimizer=AdamW(1e-2)),
+        f"bottleneck.down bottleneck.up bottleneck.down_bias bottleneck.up_bias {HEAD}",
+    ),
+    "pfeiffer": Row(
+        METHODS["pfeiffer"](rank=4, optimizer=AdamW(3e-2)),
+        f"bottleneck.down bottleneck.up bottleneck.down_bias bottleneck.up_bias {HEAD}",
+    ),
+    "local-houlsby": Row(METHODS["local"](rank=4, adapter="houlsby", optimizer=AdamW(1e-2)), ""),
 }
 
 
@@ -167,7 +186,7 @@ class TestEveryMethod:
         m = TABLE[name].method
         with pytest.raises(FedloraError, match=r"rank: got 0, expected an integer >= 1"):
             dataclasses.replace(m, rank=0)
-        if getattr(m, "adapter", "") != "vera":
+        if getattr(m, "adapter", "") in ("lora", "rslora") and m.name != "sft":
             f = tiny.federation(dataclasses.replace(m, rank=64), tmp_path)
             with pytest.raises(FedloraError, match=r"rank 64 exceeds the layer .*16 x 16"):
                 m_big = f.method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedlora.model import Adapted, matching
 from fedlora.peft_io import default_targets
 from fedlora.pretrained import head_of
 from fedlora.seeds import np_rng
+from fedlora.sites import groups
 from fedlora.tasks import CausalLM, Classification
 
 VOCABULARY, CLASSES = 50, 3
@@ -81,12 +83,12 @@ def causal_families() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def adapt(base: nn.Module, task: str = "classification", **more: Any) -> Adapted:
-    """`base` with its architecture's default targets."""
+def adapt(base: nn.Module, task: str = "classification", needs: Sequence[str] = (), **more: Any) -> Adapted:
+    """`base` with its architecture's default targets, and the groups of sites that a method needs."""
     kind = base.config.model_type
     head = head_of(base, task)
     inside = [n for n in matching(base, default_targets(kind)) if n not in head]
-    return Adapted(base, {"target": inside, "head": head}, **more)
+    return Adapted(base, groups(needs, base, kind, inside, head), **more)
 
 
 def tokens(n: int = 120, longest: int = 12, labels: bool = True, seed: int = 0) -> Tokens:
@@ -123,7 +125,7 @@ def federation(method: Method, folder: Path, base: nn.Module | None = None, **mo
     """A federation of 4 tiny clients, 3 rounds."""
     base = base if base is not None else bert()
     lm = more.pop("causal", False)
-    model = more.pop("model", None) or adapt(base, "causal-lm" if lm else "classification")
+    model = more.pop("model", None) or adapt(base, "causal-lm" if lm else "classification", method.groups)
     settings: dict[str, Any] = {
         "plan": Plan(epochs=1, steps=None, batch_size=5), "sampling": Sampling(rounds=3), "block": 4, "seed": 7,
         "evaluation": Evaluation(every=1, views=("personal", "global")),

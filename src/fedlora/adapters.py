@@ -6,6 +6,13 @@
     rslora   s = alpha / sqrt(r)                                     (arXiv:2312.03732)
     vera     dW = diag(b) B diag(d) A; A, B frozen, random, one pair for all layers, derived from the seed and never
              sent; d = 0.1, b = 0                                    (arXiv:2310.11454)
+    bitfit   every bias                                              (arXiv:2106.10199)
+    houlsby  a bottleneck of `rank` after attention and after FFN    (arXiv:1902.00751); hidden / 16 is usual
+    pfeiffer a bottleneck of `rank` after FFN                        (arXiv:2005.00247)
+    full     every parameter of the base
+    sparse   a seeded random share of the entries of each layer      (SLoRA, arXiv:2308.06522); see methods/slora.py
+
+The last five have no halves: rules that share one half refuse them.
 """
 
 from __future__ import annotations
@@ -13,25 +20,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from .errors import ModelError
 from .model import Site
 from .seeds import rng
 from .tree import Key, Params
 
-AdapterName = Literal["lora", "rslora", "vera"]
+AdapterName = Literal["lora", "rslora", "vera", "bitfit", "houlsby", "pfeiffer", "full"]
 NAMES: tuple[str, ...] = get_args(AdapterName)
 
 
 class Adapter(ABC):
     """One delta form with its start and its scale."""
 
-    first: ClassVar[frozenset[str]]
-    second: ClassVar[frozenset[str]]
-    group: ClassVar[str] = "target"  # the model's sites it lives on
+    first: ClassVar[frozenset[str]] = frozenset()
+    second: ClassVar[frozenset[str]] = frozenset()
+    group: str = "target"  # the model's sites it lives on (sites.py)
 
     @abstractmethod
     def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
@@ -96,11 +105,80 @@ class VeRA(Adapter):
         return {Key(name, s.name, part): v for s in sites for part, v in (("A", a), ("B", b))}
 
 
+@dataclass(frozen=True)
+class BitFit(Adapter):
+    """h = W0 x + b0 + c."""
+
+    group: ClassVar[str] = "bias"
+
+    def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
+        return {Key(name, s.name, "bias"): torch.zeros(s.out) for s in sites}
+
+
+@dataclass(frozen=True)
+class Bottleneck(Adapter):
+    """h + U relu(D h + d) + u after a sublayer's output projection, U = 0 at the start."""
+
+    size: int = 24
+    group: str = "outputs"
+
+    def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
+        out: Params = {}
+        for s in sites:
+            down = torch.rand(self.size, s.out, generator=rng(*seed, name, s.name))
+            out[Key(name, s.name, "down")] = (down * 2 - 1) * s.out**-0.5
+            out[Key(name, s.name, "up")] = torch.zeros(s.out, self.size)
+            out[Key(name, s.name, "down_bias")] = torch.zeros(self.size)
+            out[Key(name, s.name, "up_bias")] = torch.zeros(s.out)
+        return out
+
+
+@dataclass(frozen=True)
+class Full(Adapter):
+    """A dense delta on every parameter of the base."""
+
+    group: ClassVar[str] = "all"
+
+    def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
+        out: Params = {}
+        for s in sites:
+            part, shape = {"linear": ("weight", (s.out, s.in_)), "norm": ("gain", (s.out,)), "embedding": ("table", (s.in_, s.out))}[s.kind]
+            out[Key(name, s.name, part)] = torch.zeros(*shape)
+            if s.bias:
+                out[Key(name, s.name, "bias")] = torch.zeros(s.out)
+        return out
+
+
+@lru_cache(maxsize=1024)
+def _positions(n: int, size: int, *path: object) -> Tensor:
+    return torch.randperm(size, generator=rng("mask", *path))[:n].sort().values
+
+
+@dataclass(frozen=True)
+class Sparse(Adapter):
+    """Values at positions that every party derives from the seed: density * out * in of each layer."""
+
+    density: float = 0.01
+    group: str = "target"
+
+    def positions(self, name: str, s: Site, *seed: object) -> Tensor:
+        """Flat positions trained at site s, ascending int64 [n]. Random, independent of data, fixed for the run."""
+        return _positions(max(1, round(self.density * s.out * s.in_)), s.out * s.in_, *seed, s.name)
+
+    def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
+        return {Key(name, s.name, "values"): torch.zeros(max(1, round(self.density * s.out * s.in_))) for s in sites}
+
+    def fixed(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
+        return {Key(name, s.name, "index"): self.positions(name, s, *seed) for s in sites}
+
+
 def make(name: str, rank: int, alpha: float) -> Adapter:
-    """The adapter called `name` at this rank; alpha is LoRA's, VeRA has none."""
-    if name == "vera":
-        return VeRA(rank)
-    return LoRA(rank, alpha / rank**0.5 if name == "rslora" else alpha / rank)
+    """The adapter called `name`: rank is LoRA's and VeRA's rank and the bottlenecks' size; alpha is LoRA's."""
+    if name in ("lora", "rslora"):
+        return LoRA(rank, alpha / rank**0.5 if name == "rslora" else alpha / rank)
+    if name in ("houlsby", "pfeiffer"):
+        return Bottleneck(rank, "outputs" if name == "houlsby" else "ffn_output")
+    return {"vera": lambda: VeRA(rank), "bitfit": BitFit, "full": Full}[name]()
 
 
 def init_head(head: Sequence[Site]) -> Params:

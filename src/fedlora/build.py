@@ -18,6 +18,7 @@ from .federation import Evaluation, Federation, Sampling
 from .method import Method
 from .model import Adapted, matching
 from .optim import SGD, AdamW, Optimizer
+from .sites import groups
 from .tasks import CausalLM, Classification, Regression, Task
 
 if TYPE_CHECKING:
@@ -62,14 +63,14 @@ def attention_of(r: Recipe, method: Method) -> str:
     return "eager" if method.second_order or r.train.dropout or device_of(r.model.device) == "cpu" else "sdpa"
 
 
-def adapted_of(r: Recipe, loaded: pretrained.Pretrained) -> Adapted:
-    """The base with its target and head sites."""
+def adapted_of(r: Recipe, loaded: pretrained.Pretrained, method: Method) -> Adapted:
+    """The base with the sites that the method needs."""
     targets: Any = r.model.targets
     if targets == "auto":
         targets = peft_io.default_targets(loaded.model_type)
     inside = [n for n in matching(loaded.base, targets) if n not in loaded.head]
-    groups = {"target": inside, "head": loaded.head}
-    return Adapted(loaded.base, groups, checkpointing=r.model.gradient_checkpointing, dropout=r.train.dropout)
+    found = groups(method.groups, loaded.base, loaded.model_type, inside, loaded.head)
+    return Adapted(loaded.base, found, checkpointing=r.model.gradient_checkpointing, dropout=r.train.dropout)
 
 
 def tokenizer_of(r: Recipe) -> Any:
@@ -124,7 +125,7 @@ def federation(r: Recipe, output: str | Path | None = None) -> Federation:
                 attention=attention or "eager", revision=r.model.revision, device=device_of(r.model.device),
             ),
         )  # fmt: skip
-    model = attempt("model.targets", lambda: adapted_of(r, loaded)) if loaded else None
+    model = attempt("model.targets", lambda: adapted_of(r, loaded, method)) if loaded and method else None
     if problems or method is None or data is None or model is None:
         raise ConfigError(problems)
     fed = Federation(

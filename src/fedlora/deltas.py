@@ -8,6 +8,8 @@ to x's dtype, so fp32 adapters ride on a bf16 base. Scaling is the adapter's bus
     sparse       values [K n] at flat positions index [K n]    y + S x
     dense        weight [K o i] (bias [K o])                   y + W x + c
     bias         bias [K o]                                    y + c
+    gain         gain [K h] (bias [K h])                       y + g * normalised(x) + c, at a LayerNorm or RMSNorm
+    table        table [K v h]                                 y + T[x], at an embedding
     bottleneck   down [K m o], up [K o m], down_bias, up_bias  y + U relu(D y + d) + u        (arXiv:1902.00751)
 """
 
@@ -16,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 Parts = Mapping[str, Tensor]
 
@@ -65,13 +68,35 @@ def bottleneck(x: Tensor, y: Tensor, p: Parts) -> Tensor:
     return (rows + torch.baddbmm(p["up_bias"].to(y.dtype)[:, None], h, up.mT)).view_as(y)
 
 
+def gain(x: Tensor, y: Tensor, p: Parts, module: nn.Module) -> Tensor:
+    g = p["gain"].to(x.dtype)
+    if isinstance(module, nn.LayerNorm):
+        unit = F.layer_norm(x, x.shape[-1:], eps=module.eps)
+    else:
+        unit = F.rms_norm(x, x.shape[-1:], eps=getattr(module, "variance_epsilon", 1e-6))
+    y = torch.addcmul(_rows(y, len(g)), _rows(unit, len(g)), g[:, None]).view_as(y)
+    return bias(x, y, p) if "bias" in p else y
+
+
+def table(x: Tensor, y: Tensor, p: Parts) -> Tensor:
+    t = p["table"]
+    k = len(t)
+    ids = x.expand(len(y), *x.shape[1:]).reshape(k, -1)
+    picked = torch.stack([F.embedding(i, w) for i, w in zip(ids, t, strict=True)])  # [K T h]
+    return y + picked.to(y.dtype).view_as(y)
+
+
 # The form is told by the parts that are there; the first match wins.
-FORMS = (("d", vera), ("A", low_rank), ("values", sparse), ("weight", dense), ("down", bottleneck), ("bias", bias))
-PARTS = frozenset({"A", "B", "d", "b", "values", "index", "weight", "bias", "down", "up", "down_bias", "up_bias"})
+FORMS = (
+    ("d", vera), ("A", low_rank), ("values", sparse), ("weight", dense), ("down", bottleneck), ("table", table), ("bias", bias),
+)  # fmt: skip
+PARTS = frozenset({"A", "B", "d", "b", "values", "index", "weight", "bias", "down", "up", "down_bias", "up_bias", "gain", "table"})
 
 
-def apply(x: Tensor, y: Tensor, p: Parts) -> Tensor:
+def apply(x: Tensor, y: Tensor, p: Parts, module: nn.Module | None = None) -> Tensor:
     """Add the delta `p` to y. Raises ValueError for parts that form no delta."""
+    if "gain" in p and module is not None:
+        return gain(x, y, p, module)
     for part, form in FORMS:
         if part in p:
             return form(x, y, p)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, AdapterName, init_head, make
+from .adapters import Adapter, AdapterName, LoRA, init_head, make
 from .errors import ConfigError, ModelError, Problem
 from .model import Batch, Site
 from .optim import AdamW, Optimizer, clip
@@ -90,6 +90,7 @@ class Method(ABC):
     second_order: bool = False  # differentiates the model twice
     per_client: bool = False  # broadcast depends on the client
     pooled: ClassVar[bool] = False  # trains one client that holds everybody's data
+    groups: ClassVar[Sequence[str]] = ()  # groups of sites (sites.py) beside target and head
     tune: int = 0  # local steps taken before a client's model is served (FedAvg + fine-tuning, Per-FedAvg)
 
     # server
@@ -164,14 +165,18 @@ class SGDMethod(Method):
     optimizer: Optimizer = AdamW()
     clip: float | None = None
     label: ClassVar[str] = "lora"  # the adapter's name in keys
+    needs_halves: ClassVar[bool] = False  # shares or trains one half of the adapter only
     shares_head: ClassVar[bool] = True  # Local-only shares nothing, whatever the switch says
 
     def __post_init__(self) -> None:
         bad = []
         if not isinstance(self.rank, int) or self.rank < 1:
             bad.append(Problem("method.rank", self.rank, "an integer >= 1", "choose 4, 8 or 16"))
+            raise ConfigError(bad)
         if not self.alpha > 0:
             bad.append(Problem("method.alpha", self.alpha, "a number > 0", "alpha = 2 * rank is usual"))
+        if self.needs_halves and not self.form.first:
+            bad.append(Problem("method.adapter", self.adapter, f"lora, rslora or vera: {self.title} tells two halves apart", "or use homlora"))
         if self.clip is not None and not self.clip > 0:
             bad.append(Problem("train.clip", self.clip, "a number > 0 or null"))
         if bad:
@@ -180,6 +185,10 @@ class SGDMethod(Method):
     @property
     def form(self) -> Adapter:
         return make(self.adapter, self.rank, self.alpha)
+
+    @property
+    def groups(self) -> Sequence[str]:  # type: ignore[override]
+        return (self.form.group,)
 
     # what a subclass states -------------------------------------------------------------------------------------
     @abstractmethod
@@ -279,7 +288,7 @@ class SGDMethod(Method):
 
 def check_ranks(method: SGDMethod, sites: Sequence[Site]) -> None:
     """A LoRA rank above a layer's size buys nothing and hides a mistake: refused. VeRA's rank may exceed it."""
-    if method.adapter == "vera":
+    if not isinstance(method.form, LoRA):
         return
     for s in sites:
         if method.rank > min(s.out, s.in_):

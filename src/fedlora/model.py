@@ -29,6 +29,7 @@ class Site(NamedTuple):
     out: int
     in_: int
     bias: bool = True  # whether the base has a bias there
+    kind: str = "linear"  # linear | norm | embedding
 
 
 def site_of(name: str, module: nn.Module) -> Site | None:
@@ -39,7 +40,9 @@ def site_of(name: str, module: nn.Module) -> Site | None:
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2: weight [in out]
         return Site(name, module.nf, module.weight.shape[0], bias)
     if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
-        return Site(name, module.weight.shape[-1], module.weight.shape[-1], bias)
+        return Site(name, module.weight.shape[-1], module.weight.shape[-1], bias, "norm")
+    if isinstance(module, nn.Embedding):
+        return Site(name, module.embedding_dim, module.num_embeddings, False, "embedding")
     return None
 
 
@@ -88,25 +91,27 @@ class Adapted:
         site = site_of(name, modules[name])
         if site is None or "/" in name:
             kind = type(modules[name]).__name__
-            raise ModelError(f"model: module {name!r} is a {kind}, expected Linear, Conv1D or LayerNorm; choose another")
+            raise ModelError(f"model: module {name!r} is a {kind}, expected Linear, Conv1D, LayerNorm or Embedding; choose another")
         return site
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def add(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
             clients, rows = self._rows
             self._fired.add(name)
-            if len(y) != rows:
+            if len(y) != rows and not isinstance(module, nn.Embedding):
                 self._common.add(name)
             bound = self._bound.get(name)
             if not bound:
                 return y
+            if clients > 1 and len(y) == 1 and isinstance(module, nn.Embedding):
+                y = y.expand(rows, *y.shape[1:])  # positions, the same for all examples: each client has its own table
             if clients > 1 and len(y) != rows:
                 raise ModelError(
                     f"model: site {name!r} works on a tensor that all examples share ({len(y)} rows, batch {rows}), so "
                     f"{clients} clients cannot be in one block; set run.block to 1 or choose other targets"
                 )
             for parts in bound:
-                y = deltas.apply(args[0], y, parts)
+                y = deltas.apply(args[0], y, parts, module)
             return y
 
         return add
@@ -183,7 +188,7 @@ class Adapted:
                 f"model: the forward never reaches {unused[0]!r} ({len(unused)} such sites), so a delta there would do "
                 "nothing; choose other targets"
             )
-        return not self._common & {s.name for s in self.groups.get("target", ())}
+        return not self._common & {s.name for group, sites in self.groups.items() for s in sites if group != "head"}
 
     def close(self) -> None:
         """Remove the hooks: the base is as it was."""
@@ -203,7 +208,7 @@ def matching(base: nn.Module, targets: str | Iterable[str]) -> list[str]:
     """
     import re
 
-    names = {n: m for n, m in base.named_modules() if n and site_of(n, m) is not None}
+    names = {n: m for n, m in base.named_modules() if n and (s := site_of(n, m)) is not None and s.kind == "linear"}
     if isinstance(targets, str):
         found = [n for n in names if re.fullmatch(targets, n)]
         endings = sorted({n.rsplit(".", 1)[-1] for n in names})

@@ -106,6 +106,10 @@ class Loss:
     def __init__(self, model: Adapted, task: Task, parts: int = 1):
         self.model, self.task, self.parts = model, task, parts
 
+    def beside(self, frozen: Params) -> Loss:
+        """The same loss with model-ready deltas `frozen` always bound."""
+        return _Beside(self, frozen)
+
     def __call__(self, p: Params, batch: Batch) -> Tensor:
         with self.model.training(batch):
             return self._share(p, batch, self._count(batch))
@@ -150,3 +154,14 @@ class Loss:
             sums = list(found) if sums is None else list(torch._foreach_add(sums, list(found)))
         assert sums is not None
         return value, dict(zip(leaves, sums, strict=True))
+
+
+class _Beside(Loss):
+    """A loss with frozen deltas beside the ones it is given."""
+
+    def __init__(self, inner: Loss, frozen: Params):
+        super().__init__(inner.model, inner.task, inner.parts)
+        self.frozen = frozen
+
+    def _share(self, p: Params, batch: Batch, total: Tensor) -> Tensor:
+        return super()._share(p | self.frozen, batch, total)

@@ -46,6 +46,7 @@ class FFALoRA(SGDMethod):
 
     name: ClassVar[str] = "ffa"
     title: ClassVar[str] = "FFA-LoRA"
+    needs_halves: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv:2403.12313"
 
     def trains(self, k: Key) -> bool:
@@ -61,6 +62,7 @@ class FedSALoRA(SGDMethod):
 
     name: ClassVar[str] = "fedsa"
     title: ClassVar[str] = "FedSA-LoRA"
+    needs_halves: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv:2410.01463"
 
     def trains(self, k: Key) -> bool:
@@ -76,6 +78,7 @@ class ShareB(SGDMethod):
 
     name: ClassVar[str] = "share-b"
     title: ClassVar[str] = "Share-B"
+    needs_halves: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv:2509.25414"
 
     def trains(self, k: Key) -> bool:

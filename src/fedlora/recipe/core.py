@@ -155,8 +155,9 @@ def _section(name: str, kind: type[Section], raw: Any) -> tuple[Section | None, 
         return section, Partial(section), []
     except ValidationError as e:
         wrong = {str(x["loc"][0]) for x in e.errors() if x["loc"]}
-        problems = of_fields(name, e, raw, defaults(kind), {n: meaning(f) for n, f in kind.model_fields.items()})
-        right = {k: v for k, v in json.loads(text).items() if k not in wrong}
+        plain = json.loads(text)
+        problems = of_fields(name, e, plain, defaults(kind), {n: meaning(f) for n, f in kind.model_fields.items()})
+        right = {k: v for k, v in plain.items() if k not in wrong}
         lacking = {n: "?" for n, f in kind.model_fields.items() if f.is_required() and n not in right}
         rest = kind.model_validate_json(json.dumps(right | lacking), strict=True)
         return None, Partial(rest, wrong), problems

@@ -31,7 +31,10 @@ def check(path: str, value: Any) -> Problem | None:
     whole = path in SECTIONS or path == "method"
     if whole or path in paths() or (head == "method" and path.count(".") == 1 and not path.endswith(".")):
         return None
-    return Problem(path, value, "a field of the recipe", near(path, paths()))
+    last = path.rpartition(".")[2]
+    alike = [p for p in paths() if p.rpartition(".")[2] == last]
+    remedy = f"did you mean {' or '.join(map(repr, alike))}?" if alike else near(path, paths())
+    return Problem(path, value, "a field of the recipe", remedy)
 
 
 def put(raw: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:

@@ -1,0 +1,169 @@
+"""Texts to token ids: fast, in batches, as flat arrays. One function per kind of example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, Problem
+
+BATCH = 4096  # texts encoded at once: enough for the tokenizer's threads, little memory
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """n examples without their labels; the arrays are those of `Tokens`."""
+
+    flat: np.ndarray  # int32 [total tokens]
+    offsets: np.ndarray  # int64 [n+1]
+    source: np.ndarray  # int64 [n]: the table row that each example comes from
+    truncated: int  # rows that lost tokens
+    segment: np.ndarray | None = None
+    prompt: np.ndarray | None = None
+    chars: np.ndarray | None = None
+
+
+def texts(tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, max_length: int) -> Encoded:
+    """One example for each text or pair, cut to max_length tokens as the tokenizer does it (a pair loses from its longer text).
+
+    `segment` is set for pairs of a tokenizer with token types (BERT's), None for others (RoBERTa's, GPT-2's).
+    """
+    room(tokenizer, max_length, pair=second is not None)
+    typed = second is not None and "token_type_ids" in tokenizer.model_input_names
+    ids: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
+    starts: list[np.ndarray] = []
+    truncated = 0
+    for a in range(0, len(first), BATCH):
+        pair = {} if second is None else {"text_pair": list(second[a : a + BATCH])}
+        batch = tokenizer(
+            list(first[a : a + BATCH]), **pair, truncation=True, max_length=max_length, return_attention_mask=False,
+            return_token_type_ids=typed,
+        )  # fmt: skip
+        flat, length = flatten(batch["input_ids"])
+        ids.append(flat)
+        lengths.append(length)
+        if batch.encodings is not None:
+            truncated += sum(bool(e.overflowing) for e in batch.encodings)
+        else:  # a tokenizer in Python does not say: a full row may have been longer
+            truncated += int((length == max_length).sum())
+        if typed:
+            types, _ = flatten(batch["token_type_ids"])
+            place = np.arange(len(types)) - np.repeat(np.cumsum(length) - length, length)
+            beginning = np.repeat(length, length)
+            starts.append(np.minimum.reduceat(np.where(types == 1, place, beginning), np.cumsum(length) - length))
+    offsets = _offsets(_join(lengths))
+    segment = _join(starts).astype(np.int32) if typed else None
+    return Encoded(_join(ids).astype(np.int32), offsets, np.arange(len(first)), truncated, segment)
+
+
+def continuations(tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int) -> Encoded:
+    """One example for each prompt + completion: [specials] prompt completion [EOS]; prompt tokens carry no loss.
+
+    The two are tokenised apart, so that the prompt's tokens are those it has when the completion is generated. Too long: first
+    the prompt loses its beginning, down to half of the room, then the completion its end (and EOS). A tokenizer without an
+    end-of-sequence token gets none. chars: characters of the completion that is left.
+    """
+    before, _ = specials(tokenizer)
+    space = room(tokenizer, max_length)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows: list[list[int]] = []
+    skip, chars = np.zeros(len(prompts), np.int32), np.zeros(len(prompts), np.int32)
+    truncated = 0
+    pieces = zip(_plain(tokenizer, prompts), _plain(tokenizer, completions), strict=True)
+    for i, ((p, _), (c, stops)) in enumerate(pieces):
+        c = c + end
+        keep = min(len(p), max(space - len(c), space // 2))
+        rest = min(len(c), space - keep)
+        truncated += keep < len(p) or rest < len(c)
+        rows.append([*before, *p[len(p) - keep :], *c[:rest]])
+        skip[i] = len(before) + keep
+        unscored = 1 if skip[i] == 0 else 0  # the very first token has nothing to be predicted from
+        stop = [0, *stops]
+        chars[i] = stop[min(rest, len(stops))] - stop[min(unscored, len(stops))]
+    flat, lengths = flatten(rows)
+    return Encoded(flat, _offsets(lengths), np.arange(len(rows)), truncated, None, skip, chars)
+
+
+def running(tokenizer: Any, documents: Sequence[str], max_length: int) -> Encoded:
+    """Plain text for a causal language model: each document is cut into pieces of max_length tokens, none is lost.
+
+    Special tokens stand in every piece as the tokenizer puts them around a text. Pieces without a token to predict are
+    dropped. `source` maps a piece to its document. chars: characters of the tokens that are predicted, so that the sum over
+    a document is its length (less the first token of each piece where the tokenizer puts nothing before a text).
+    """
+    before, after = specials(tokenizer)
+    space = room(tokenizer, max_length)
+    rows: list[list[int]] = []
+    source: list[int] = []
+    chars: list[int] = []
+    for i, (ids, stops) in enumerate(_plain(tokenizer, documents)):
+        stop = [0, *stops]
+        for a in range(0, len(ids), space):
+            piece = ids[a : a + space]
+            first = a if before else a + 1  # the first token that is predicted
+            if len(before) + len(piece) > 1:
+                rows.append([*before, *piece, *after])
+                source.append(i)
+                chars.append(stop[a + len(piece)] - stop[first])
+    flat, lengths = flatten(rows)
+    return Encoded(flat, _offsets(lengths), np.array(source, np.int64), 0, None, None, np.array(chars, np.int32))
+
+
+# shared ---------------------------------------------------------------------------------------------------------------
+
+
+def specials(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens that the tokenizer puts before and after one text, e.g. ([BOS], [])."""
+    marked = list(tokenizer("a")["input_ids"])
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    for at in range(len(marked) - len(bare) + 1):
+        if marked[at : at + len(bare)] == bare:
+            return marked[:at], marked[at + len(bare) :]
+    return [], []
+
+
+def room(tokenizer: Any, max_length: int, pair: bool = False) -> int:
+    """Tokens of text that fit beside the special ones. Raises ConfigError where there are fewer than two."""
+    extra = tokenizer.num_special_tokens_to_add(pair=pair)
+    if max_length - extra < 2:
+        raise ConfigError([Problem("data.max_length", max_length, f"at least {extra + 2}: the tokenizer adds {extra} special tokens")])
+    limit = getattr(tokenizer, "model_max_length", None) or max_length
+    if max_length > limit:
+        raise ConfigError([Problem("data.max_length", max_length, f"at most {limit}, the longest input of the model", f"set it to {limit}")])
+    return max_length - extra
+
+
+def _plain(tokenizer: Any, items: Sequence[str]) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids of each text without special tokens, and the character where each token ends."""
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    for a in range(0, len(items), BATCH):
+        part = list(items[a : a + BATCH])
+        batch = tokenizer(
+            part, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
+            return_offsets_mapping=fast, verbose=False,
+        )  # fmt: skip
+        for i, ids in enumerate(batch["input_ids"]):
+            if fast:
+                stops = [stop for _, stop in batch["offset_mapping"][i]]
+            else:  # a tokenizer in Python keeps no positions: spread the characters evenly
+                stops = [round(len(part[i]) * (j + 1) / len(ids)) for j in range(len(ids))]
+            yield list(ids), stops
+
+
+def flatten(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids as one array int32 [total], and their lengths int64 [n]."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    return np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)

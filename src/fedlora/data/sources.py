@@ -1,0 +1,196 @@
+"""Where examples come from: files, globs, folders, `save_to_disk` folders, hub ids, the built-in demo, or a table at hand."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import ConfigError, DataError, Problem, near
+from ..seeds import np_rng
+from .files import FORMATS, missing, read_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+CLIENT = "__client__"  # column that client="file" adds
+HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
+
+
+def read(
+    source: Any,
+    *,
+    format: str = "auto",
+    subset: str | None = None,
+    split: str | None = None,
+    encoding: str = "utf-8",
+    client: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> pa.Table:
+    """The rows of `source`.
+
+    source: "demo"; a file; a glob; a list of files or globs; a folder of data files; a folder written by `save_to_disk`; a hub
+    id; or a pyarrow table or `datasets.Dataset`. subset and split: configuration and split of a hub data set; split also picks a split
+    of a saved data set, or the files of a folder named after it (train.parquet, train-00000-of-00002.parquet).
+    client: "file" adds the column "__client__", the name of the file each row comes from.
+    limit: a random choice of that many rows, in their order, which depends on `seed` alone.
+    Raises DataError for what is missing, empty or malformed.
+    """
+    table = _read(source, format, subset, split, encoding, client == "file")
+    if table.num_rows == 0:
+        raise DataError(f"data.source: {_shown(source)} has no rows, expected at least one")
+    if limit is not None and limit < 1:
+        raise ConfigError([Problem("data.limit", limit, "an integer >= 1 or null")])
+    if limit is None or limit >= table.num_rows:
+        return table
+    chosen = np_rng(seed, "limit").choice(table.num_rows, limit, replace=False)
+    return table.take(np.sort(chosen))
+
+
+def _read(source: Any, format: str, subset: str | None, split: str | None, encoding: str, by_file: bool) -> pa.Table:
+    import pyarrow as pa
+
+    if isinstance(source, (str, Path)):
+        name = str(source)
+        if name == "demo" and not by_file:
+            from .demo import corpus
+
+            return corpus()
+        path = Path(name).expanduser()
+        if path.is_dir() and not by_file and _saved(path):
+            return _from_disk(path, split)
+        if path.exists() or by_file or not _may_be_hub_id(name):
+            return _files(_paths(source, split), format, encoding, by_file)
+        return from_hub(name, subset, split)
+    if isinstance(source, pa.Table):
+        return source
+    if hasattr(source, "with_format") and hasattr(source, "column_names"):  # datasets.Dataset, without importing datasets
+        return _arrow(_pick(source, split, "the data set"))
+    if isinstance(source, Sequence) and source and all(isinstance(s, (str, Path)) for s in source):
+        return _files([p for s in source for p in _paths(s, split)], format, encoding, by_file)
+    raise DataError(f"data.source: got {type(source).__name__}, expected a path, a list of paths, a hub id, a pyarrow table or a data set")
+
+
+# files ----------------------------------------------------------------------------------------------------------------
+
+
+def _paths(source: str | Path, split: str | None) -> list[Path]:
+    """The data files of a path, glob or folder, sorted."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in FORMATS and not p.name.startswith("."))
+        if not found:
+            raise DataError(f"data.source: folder {path} holds no data file ({', '.join(FORMATS)}); {near('', [p.name for p in path.iterdir()])}")
+        return _of_split(found, split, path) if split else found
+    if not path.exists() and glob.has_magic(str(path)):
+        found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+        if not found:
+            start = next(p for p in path.parents if not glob.has_magic(str(p)))
+            around = sorted(p.name for p in start.iterdir()) if start.is_dir() else []
+            raise DataError(f"data.source: no file matches {source}; in {start}: {near(path.name, around)}")
+        return found
+    if not path.exists():
+        raise missing(path)
+    return [path]
+
+
+def _of_split(paths: list[Path], split: str, folder: Path) -> list[Path]:
+    names = {p: re.sub(r"-\d+-of-\d+$", "", p.stem) for p in paths}
+    chosen = [p for p in paths if names[p] == split]
+    if not chosen:
+        raise DataError(f"data.split: no file of {folder} is named after the split {split!r}; {near(split, sorted(set(names.values())))}")
+    return chosen
+
+
+def _files(paths: list[Path], format: str, encoding: str, by_file: bool) -> pa.Table:
+    import pyarrow as pa
+
+    tables = [read_file(p, format, encoding) for p in paths]
+    first = tables[0]
+    for path, table in zip(paths, tables, strict=True):
+        if set(table.column_names) != set(first.column_names):
+            odd = sorted(set(table.column_names) ^ set(first.column_names))
+            raise DataError(f"data.source: {path} has columns {table.column_names}, {paths[0]} has {first.column_names}; expected the same in "
+                            f"every file: rename or add {', '.join(map(repr, odd))}, or give fewer files")  # fmt: skip
+    if by_file:
+        tables = [t.append_column(CLIENT, pa.array([n] * t.num_rows)) for n, t in zip(_names(paths), tables, strict=True)]
+    if len(tables) == 1:
+        return tables[0]
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as e:
+        raise DataError(f"data.source: the {len(paths)} files from {paths[0]} to {paths[-1]} do not fit together "
+                        f"({str(e).splitlines()[0]}); expected one type in each column") from e  # fmt: skip
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The stem of each file; with its folders below the common one where stems alone would not tell files apart."""
+    stems = [p.stem for p in paths]
+    if len(set(stems)) == len(stems):
+        return stems
+    resolved = [p.resolve() for p in paths]
+    depth = min(len(p.parts) for p in resolved) - 1
+    while len({p.parts[:depth] for p in resolved}) > 1:
+        depth -= 1
+    return ["/".join(p.with_suffix("").parts[depth:]) for p in resolved]
+
+
+# datasets -------------------------------------------------------------------------------------------------------------
+
+
+def _may_be_hub_id(name: str) -> bool:
+    return HUB_ID.fullmatch(name) is not None and Path(name).suffix.lower() not in FORMATS
+
+
+def from_hub(name: str, subset: str | None = None, split: str | None = None, **options: Any) -> pa.Table:
+    """One split of a hub data set (or of any folder that `datasets.load_dataset` takes). Raises DataError if it cannot be loaded."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, subset, split=split, **options)
+    except Exception as e:  # datasets raises whatever its storage, parser and network layers raise
+        around = sorted(p.name for p in Path(name).parent.iterdir()) if Path(name).parent.is_dir() else []
+        what = f"{name!r} (subset {subset!r}, split {split!r})" if subset or split else f"{name!r}"
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise DataError(f"data.source: {what} is no file or folder here and cannot be loaded from the hub ({reason}); "
+                        f"for a path, {near(Path(name).name, around)}") from e  # fmt: skip
+    return _arrow(_pick(loaded, split, repr(name)))
+
+
+def _saved(path: Path) -> bool:
+    return any((path / marker).is_file() for marker in ("dataset_dict.json", "dataset_info.json", "state.json"))
+
+
+def _from_disk(path: Path, split: str | None) -> pa.Table:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as e:  # as above
+        raise DataError(f"data.source: {path} looks like a save_to_disk folder but cannot be loaded ({str(e).splitlines()[0]}); save it again") from e
+    return _arrow(_pick(loaded, split, str(path)))
+
+
+def _pick(loaded: Any, split: str | None, what: str) -> Any:
+    """The split of a DatasetDict: the one asked for, the only one, or "train"."""
+    if not isinstance(loaded, dict):
+        return loaded
+    names = list(loaded)
+    wanted = split or (names[0] if len(names) == 1 else "train")
+    if wanted not in loaded:
+        raise DataError(f"data.split: {what} has no split {wanted!r}, it has {', '.join(names)}; {near(wanted, names)}")
+    return loaded[wanted]
+
+
+def _arrow(data: Any) -> pa.Table:
+    """The rows of a `datasets.Dataset`, its filters applied; the schema keeps the names of ClassLabel columns."""
+    return data.with_format("arrow")[:]
+
+
+def _shown(source: Any) -> str:
+    return str(source) if isinstance(source, (str, Path)) else f"a {type(source).__name__}"

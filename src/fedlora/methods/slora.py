@@ -1,0 +1,192 @@
+"""SLoRA (Primed-LoRA): sparse fine-tuning first, then LoRA from its SVD (Babakniya et al., arXiv:2308.06522).
+
+    stage 1    rounds 1..R1: clients train only the entries of a random mask that both sides derive from one seed;
+               their *values* travel and are averaged
+    hand-over  per layer dW = accumulated update = U S V^T;  split "B":    B = U_r S_r / s,       A = V_r^T
+                                                             split "sqrt": B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_r^T
+               base "reset": W <- W0;  base "keep": W <- W_stage1 - s B A, which changes no logit
+    stage 2    ordinary federated LoRA from there
+
+A randomly masked matrix is not low rank, so the hand-over records the energy that rank r captures per layer; the scores
+before and after it stand in metrics.jsonl. The SVD's signs are fixed, or a resumed run would differ. The head trains
+densely in both stages and is carried over.
+
+Choices: one density for all layers; R1 by rounds or by a plateau of the mean training loss; base "keep" sends the frozen
+part (sparse values, s B A at the hand-over) with every message of stage 2, "reset" sends nothing more. `second` names the
+method of stage 2: homlora as in the paper, or pf2lora, whose common adapter is primed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..adapters import LoRA
+from ..errors import ConfigError, Problem
+from ..method import Client, Metrics, Order, Scene, Server, SGDMethod, Upload, Work
+from ..model import Batch
+from ..tasks import Loss
+from ..tree import Key, Params, factor, select
+from .average import HomLoRA
+from .pf2lora import PF2LoRA
+from .tuning import SFT
+
+
+@dataclass(frozen=True)
+class SLoRA(SFT):
+    """sparse_rounds: R1. stage: switch after R1 rounds, or when the loss has not improved by `tolerance` (relative) for
+    `patience` rounds, at the latest after R1. split, base: the hand-over. second: the method of stage 2."""
+
+    name: ClassVar[str] = "slora"
+    title: ClassVar[str] = "SLoRA"
+    sparse_rounds: int = 10
+    stage: Literal["rounds", "plateau"] = "rounds"
+    patience: int = 3
+    tolerance: float = 0.01
+    split: Literal["sqrt", "B"] = "sqrt"
+    base: Literal["reset", "keep"] = "reset"
+    second: Literal["homlora", "pf2lora"] = "homlora"
+    rank_personal: int = 2
+    lr_personal: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bad = []
+        if self.sparse_rounds < 1:
+            bad.append(Problem("method.sparse_rounds", self.sparse_rounds, "an integer >= 1"))
+        if self.patience < 1:
+            bad.append(Problem("method.patience", self.patience, "an integer >= 1"))
+        if self.adapter not in ("lora", "rslora"):
+            bad.append(Problem("method.adapter", self.adapter, "lora or rslora: an SVD primes low-rank factors"))
+        if bad:
+            raise ConfigError(bad)
+
+    # stages -----------------------------------------------------------------------------------------------------
+    @property
+    def stages(self) -> tuple[SFT, SGDMethod]:
+        """The methods of stage 1 and 2, with this method's common settings."""
+        common = {f.name: getattr(self, f.name) for f in fields(SGDMethod) if f.name != "tune"}
+        sparse = SFT(**common, density=self.density, layers=self.layers)
+        if self.second == "homlora":
+            return sparse, HomLoRA(**common)
+        own = {"rank_personal": self.rank_personal, "alpha_personal": float(self.rank_personal), "lr_personal": self.lr_personal}
+        return sparse, PF2LoRA(**common, **own)
+
+    def now(self, p: Params) -> SGDMethod:
+        """Clients notice the stage only by the leaves that arrive."""
+        return self.stages[0 if any(k.adapter == "sparse" for k in p) else 1]
+
+    @property
+    def draws(self) -> int:  # type: ignore[override]
+        return self.stages[1].draws
+
+    @property
+    def second_order(self) -> bool:  # type: ignore[override]
+        return self.stages[1].second_order
+
+    @property
+    def groups(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(dict.fromkeys(("target", *self.stages[0].groups)))
+
+    # server -----------------------------------------------------------------------------------------------------
+    def init(self, scene: Scene) -> Server:
+        return Server(0, self.stages[0].init(scene).params, {"losses": []})
+
+    def keep(self, scene: Scene, client: Client) -> Params:
+        first, second = self.stages
+        return second.keep(scene, client) | first.keep(scene, client)
+
+    def aggregate(self, scene: Scene, server: Server, uploads: Iterable[Upload]) -> Server:
+        losses: list[float] = []
+
+        def seen() -> Iterable[Upload]:
+            for u in uploads:
+                losses.append(u.metrics.get("loss", float("nan")))
+                yield u
+
+        new = self.now(server.params).aggregate(scene, server, seen())
+        history = [*server.notes["losses"], sum(losses) / max(len(losses), 1)]
+        return Server(new.round, new.params, new.notes | {"losses": history})
+
+    def due(self, server: Server) -> bool:
+        """Whether stage 1 ends here."""
+        if server.round >= self.sparse_rounds:
+            return True
+        losses = server.notes["losses"]
+        if self.stage == "rounds" or len(losses) <= self.patience:
+            return False
+        best = min(losses[: -self.patience])
+        return min(losses[-self.patience :]) > best * (1 - self.tolerance)
+
+    def advance(self, scene: Scene, server: Server) -> Server:
+        if any(k.adapter == "sparse" for k in server.params) and self.due(server):
+            return self.hand_over(scene, server)
+        return server
+
+    def hand_over(self, scene: Scene, server: Server) -> Server:
+        """Factor the accumulated update of each target layer; what the factors leave out is lost ("reset") or frozen."""
+        sparse, second = self.stages
+        form = second.form
+        assert isinstance(form, LoRA)
+        p = select(server.params, lambda k: k.adapter != "sparse")
+        energy: dict[str, float] = {}
+        index = sparse.fixed(scene)
+        for s in scene.sites("target"):
+            values = server.params[Key("sparse", s.name, "values")]
+            dw = torch.zeros(s.out * s.in_).index_copy(0, index[Key("sparse", s.name, "index")], values).view(s.out, s.in_)
+            b, a = factor(dw / form.scale, self.rank, self.split)
+            p[Key(second.label, s.name, "A")], p[Key(second.label, s.name, "B")] = a, b
+            total = float(dw.square().sum())
+            energy[s.name] = float((form.scale * b @ a).square().sum()) / total if total else 1.0
+            if self.base == "keep":  # scale is applied by the method, so the frozen product carries it
+                p[Key("primed", s.name, "A")], p[Key("primed", s.name, "B")] = a.clone(), -form.scale * b
+        if self.base == "keep":
+            p |= {Key("stage1", k.site, "values"): v for k, v in server.params.items() if k.adapter == "sparse"}
+        notes = server.notes | {"handover": {"energy": energy}}
+        return Server(server.round, p, notes)
+
+    # client -----------------------------------------------------------------------------------------------------
+    def begin(self, scene: Scene, order: Order, down: Params, kept: Params) -> Work:
+        now = self.now(down)
+        frozen, rest, idle = self.apart(now, down, kept)
+        work = now.begin(scene, order, rest[0], rest[1])
+        return work | {"idle": idle, "fixed": work["fixed"] | self.frozen(scene, frozen)}
+
+    def apart(self, now: SGDMethod, down: Params, kept: Params) -> tuple[Params, tuple[Params, Params], Params]:
+        """(frozen leaves, what the stage's method takes, personal leaves that wait for stage 2)."""
+        frozen = select(down, lambda k: k.adapter in ("primed", "stage1"))
+        waits = lambda k: now.label == "sparse" and k.adapter.split("~")[0] in ("personal", "common", "lora")  # noqa: E731
+        idle = select(kept, waits)
+        return frozen, (select(down, lambda k: k not in frozen), select(kept, lambda k: k not in idle)), idle
+
+    def frozen(self, scene: Scene, p: Params) -> Params:
+        """The frozen leaves model-ready: the stage-1 values get their positions."""
+        if not any(k.adapter == "stage1" for k in p):
+            return p
+        clients = len(next(iter(p.values())))
+        index = self.stages[0].fixed(scene)
+        return p | {Key("stage1", k.site, "index"): v[None].expand(clients, -1).to(next(iter(p.values())).device) for k, v in index.items()}
+
+    def step(self, work: Work, loss: Loss, lr: Tensor, *draws: Batch) -> tuple[Work, Metrics]:
+        extra = select(work["fixed"], lambda k: k.adapter in ("primed", "stage1"))
+        now = self.now(work["train"])
+        return now.step(work, loss.beside(extra) if extra else loss, lr, *draws)
+
+    def finish(self, work: Work) -> tuple[Params, Params]:
+        up, kept = self.now(work["train"]).finish(work)
+        return up, kept | work["idle"]
+
+    def served(self, work: Work) -> Params:
+        extra = select(work["fixed"], lambda k: k.adapter in ("primed", "stage1"))
+        own = select(work["fixed"], lambda k: k not in extra)
+        return self.now(work["train"]).ready(work["train"], own) | extra
+
+    def personal(self, scene: Scene, down: Params, kept: Params) -> Params:
+        now = self.now(down)
+        frozen, rest, _ = self.apart(now, down, kept)
+        return now.personal(scene, rest[0], rest[1]) | self.frozen(scene, frozen)
+

@@ -1,0 +1,63 @@
+"""Groups of sites that adapters live on, found in the modules of a base.
+
+target      the layers model.targets names (LoRA, VeRA, sparse)
+head        the task head
+linear      every Linear or Conv1D of the base outside the head
+bias        every layer with a bias (BitFit, arXiv:2106.10199: normalisation layers too)
+all         every parameter: linear layers, normalisations, embeddings (full fine-tuning)
+outputs     the output projections of attention and of the feed-forward (Houlsby, arXiv:1902.00751)
+ffn_output  the output projection of the feed-forward only (Pfeiffer, arXiv:2005.00247)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from .errors import ModelError, near
+from .model import site_of
+
+# architecture -> (attention output, feed-forward output), as patterns on module paths
+OUTPUTS = {
+    "bert": (r".*\.attention\.output\.dense", r".*\.layer\.\d+\.output\.dense"),
+    "albert": (r".*\.attention\.dense", r".*\.ffn_output"),
+    "distilbert": (r".*\.attention\.out_lin", r".*\.ffn\.lin2"),
+    "gpt2": (r".*\.attn\.c_proj", r".*\.mlp\.c_proj"),
+    "llama": (r".*\.self_attn\.o_proj", r".*\.mlp\.down_proj"),
+}
+OUTPUTS |= dict.fromkeys(("roberta", "xlm-roberta", "electra", "deberta", "deberta-v2"), OUTPUTS["bert"])
+OUTPUTS |= dict.fromkeys(("mistral", "qwen2", "qwen3", "gemma", "phi3"), OUTPUTS["llama"])
+
+
+def group(name: str, base: nn.Module, model_type: str, targets: Sequence[str], head: Sequence[str]) -> list[str]:
+    """Module paths of the group `name`. Raises ModelError where the architecture has none."""
+    if name in ("target", "head"):
+        return list(targets if name == "target" else head)
+    sites = {n: (m, s) for n, m in base.named_modules() if n and n not in head and (s := site_of(n, m)) is not None}
+    linear = [n for n, (m, _) in sites.items() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    tied = getattr(getattr(base, "config", None), "tie_word_embeddings", False)
+    outside = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    linear = [n for n in linear if not (tied and sites[n][0] is outside)]  # trained where the table is
+    if name == "linear":
+        return linear
+    if name == "bias":
+        found = [n for n, (m, s) in sites.items() if s.bias]
+        if not found:
+            raise ModelError(f"BitFit: {type(base).__name__} has no biases to train; choose another adapter")
+        return found
+    if name == "all":
+        return [n for n in sites if n in linear or not isinstance(sites[n][0], nn.Linear)]
+    if model_type not in OUTPUTS:
+        raise ModelError(
+            f"{name}: where the sublayers of architecture {model_type!r} end is not known ({near(model_type, OUTPUTS)}); "
+            "use lora, or add the architecture to fedlora.sites.OUTPUTS"
+        )
+    patterns = OUTPUTS[model_type] if name == "outputs" else OUTPUTS[model_type][1:]
+    return [n for n in linear if any(re.fullmatch(p, n) for p in patterns)]
+
+
+def groups(names: Iterable[str], base: nn.Module, model_type: str, targets: Sequence[str], head: Sequence[str]) -> dict[str, list[str]]:
+    """The groups a method needs, and always target and head."""
+    return {n: group(n, base, model_type, targets, head) for n in dict.fromkeys(("target", "head", *names))}

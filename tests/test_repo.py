@@ -1,0 +1,258 @@
+"""The repository itself: versions, pins, make targets, the wheel, and what an import costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SETUP_FILES = ("pyproject.toml", "constraints.txt", "Makefile", ".ci/run", ".pre-commit-config.yaml")
+HEAVY = (
+    "torch",
+    "transformers",
+    "pyarrow",
+    "datasets",
+    "pydantic",
+    "numpy",
+    "peft",
+    "flwr",
+    "sklearn",
+    "scipy",
+    "pandas",
+    "plotly",
+)
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def pins() -> dict[str, Version]:
+    lines = [line for line in read("constraints.txt").splitlines() if line and not line.startswith("#")]
+    odd = [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line)]
+    assert not odd, f"not name==version, or with a local suffix: {odd}"
+    found = [line.split("==") for line in lines]
+    assert len({canonicalize_name(n) for n, _ in found}) == len(found)
+    return {canonicalize_name(n): Version(v) for n, v in found}
+
+
+def requirements() -> list[Requirement]:
+    groups = [PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"].values()]
+    return [Requirement(r) for g in groups for r in g]
+
+
+# versions and pins ---------------------------------------------------------------------------------------------------
+def test_version_is_the_same_everywhere() -> None:
+    version = PROJECT["project"]["version"]
+    (newest, *_) = re.findall(r"^## (\d+\.\d+\.\d+)", read("CHANGELOG.md"), re.MULTILINE)
+    assert newest == version
+    own = re.findall(r"^__version__ = \"(.*)\"", read("src/fedlora/__init__.py"), re.MULTILINE)
+    assert own in ([], [version])
+
+
+def test_changelog_names_what_breaks_first() -> None:
+    for release in re.split(r"^## ", read("CHANGELOG.md"), flags=re.MULTILINE)[1:]:
+        assert re.findall(r"^### (.*)", release, re.MULTILINE)[0] == "Breaking", release.splitlines()[0]
+
+
+def test_every_requirement_is_pinned_within_its_bounds() -> None:
+    exact = pins()
+    for r in requirements():
+        name = canonicalize_name(r.name)
+        if name != "fedlora":
+            assert name in exact, f"{r.name} is not in constraints.txt"
+            assert exact[name] in r.specifier, f"{r} does not allow the pinned {exact[name]}"
+            assert r.specifier, f"{r.name} has no bound"
+    assert exact["torch"] == Version("2.13.0")
+    assert Version("3.11") in Requirement(f"x{PROJECT['project']['requires-python']}").specifier
+
+
+def test_what_is_installed_is_what_is_pinned() -> None:
+    """In an environment that make has made; others may have what they want."""
+    if Path(sys.prefix) != ROOT / ".venv":
+        pytest.skip("not in the environment of the Makefile")
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True
+    )
+    installed = {canonicalize_name(p["name"]): Version(p["version"]) for p in json.loads(done.stdout)}
+    exact = pins()
+    loose = {n for n in installed if n not in exact} - {"pip", "fedlora"}
+    assert not loose, f"installed but not in constraints.txt: {sorted(loose)}"
+    other = {n: str(v) for n, v in installed.items() if n in exact and Version(v.public) != exact[n]}
+    assert not other, f"another version than in constraints.txt: {other}"
+
+
+@pytest.mark.parametrize("name", SETUP_FILES)
+def test_no_registry_is_named(name: str) -> None:
+    assert not re.search(r"https?://|index-url|find-links|file:/", read(name))
+
+
+def test_all_extras_are_in_dev() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    (own,) = [Requirement(r) for r in extras["dev"] if r.startswith("fedlora")]
+    assert own.extras == extras.keys() - {"dev"}
+
+
+# make ----------------------------------------------------------------------------------------------------------------
+def make(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": path or os.environ["PATH"]}
+    environment.pop("MAKEFLAGS", None)
+    environment.pop("MAKELEVEL", None)
+    command = [shutil.which("make") or "make", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+@needs_make
+def test_make_installs_pinned_versions_then_runs(tmp_path: Path) -> None:
+    demo = make("-n", "demo", f"VENV={tmp_path / 'v'}")
+    assert demo.returncode == 0, demo.stderr
+    assert "install -c constraints.txt -e '.[demo,report]'" in demo.stdout
+    assert demo.stdout.rstrip().endswith("fedlora demo")
+    test = make("-n", "test", f"VENV={tmp_path / 'v'}")
+    assert test.returncode == 0, test.stderr
+    steps = ["-e '.[dev]'", "/ruff check", "/ruff format --check", "/mypy", "/lint-imports", "-m pytest"]
+    places = [test.stdout.index(s) for s in steps]
+    assert places == sorted(places)
+    assert test.stdout.count("install -c") == 1
+
+
+@needs_make
+def test_make_installs_again_only_when_the_pins_change(tmp_path: Path) -> None:
+    stamp = tmp_path / ".installed-dev"
+    stamp.touch()
+    os.utime(stamp, (4e9, 4e9))
+    assert "-m pip" not in make("-n", "lint", f"VENV={tmp_path}").stdout
+    os.utime(stamp, (1, 1))
+    assert "-m pip" in make("-n", "lint", f"VENV={tmp_path}").stdout
+
+
+def tools(folder: Path, pythons: Sequence[tuple[str, str]]) -> str:
+    """A PATH with the shell's tools and nothing else, and these fake Pythons: (name, shell script)."""
+    folder.mkdir()
+    for tool in ("sh", "rm", "touch", "echo"):
+        found = shutil.which(tool)
+        assert found
+        (folder / tool).symlink_to(found)
+    for name, script in pythons:
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    return str(folder)
+
+
+@needs_make
+def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
+    """A Python that is too old, a shim that only complains, and none at all."""
+    old = 'case "$*" in *version_info*) exit 1;; *) echo Python 3.9.6;; esac'
+    shim = "echo command not found >&2; exit 127"
+    for case, pythons in {"old": [("python3", old), ("python3.12", shim)], "none": []}.items():
+        done = make("lint", f"VENV={tmp_path / 'v'}", "SHELL=/bin/sh", path=tools(tmp_path / case, pythons))
+        assert done.returncode != 0
+        assert "fedlora needs Python 3.11 or newer" in done.stderr
+        assert ("python3 here is: Python 3.9.6" if pythons else "python3 here is: missing") in done.stderr
+        assert "make lint PYTHON=" in done.stderr
+        assert not (tmp_path / "v").exists()
+
+
+@needs_make
+def test_make_takes_the_first_python_that_works(tmp_path: Path) -> None:
+    """The shim before it is passed over; what is made is used, and a failed installation leaves no stamp."""
+    log = tmp_path / "log"
+    good = f'echo "$0 $*" >> {log}; case "$*" in *venv*--clear*) exit 3;; esac'
+    path = tools(tmp_path / "bin", [("python3.13", "exit 127"), ("python3.12", good), ("python3", good)])
+    done = make("lint", f"VENV={tmp_path / 'v'}", "SHELL=/bin/sh", path=path)
+    assert done.returncode != 0
+    calls = log.read_text(encoding="utf-8")
+    assert "python3.12 -m venv --clear" in calls
+    assert "bin/python3 " not in calls
+    assert not list(tmp_path.glob("v/.installed*"))
+
+
+def test_ci_runs_the_test_command() -> None:
+    script = ROOT / ".ci/run"
+    assert os.access(script, os.X_OK)
+    text = script.read_text(encoding="utf-8")
+    assert text.startswith("#!/usr/bin/env bash\n")
+    assert "set -euo pipefail" in text
+    assert text.rstrip().endswith("\nmake test")
+
+
+def test_pre_commit_downloads_nothing() -> None:
+    repos = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
+    assert {r["repo"] for r in repos} == {"local"}
+    assert {h["id"] for r in repos for h in r["hooks"]} == {"ruff", "ruff-format", "mypy", "lint-imports"}
+
+
+# wheel ---------------------------------------------------------------------------------------------------------------
+def test_wheel_holds_the_package_whole_and_nothing_else(tmp_path: Path) -> None:
+    if find_spec("hatchling") is None:
+        pytest.skip("needs hatchling, which the extra dev installs")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    version = PROJECT["project"]["version"]
+    assert wheel.name == f"fedlora-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as z:
+        inside = {n for n in z.namelist() if not n.startswith(f"fedlora-{version}.dist-info/")}
+        metadata = z.read(f"fedlora-{version}.dist-info/METADATA").decode()
+        scripts = z.read(f"fedlora-{version}.dist-info/entry_points.txt").decode()
+        assert z.read(f"fedlora-{version}.dist-info/licenses/LICENSE").decode() == read("LICENSE")
+    source = ROOT / "src"
+    own = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert inside == own
+    assert "fedlora/py.typed" in inside
+    assert "fedlora = fedlora.cli:main" in scripts
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "Requires-Python: >=3.11" in metadata
+
+
+# imports -------------------------------------------------------------------------------------------------------------
+def loaded(code: str) -> tuple[set[str], float]:
+    """Top-level modules that `code` loads in a fresh interpreter, and its seconds; the best of three runs."""
+    program = (
+        "import sys, time; start = time.perf_counter()\n"
+        f"{code}\n"
+        "seconds = time.perf_counter() - start\n"
+        "import json; print('\\n' + json.dumps([sorted({m.partition('.')[0] for m in sys.modules}), seconds]))"
+    )
+    best, modules = float("inf"), set[str]()
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        found, seconds = json.loads(done.stdout.splitlines()[-1])
+        best, modules = min(best, seconds), set(found)
+    return modules, best
+
+
+HELP = "from fedlora.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass"
+LIGHT = {
+    "import fedlora": (HEAVY, 0.3),
+    "import fedlora.recipe": ([m for m in HEAVY if m != "pydantic"], 1.0),
+    HELP: (HEAVY, 0.5),
+}
+
+
+@pytest.mark.parametrize("code", LIGHT)
+def test_import_is_light(code: str) -> None:
+    forbidden, most = LIGHT[code]
+    modules, seconds = loaded(code)
+    assert not modules & set(forbidden)
+    assert seconds < most
