@@ -1,0 +1,77 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Needs make and Python >= 3.11, nothing else.
+# The virtual environment is made on first use and brought up to date when pyproject.toml or constraints.txt change.
+
+VENV ?= .venv
+JOBS ?= 2
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SETUP := pyproject.toml constraints.txt
+
+.PHONY: help demo test lint types imports pytest format bench clean
+
+help:
+	@echo "make demo     compare four methods on real text, with a report (about five minutes after installation)"
+	@echo "make test     lint, types, import rules and tests"
+	@echo "make lint     ruff and its formatter, without changing anything"
+	@echo "make format   let ruff mend what it can"
+	@echo "make bench    benchmarks"
+	@echo "make clean    remove the virtual environment and the caches"
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/fedlora demo
+
+test: lint types imports pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.installed-dev
+	$(BIN)/lint-imports
+
+# One torch thread a process: two processes of one thread each are faster than two that fight over the cores.
+pytest: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev
+	@if [ -f bench/run.py ]; then $(BIN)/python bench/run.py; else echo "there are no benchmarks yet" >&2; exit 1; fi
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build dist
+
+# A Python that is new enough and can make environments. Each candidate is run: a name on the PATH may be a mere shim.
+define make_venv
+if ! $(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	found=; \
+	for p in $(PYTHON) python3.13 python3.12 python3.11 python3; do \
+		if "$$p" -c 'import ensurepip, venv, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+			found=$$p; break; \
+		fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+		echo "fedlora needs Python 3.11 or newer with its venv module; python3 here is: $$(python3 --version 2>/dev/null || echo missing)" >&2; \
+		echo "Install one (Debian, Ubuntu: apt install python3 python3-venv; macOS: brew install python@3.12)" >&2; \
+		echo "or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
+		exit 1; \
+	fi; \
+	echo "making $(VENV) with $$found ($$("$$found" --version))"; \
+	"$$found" -m venv --clear $(VENV); \
+fi
+endef
+
+$(VENV)/.installed-demo: $(SETUP)
+	@$(make_venv)
+	$(PIP) install -c constraints.txt -e '.[demo,report]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(SETUP)
+	@$(make_venv)
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed-demo

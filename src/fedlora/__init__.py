@@ -1,0 +1,59 @@
+"""fedlora: federated fine-tuning of foundation models with low-rank adapters.
+
+    import fedlora as fl
+
+    summary = fl.run("recipe.yaml", sets=["method.name=fedsa"])       # everything from a recipe
+    fl.Federation(model, task, data, fl.FedSALoRA(rank=8), "runs/x").run()   # or from your own objects
+
+Names are imported on first use, so that `import fedlora` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "adapters": "LoRA VeRA",
+    "api": "Run adapt load run",
+    "data.batches": "Plan",
+    "data.examples": "Arrays Rows Tokens",
+    "data.federated": "FederatedData assemble from_arrays",
+    "engine": "Engine Schedule train_block",
+    "errors": "ConfigError DataError FedloraError ModelError Problem StateError TrainingError UploadError",
+    "federation": "Evaluation Federation Sampling",
+    "method": "Client Method Order Scene Server SGDMethod Upload",
+    "methods": "METHODS",
+    "methods.average": "CentralizedLoRA FedSALoRA FFALoRA FineTunedLoRA HomLoRA LocalLoRA ShareB",
+    "methods.hetlora": "HetLoRA",
+    "methods.pf2lora": "PF2LoRA",
+    "methods.slora": "SLoRA",
+    "methods.tuning": "BitFit FFT Houlsby Pfeiffer SFT",
+    "model": "Adapted matching",
+    "optim": "SGD AdamW Optimizer",
+    "recipe": "Recipe",
+    "tasks": "CausalLM Classification Loss Regression Task",
+    "tree": "Key Params",
+    "watch": "Watch",
+}
+_WHERE = {name: home for home, names in _HOME.items() for name in names.split()}
+
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fedlora' has no attribute {name!r}")
+    value = getattr(import_module(f"fedlora.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+if TYPE_CHECKING:
+    from .api import run as run

@@ -1,0 +1,80 @@
+"""The Python face of the command line: run a recipe, open a finished run, adapt your own module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import build, serving
+from .federation import Federation
+from .model import Adapted, matching
+from .predict import Said, predict_texts
+from .recipe import Recipe
+from .tree import Params
+from .watch import Watch
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any] | Recipe, sets: Sequence[str] = (), output: str | Path | None = None, watch: Watch | None = None
+) -> dict[str, Any]:
+    """Run a recipe (a YAML file, a mapping or a Recipe) to its end; returns the summary, as in summary.json.
+
+    A folder that holds an interrupted run of the same recipe is taken up where it was. Raises ConfigError with all
+    problems of the recipe at once.
+    """
+    return build.federation(_recipe(recipe, sets), output).run(watch)
+
+
+def _recipe(recipe: str | Path | Mapping[str, Any] | Recipe, sets: Sequence[str]) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return Recipe.from_dict(dict(recipe), sets=list(sets))
+    return Recipe.load(Path(recipe), sets=list(sets))
+
+
+@dataclass
+class Run:
+    """A run folder, opened: predict with and export the models it holds."""
+
+    folder: Path
+    recipe: Recipe
+    federation: Federation
+
+    def deltas(self, client: str | None = None) -> Params:
+        """Model-ready leaves of a client's personal model, or of the global one."""
+        return serving.deltas_of(self.federation, client)
+
+    def predict(self, texts: Sequence[str | tuple[str, str]], client: str | None = None, new_tokens: int = 64) -> list[Said]:
+        """What a client's model, or the global one, says of each text."""
+        tokenizer = build.tokenizer_of(self.recipe)
+        return predict_texts(self.federation, tokenizer, self.deltas(client), texts, self.recipe.data.max_length, new_tokens)
+
+    def export(self, out: str | Path, clients: Sequence[str] = (), merged: bool = False) -> list[Path]:
+        """Write PEFT folders (or merged models) for the global model, or one per client under `out`."""
+        return serving.export_models(self.recipe, self.federation, Path(out), clients, merged)
+
+
+def load(folder: str | Path) -> Run:
+    """Open a run that a recipe made."""
+    recipe = Recipe.load(Path(folder) / "recipe.yaml")
+    return Run(Path(folder), recipe, build.federation(recipe, folder))
+
+
+def adapt(
+    base: nn.Module,
+    targets: str | Sequence[str],
+    head: Sequence[str] = (),
+    call: Callable[[nn.Module, Mapping[str, Tensor]], Tensor] | None = None,
+) -> Adapted:
+    """A frozen base from any nn.Module.
+
+    targets: name endings or one regular expression, as in PEFT; head: module paths trained densely. `call` turns
+    (base, inputs [N ...]) into the output [N ...]; default `base(**inputs)`.
+    """
+    chosen = [n for n in matching(base, targets) if n not in head]
+    return Adapted(base, {"target": chosen, "head": tuple(head)}, call)
