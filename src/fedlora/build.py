@@ -80,14 +80,7 @@ def tokenizer_of(r: Recipe) -> Any:
 
 def data_of(r: Recipe, tokenizer: Any, cache: Path | None = None) -> FederatedData:
     """The clients' data, tokenised and partitioned."""
-    return assemble(
-        tokenizer,
-        task=r.model.task,
-        seed=r.run.seed,
-        cache=cache,
-        **r.data.model_dump(),
-        **{k: v for k, v in r.partition.model_dump().items()},
-    )
+    return assemble(tokenizer, r.data.model_dump(), r.partition.model_dump(), r.model.task, r.run.seed, cache)
 
 
 def method_of(r: Recipe) -> Method:

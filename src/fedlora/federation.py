@@ -154,6 +154,7 @@ class Federation:
             from .summary import describe_run, summarise
 
             engine = self.engine(watch)
+            self.store.rewind()
             loaded = self.store.load_server()
             if loaded is None:
                 describe_run(self)

@@ -1,0 +1,150 @@
+"""Examples and who holds them: a federation's data, from a recipe or from a user's own arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, DataError, Problem, near
+from . import partition as kinds
+from .examples import Arrays, Rows, Tokens
+from .load import DEMO_CLIENT, Column, load
+from .split import histograms, like, split
+
+NATURAL = "column"
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """Every example once, and the rows of each client by split. The last `unseen` clients never train."""
+
+    examples: Tokens | Arrays
+    ids: Sequence[str]  # of the clients
+    splits: Mapping[str, Rows]  # "train", and "validation" and "test" where there are any
+    label_names: tuple[str, ...] = ()  # empty for regression, and for language modelling without a class column
+    label_maps: np.ndarray | None = None  # int64 [clients classes]: concept shift, label -> the client's label
+    unseen: int = 0
+    groups: np.ndarray | None = None  # int64 [n] class of each row; None: that of the examples' labels
+    truncated: int = 0  # rows cut to the longest length
+
+    def histogram(self, split: str) -> np.ndarray:
+        """Rows of each class that each client holds in a split, int64 [clients classes]."""
+        labels = self.examples.labels if self.groups is None else self.groups
+        if labels is None or not self.label_names:
+            raise DataError(f"histogram: these data have no classes, expected labels for split {split!r}")
+        return histograms(self.splits[split], labels, len(self.label_names))
+
+
+def assemble(
+    tokenizer: Any, data: Mapping[str, Any], partition: Mapping[str, Any], task: str, seed: int, cache: Path | None = None
+) -> FederatedData:
+    """The data that the recipe's sections `data` and `partition` describe. Raises ConfigError or DataError."""
+    by = data.get("client") or partition.get("column")
+    if partition["kind"] == NATURAL and by is None and data["source"] == "demo":
+        by = DEMO_CLIENT
+    loaded = load(tokenizer, data, task, seed, by, cache)
+    kind = NATURAL if data.get("client") else partition["kind"]
+    fed = _divided(loaded.examples, loaded.groups, loaded.names, loaded.column, loaded.origin, {**partition, "kind": kind}, seed)
+    return replace(fed, truncated=loaded.truncated)
+
+
+def from_arrays(
+    columns: Mapping[str, np.ndarray], kind: str = "iid", clients: int = 8, seed: int = 0, by: Sequence[Any] | None = None,
+    label_names: Sequence[str] = (), validation: float = 0.1, test: float = 0.2, **options: Any,
+) -> FederatedData:  # fmt: skip
+    """A federation of a user's own arrays [n ...]; the column "labels" holds the targets.
+
+    kind, clients and options (alpha, share, classes, min_size, unseen, permute_labels): as in the recipe's section
+    partition. by: one value per row, for the kinds column and domain.
+    """
+    examples = Arrays({n: np.asarray(v) for n, v in columns.items()})
+    labels = examples.labels
+    groups = labels if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu" else None
+    names = tuple(label_names) or (tuple(str(i) for i in range(int(labels.max()) + 1)) if groups is not None and labels is not None else ())
+    column = None
+    if by is not None:
+        values, codes = np.unique(np.asarray(by), return_inverse=True)
+        column = Column(codes.astype(np.int64), values.tolist())
+    section = {"kind": kind, "clients": clients, "validation": validation, "test": test, **options}
+    known = {"kind", "clients", "validation", "test", "alpha", "share", "classes", "domains", "min_size", "unseen", "permute_labels"}
+    if odd := sorted(section.keys() - known):
+        raise ConfigError([Problem(f"partition.{n}", section[n], "an option of a partition", near(n, known)) for n in odd])
+    fed = _divided(examples, groups, names, column, np.zeros(len(examples), np.int8), section, seed)
+    return fed
+
+
+def _divided(
+    examples: Tokens | Arrays, groups: np.ndarray | None, names: tuple[str, ...], column: Column | None, origin: np.ndarray,
+    section: Mapping[str, Any], seed: int,
+) -> FederatedData:  # fmt: skip
+    """Partition the rows of origin 0, cut splits from them or take those of the files."""
+    own = np.flatnonzero(origin == 0)
+    labels = np.zeros(len(origin), np.int64) if groups is None else groups
+    rows, ids = _partition(section, labels[own], None if column is None else column.at(own), groups is not None, seed)
+    unseen = section.get("unseen", 0)
+    if unseen >= len(ids):
+        raise ConfigError([Problem("partition.unseen", unseen, f"less than the number of clients, {len(ids)}")])
+    files = {s: np.flatnonzero(origin == o) for o, s in ((1, "validation"), (2, "test")) if (origin == o).any()}
+    shares = {s: section[s] for s in ("validation", "test") if s not in files}
+    scaled = _targets(examples, labels)
+    splits = {s: Rows(r.offsets, own[r.rows]) for s, r in split(rows, scaled[own], shares, seed).items()}
+    splits = {s: r for s, r in splits.items() if s == "train" or shares[s] > 0}
+    for name, new in files.items():
+        if section["kind"] == NATURAL and column is not None:
+            splits[name] = _of_owner(column, ids, new, name)
+        else:
+            strata = column.codes if section["kind"] == "domain" and column is not None else labels
+            found = like(splits["train"], strata, strata[new], seed, [] if section["kind"] == "domain" else names)
+            splits[name] = Rows(found.offsets, new[found.rows])
+    maps = kinds.label_permutation(len(ids), len(names), seed) if section.get("permute_labels") else None
+    return FederatedData(examples, ids, splits, names, maps, unseen, groups)
+
+
+def _targets(examples: Tokens | Arrays, labels: np.ndarray) -> np.ndarray:
+    """What the splits of a client must agree in: classes, or the values of a regression."""
+    own = examples.labels
+    return own if own is not None and own.ndim == 1 and own.dtype.kind == "f" else labels
+
+
+def _partition(
+    p: Mapping[str, Any], labels: np.ndarray, column: Column | None, labelled: bool, seed: int
+) -> tuple[Rows, list[str]]:
+    """Rows of each client, and the clients' ids."""
+    kind, n, clients, least = p["kind"], len(labels), p["clients"], p.get("min_size", 1)
+    if kind in ("dirichlet", "label-sorting", "classes") and not labelled:
+        raise ConfigError([Problem("partition.kind", kind, "a kind that needs no classes", "choose iid, quantity or column")])
+    if kind in (NATURAL, "domain") and column is None:
+        raise ConfigError([Problem("partition.column", None, f"a column for kind {kind}", "name it")])
+    if kind == NATURAL and column is not None:
+        return kinds.by_column(column.codes, column.names, least)
+    ids = [f"c{k}" for k in range(clients)]
+    if kind == "iid":
+        return kinds.iid(n, clients, seed, least), ids
+    if kind == "dirichlet":
+        return kinds.dirichlet(labels, clients, p.get("alpha", 0.5), seed, least), ids
+    if kind == "label-sorting":
+        return kinds.label_sorting(labels, clients, p.get("share", 0.5), seed, least), ids
+    if kind == "classes":
+        return kinds.classes_per_client(labels, clients, p.get("classes", 2), seed, least), ids
+    if kind == "quantity":
+        return kinds.quantity(n, clients, p.get("alpha", 0.5), seed, least), ids
+    if kind == "domain" and column is not None:
+        return kinds.domain(column.codes, clients, p.get("domains", 1), seed, least), ids
+    known = ("iid", "dirichlet", "label-sorting", "classes", "column", "quantity", "domain")
+    raise ConfigError([Problem("partition.kind", kind, f"one of {', '.join(known)}", near(kind, known))])
+
+
+def _of_owner(column: Column, ids: Sequence[str], rows: np.ndarray, name: str) -> Rows:
+    """Rows of a file given to the natural clients that its own column names; those of clients left out stay out."""
+    number = {id: k for k, id in enumerate(ids)}
+    names = [str(v) for v in column.names]
+    owner = np.array([number.get(v, -1) for v in names], np.int64)[column.codes[rows]]
+    if not (owner >= 0).any():
+        shown = ", ".join(repr(names[c]) for c in np.unique(column.codes[rows])[:3])
+        raise DataError(f"data.{name}: none of its clients ({shown}, ...) trains; expected clients such as {ids[0]!r}")
+    kept = kinds.group(owner, len(ids), np.flatnonzero(owner >= 0))
+    return Rows(kept.offsets, rows[kept.rows])

@@ -1,0 +1,134 @@
+"""Messages as bytes: safetensors with a small JSON header. What the ledger counts is exactly what a network would carry.
+
+Every runtime sends these bytes, so a simulated run and a deployed one report the same traffic.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from .errors import UploadError
+from .tree import Key, Params, rank, rank_axis
+
+HEADER = "fedlora"  # the one metadata entry of a message
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes on the wire: payload of adapters and of the head, and framing (names, shapes, header)."""
+
+    adapter: int = 0
+    head: int = 0
+    framing: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.adapter + self.head + self.framing
+
+    def as_dict(self) -> dict[str, int]:
+        return {"adapter": self.adapter, "head": self.head, "framing": self.framing}
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.adapter + other.adapter, self.head + other.head, self.framing + other.framing)
+
+
+def encode(params: Params, header: Mapping[str, Any] | None = None) -> bytes:
+    """One message. header: JSON values that travel with the leaves (round, number of examples)."""
+    tensors = {str(k): v.detach().cpu().contiguous() for k, v in params.items()}
+    return save(tensors, {HEADER: _json(header)})
+
+
+def decode(message: bytes) -> tuple[Params, dict[str, Any]]:
+    """Leaves and header of a message. Raises UploadError for bytes that are none: cut off, altered or foreign."""
+    try:
+        tensors = load(message)
+        length = int.from_bytes(message[:8], "little")
+        header = json.loads(json.loads(message[8 : 8 + length])["__metadata__"][HEADER])
+        return {Key.parse(k): v for k, v in tensors.items()}, header
+    except (SafetensorError, ValueError, KeyError, TypeError) as e:
+        raise UploadError(
+            f"message of {len(message)} bytes cannot be read ({e}), expected leaves written by fedlora; "
+            "it was cut off, altered or sent by something else"
+        ) from e
+
+
+def size(params: Params, header: Mapping[str, Any] | None = None) -> int:
+    """Bytes of `encode(params, header)`, without making them."""
+    at = 0
+    described: dict[str, Any] = {"__metadata__": {HEADER: _json(header)}}
+    for k, v in sorted(params.items(), key=lambda x: (-_ORDER[x[1].dtype], str(x[0]))):  # safetensors' own order
+        end = at + v.numel() * v.element_size()
+        described[str(k)] = {"dtype": _DTYPES[v.dtype], "shape": list(v.shape), "data_offsets": [at, end]}
+        at = end
+    text = len(json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-text // 8) * 8 + at
+
+
+def measure(params: Params, message: bytes | int) -> Traffic:
+    """Split the bytes of a message (or their number) into adapters, head and framing."""
+    total = message if isinstance(message, int) else len(message)
+    part = {True: 0, False: 0}
+    for k, v in params.items():
+        part[k.adapter == "head"] += v.numel() * v.element_size()
+    return Traffic(part[False], part[True], total - part[False] - part[True])
+
+
+class Leaf(NamedTuple):
+    """What a leaf must look like."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+Spec = Mapping[Key, Leaf]
+
+
+def expect(params: Params) -> dict[Key, Leaf]:
+    """The specification that `params` itself meets."""
+    return {k: Leaf(tuple(v.shape), v.dtype) for k, v in params.items()}
+
+
+def validate(params: Params, spec: Spec, norm_bound: float | None = None, ranks_may_shrink: bool = False) -> None:
+    """Refuse an upload that is not what was declared, before it touches the server's state. Raises UploadError.
+
+    norm_bound: largest Frobenius norm of all leaves together. ranks_may_shrink: a smaller rank than declared is fine
+    (HetLoRA prunes), a larger one never.
+    """
+    if params.keys() != spec.keys():
+        extra, lost = (sorted(map(str, a.keys() - b.keys())) for a, b in ((params, spec), (spec, params)))
+        raise UploadError(f"leaves differ from the declared ones: unexpected {extra[:3]}, missing {lost[:3]}")
+    total = 0.0
+    for k, v in params.items():
+        want = spec[k]
+        axis = rank_axis(k)
+        shape = list(want.shape)
+        if ranks_may_shrink and axis is not None and v.ndim == len(shape) and rank(k, v) <= shape[axis]:
+            shape[axis] = rank(k, v)
+        if list(v.shape) != shape or v.dtype != want.dtype:
+            raise UploadError(f"leaf {k} is {list(v.shape)} {v.dtype}, expected {list(want.shape)} {want.dtype}")
+        if v.is_floating_point():
+            squared = float(v.double().square().sum())
+            if squared != squared or squared == float("inf"):
+                bad = int((~torch.isfinite(v)).sum())
+                raise UploadError(f"leaf {k} has {bad} non-finite values of {v.numel()}, expected finite numbers")
+            total += squared
+    if norm_bound is not None and total**0.5 > norm_bound:
+        raise UploadError(f"norm {total**0.5:.3g} exceeds the bound {norm_bound:.3g}")
+
+
+_DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
+}  # fmt: skip
+_ORDER = {dtype: i for i, dtype in enumerate(_DTYPES)}
+
+
+def _json(header: Mapping[str, Any] | None) -> str:
+    return json.dumps(dict(header or {}), separators=(",", ":"), sort_keys=True)
