@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_personal_leaves_differ_and_the_unsampled_keep_theirs(tmp_path: Path) ->
     everybody = f.cohort(0)
     server, _ = engine.round(m.init(f.scene), 2, everybody)
     before = {c.id: f.store.load_client(c.id, 1) for c in everybody}
-    for a, b in zip(everybody, everybody[1:], strict=False):
+    for a, b in itertools.pairwise(everybody):
         for k in before[a.id]:
             assert not torch.equal(before[a.id][k], before[b.id][k]), k
     server, _ = engine.round(server, 2, everybody[:3])
@@ -80,7 +81,10 @@ def test_one_class_clients_disagree_early(tmp_path: Path) -> None:
     """Clients that hold one class each, personal heads: after one round each predicts its own class."""
     base = tiny.data(3)
     by_class = [np.flatnonzero(base.examples.labels == c) for c in range(tiny.CLASSES)]
-    splits = {name: tiny.rows([r[cut] for r in by_class]) for name, cut in (("train", slice(0, 20)), ("test", slice(20, None)))}
+    splits = {
+        name: tiny.rows([r[cut] for r in by_class])
+        for name, cut in (("train", slice(0, 20)), ("test", slice(20, None)))
+    }
     data = FederatedData(base.examples, ["x", "y", "z"], splits, base.label_names, None, 0)
     m = FedSALoRA(rank=4, head="personal", optimizer=SGD(0.5))
     f = tiny.federation(m, tmp_path, data=data, sampling=Sampling(rounds=1))
@@ -175,5 +179,3 @@ def test_unstack_undoes_stack() -> None:
     q = {Key("lora", "s", "A"): torch.randn(1, 5), Key("lora", "", "rank"): torch.tensor(1)}
     for a, b in zip(unstack(stack([p, q]), 2), (p, q), strict=True):
         tiny.close(a, b, 0.0)
-
-

@@ -28,7 +28,9 @@ A, B, RANK = "A", "B", Key("lora", "", "rank")
 def random_upload(m: HetLoRA, server: Server, id: str, seed: int) -> Upload:
     g = torch.Generator().manual_seed(seed)
     down = m.broadcast(SCENE, server, Client(id, 1))
-    return Upload(Client(id, 1), {k: torch.randn(v.shape, generator=g) if v.is_floating_point() else v for k, v in down.items()})
+    return Upload(
+        Client(id, 1), {k: torch.randn(v.shape, generator=g) if v.is_floating_point() else v for k, v in down.items()}
+    )
 
 
 def test_aggregation_by_dense_products() -> None:
@@ -39,7 +41,11 @@ def test_aggregation_by_dense_products() -> None:
     new = m.aggregate(SCENE, server, uploads).params
     size = []
     for u in uploads:
-        size.append(sum((u.params[Key("lora", s.name, B)] @ u.params[Key("lora", s.name, A)]).square().sum() for s in SITES).sqrt())
+        size.append(
+            sum(
+                (u.params[Key("lora", s.name, B)] @ u.params[Key("lora", s.name, A)]).square().sum() for s in SITES
+            ).sqrt()
+        )
     p = torch.stack(size) / sum(size)
     for s in SITES:
         for part, shape in ((A, (4, s.in_)), (B, (s.out, 4))):

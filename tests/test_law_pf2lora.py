@@ -34,7 +34,17 @@ def setting(**more: Any) -> tuple[PF2LoRA, Loss, dict[str, Params], Params, Para
     """(method, loss, work of one client, x, y, four batches) on a float64 BERT."""
     model = tiny.adapt(tiny.bert().double())
     loss = Loss(model, Classification(tiny.CLASSES))
-    m = PF2LoRA(**{"rank": 3, "alpha": 6.0, "rank_personal": 2, "alpha_personal": 3.0, "lr_personal": A, "optimizer": SGD(1.0), **more})
+    m = PF2LoRA(
+        **{
+            "rank": 3,
+            "alpha": 6.0,
+            "rank_personal": 2,
+            "alpha_personal": 3.0,
+            "lr_personal": A,
+            "optimizer": SGD(1.0),
+            **more,
+        }
+    )
     scene, data = Scene(model.groups, 7), tiny.data()
     from fedlora.method import Client
 
@@ -115,7 +125,9 @@ def test_algorithm_1_transcribed_with_dense_jacobians() -> None:
     """Three steps of Algorithm 1 written out by hand with torch.autograd.functional.jacobian, two clients in a block."""
     base = tiny.seeded(Toy).double()
     model = Adapted(base, {"target": ["layer"]})
-    m = PF2LoRA(rank=2, alpha=2.0, rank_personal=1, alpha_personal=1.0, lr_personal=0.7, head="frozen", optimizer=SGD(0.3))
+    m = PF2LoRA(
+        rank=2, alpha=2.0, rank_personal=1, alpha_personal=1.0, lr_personal=0.7, head="frozen", optimizer=SGD(0.3)
+    )
     scene = Scene(model.groups, 0)
     loss = Loss(model, Classification(3))
     from fedlora.method import Client
@@ -141,11 +153,16 @@ def test_algorithm_1_transcribed_with_dense_jacobians() -> None:
             w = w0 + xv[8:].view(3, 2) @ xv[:8].view(2, 4) + yv[4:].view(3, 1) @ yv[:4].view(1, 4)
             return nn.functional.cross_entropy(batch["x"][i] @ w.T + c0, batch["labels"][i])
 
-        g_x = lambda a, b, batch: torch.autograd.functional.jacobian(lambda t: objective(t, b, batch), a)  # noqa: E731, B023
-        g_y = lambda a, b, batch, keep=False: torch.autograd.functional.jacobian(lambda t: objective(a, t, batch), b, create_graph=keep)  # noqa: E731, B023
+        g_x = lambda a, b, batch: torch.autograd.functional.jacobian(lambda t: objective(t, b, batch), a)  # noqa: E731
+
+        def g_y(a: Tensor, b: Tensor, batch: dict[str, Tensor], keep: bool = False, f: Any = objective) -> Tensor:
+            return torch.autograd.functional.jacobian(lambda t: f(a, t, batch), b, create_graph=keep)
+
         for pi, xi, xi_, zeta in steps:
             y_new = ys - 0.7 * g_y(xs, ys, pi)
-            j = torch.autograd.functional.jacobian(lambda t, ys=ys, zeta=zeta: g_y(t, ys, zeta, True), xs)  # [y x]
+            j = torch.autograd.functional.jacobian(
+                lambda t, ys=ys, zeta=zeta, g_y=g_y: g_y(t, ys, zeta, True), xs
+            )  # [y x]
             xs = xs - 0.3 * (g_x(xs, y_new, xi) - 0.7 * j.T @ g_y(xs, y_new, xi_))
             ys = y_new
         mine = work["train"]

@@ -220,7 +220,7 @@ def test_wheel_holds_the_package_whole_and_nothing_else(tmp_path: Path) -> None:
     own = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     assert inside == own
     assert "fedlora/py.typed" in inside
-    assert "fedlora = fedlora.cli:main" in scripts
+    assert "fedlora = fedlora.cli:entry" in scripts
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.11" in metadata
 

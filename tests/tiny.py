@@ -106,7 +106,10 @@ def tokens(n: int = 120, longest: int = 12, labels: bool = True, seed: int = 0) 
 
 def rows(parts: list[np.ndarray]) -> Rows:
     """CSR from one array per client."""
-    return Rows(np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int64), np.concatenate(parts).astype(np.int64))
+    return Rows(
+        np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int64),
+        np.concatenate(parts).astype(np.int64),
+    )
 
 
 def data(clients: int = 4, labels: bool = True, unseen: int = 0) -> FederatedData:

@@ -109,7 +109,7 @@ class VeRA(Adapter):
 class BitFit(Adapter):
     """h = W0 x + b0 + c."""
 
-    group: ClassVar[str] = "bias"
+    group: str = "bias"
 
     def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
         return {Key(name, s.name, "bias"): torch.zeros(s.out) for s in sites}
@@ -137,12 +137,16 @@ class Bottleneck(Adapter):
 class Full(Adapter):
     """A dense delta on every parameter of the base."""
 
-    group: ClassVar[str] = "all"
+    group: str = "all"
 
     def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
         out: Params = {}
         for s in sites:
-            part, shape = {"linear": ("weight", (s.out, s.in_)), "norm": ("gain", (s.out,)), "embedding": ("table", (s.in_, s.out))}[s.kind]
+            part, shape = {
+                "linear": ("weight", (s.out, s.in_)),
+                "norm": ("gain", (s.out,)),
+                "embedding": ("table", (s.in_, s.out)),
+            }[s.kind]
             out[Key(name, s.name, part)] = torch.zeros(*shape)
             if s.bias:
                 out[Key(name, s.name, "bias")] = torch.zeros(s.out)
@@ -178,7 +182,9 @@ def make(name: str, rank: int, alpha: float) -> Adapter:
         return LoRA(rank, alpha / rank**0.5 if name == "rslora" else alpha / rank)
     if name in ("houlsby", "pfeiffer"):
         return Bottleneck(rank, "outputs" if name == "houlsby" else "ffn_output")
-    return {"vera": lambda: VeRA(rank), "bitfit": BitFit, "full": Full}[name]()
+    if name == "vera":
+        return VeRA(rank)
+    return BitFit() if name == "bitfit" else Full()
 
 
 def init_head(head: Sequence[Site]) -> Params:

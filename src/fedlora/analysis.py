@@ -24,7 +24,7 @@ def product_error(uploads: Sequence[tuple[Params, float]], new: Params) -> float
     total = sum(w for _, w in uploads)
     error = size = 0.0
     found = False
-    for k, a_new in new.items():
+    for k, a_new in sorted(new.items(), key=lambda x: x[0]):  # one order of the sum, whatever a file gave
         if k.part != "A":
             continue
         kb = k._replace(part="B")
@@ -36,5 +36,3 @@ def product_error(uploads: Sequence[tuple[Params, float]], new: Params) -> float
         size += float(gram_norm(b, a)) ** 2
         error += float(gram_norm(torch.cat([b, -new[kb].double()], 1), torch.cat([a, a_new.double()]))) ** 2
     return (error / size) ** 0.5 if found and size > 0 else None
-
-

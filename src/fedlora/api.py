@@ -19,7 +19,10 @@ from .watch import Watch
 
 
 def run(
-    recipe: str | Path | Mapping[str, Any] | Recipe, sets: Sequence[str] = (), output: str | Path | None = None, watch: Watch | None = None
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    sets: Sequence[str] = (),
+    output: str | Path | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Run a recipe (a YAML file, a mapping or a Recipe) to its end; returns the summary, as in summary.json.
 
@@ -49,10 +52,14 @@ class Run:
         """Model-ready leaves of a client's personal model, or of the global one."""
         return serving.deltas_of(self.federation, client)
 
-    def predict(self, texts: Sequence[str | tuple[str, str]], client: str | None = None, new_tokens: int = 64) -> list[Said]:
+    def predict(
+        self, texts: Sequence[str | tuple[str, str]], client: str | None = None, new_tokens: int = 64
+    ) -> list[Said]:
         """What a client's model, or the global one, says of each text."""
         tokenizer = build.tokenizer_of(self.recipe)
-        return predict_texts(self.federation, tokenizer, self.deltas(client), texts, self.recipe.data.max_length, new_tokens)
+        return predict_texts(
+            self.federation, tokenizer, self.deltas(client), texts, self.recipe.data.max_length, new_tokens
+        )
 
     def export(self, out: str | Path, clients: Sequence[str] = (), merged: bool = False) -> list[Path]:
         """Write PEFT folders (or merged models) for the global model, or one per client under `out`."""

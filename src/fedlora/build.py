@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,7 +42,7 @@ def optimizer_of(r: Recipe) -> Optimizer:
     t = r.train
     if t.optimizer == "sgd":
         return SGD(t.lr, t.momentum, t.weight_decay)
-    return AdamW(t.lr, tuple(t.betas), weight_decay=t.weight_decay)
+    return AdamW(t.lr, t.betas, weight_decay=t.weight_decay)
 
 
 def task_of(r: Recipe, data: FederatedData) -> Task:
@@ -129,8 +128,12 @@ def federation(r: Recipe, output: str | Path | None = None) -> Federation:
         output=output or r.output_folder(),
         plan=Plan(r.train.steps, r.train.epochs, r.train.batch_size),
         schedule=Schedule(r.train.schedule, r.train.warmup),
-        sampling=Sampling(r.federation.rounds, r.federation.clients_per_round, r.federation.cohort, r.federation.min_clients),
-        evaluation=Evaluation(r.evaluation.every, tuple(r.evaluation.views), r.evaluation.cross_clients, r.evaluation.batch_size),
+        sampling=Sampling(
+            r.federation.rounds, r.federation.clients_per_round, r.federation.cohort, r.federation.min_clients
+        ),
+        evaluation=Evaluation(
+            r.evaluation.every, tuple(r.evaluation.views), r.evaluation.cross_clients, r.evaluation.batch_size
+        ),
         seed=r.run.seed,
         block=r.run.block,
         accumulation=r.train.accumulation,

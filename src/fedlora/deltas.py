@@ -24,7 +24,6 @@ from torch import Tensor, nn
 Parts = Mapping[str, Tensor]
 
 
-
 def _rows(x: Tensor, k: int) -> Tensor:
     """[K*b ... i] -> [K T i]."""
     return x.reshape(k, -1, x.shape[-1])
@@ -90,7 +89,9 @@ def table(x: Tensor, y: Tensor, p: Parts) -> Tensor:
 FORMS = (
     ("d", vera), ("A", low_rank), ("values", sparse), ("weight", dense), ("down", bottleneck), ("table", table), ("bias", bias),
 )  # fmt: skip
-PARTS = frozenset({"A", "B", "d", "b", "values", "index", "weight", "bias", "down", "up", "down_bias", "up_bias", "gain", "table"})
+PARTS = frozenset(
+    {"A", "B", "d", "b", "values", "index", "weight", "bias", "down", "up", "down_bias", "up_bias", "gain", "table"}
+)
 
 
 def apply(x: Tensor, y: Tensor, p: Parts, module: nn.Module | None = None) -> Tensor:

@@ -5,18 +5,18 @@ Equal to training them one at a time, dropout included; blocks only make it fast
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from . import wire
 from .errors import TrainingError, UploadError
-from .method import Client, Method, Order, Scene, Server, Upload, Work
+from .method import Client, Method, Order, Scene, Server, Upload
 from .model import Batch
 from .optim import schedule
 from .tasks import Loss, stack_batches
-from .tree import Key, Params, stack, unstack, where
+from .tree import Params, stack, unstack, where
 
 Pace = Callable[[Order, int, int], float]  # (order, step, steps of this client) -> learning-rate factor
 
@@ -57,7 +57,9 @@ def train_block(
     down, kept: one tree per client, no client axis. batches: per client, `method.draws` of them a step.
     """
     if clash := down[0].keys() & kept[0].keys():
-        raise ValueError(f"{method.title}: every leaf has one owner, but server and client own {sorted(map(str, clash))}")
+        raise ValueError(
+            f"{method.title}: every leaf has one owner, but server and client own {sorted(map(str, clash))}"
+        )
     device, d = loss.model.device, method.draws
     work = method.begin(scene, order, _to(stack(down), device), _to(stack(kept), device))
     steps = [len(b) // d for b in batches]
@@ -158,7 +160,7 @@ class Engine:
             log.down = sum((wire.measure(p, wire.size(p, header)) for p in down), log.down)
             kept = [self.kept(c, order.round) for c in clients]
             results = train_block(self.method, self.scene, self.loss, order, down, kept, work, self.pace)
-            for c, r, received, batches in zip(clients, results, down, work, strict=True):
+            for c, r, batches in zip(clients, results, work, strict=True):
                 log.losses[c.id] = r.metrics.get("loss", float("nan"))
                 log.tokens += sum(int(b["attention_mask"].sum()) for b in batches if "attention_mask" in b)
                 reply = {"round": order.round, "examples": c.examples}

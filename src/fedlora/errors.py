@@ -1,12 +1,12 @@
 """Errors that say who, what came, what was expected and what to do.
 
-    FedloraError
-      x ConfigError    a recipe or an argument is wrong; holds every problem found, not only the first
-      x DataError      a file, column, label or client is not usable
-      x ModelError     a model, site or target does not fit
-      x StateError     a run folder is damaged, foreign or full
-      x UploadError    a client's upload was refused
-      x TrainingError  training cannot go on (non-finite loss everywhere, too few clients)
+FedloraError
+  x ConfigError    a recipe or an argument is wrong; holds every problem found, not only the first
+  x DataError      a file, column, label or client is not usable
+  x ModelError     a model, site or target does not fit
+  x StateError     a run folder is damaged, foreign or full
+  x UploadError    a client's upload was refused
+  x TrainingError  training cannot go on (non-finite loss everywhere, too few clients)
 """
 
 from __future__ import annotations

@@ -37,7 +37,9 @@ def predict(
     for i in range(0, len(groups), block):
         part = groups[i : i + block]
         jobs = [[(j, r) for j in g for r in rows[j]] for g in part]
-        found = _predict_block(model, task, data, [params[g[0]] for g in part], clients, jobs, max(1, batch_size // len(part)))
+        found = _predict_block(
+            model, task, data, [params[g[0]] for g in part], clients, jobs, max(1, batch_size // len(part))
+        )
         for g, (losses, counts, values, labels) in zip(part, found, strict=True):
             at = 0
             for j in g:
@@ -46,16 +48,23 @@ def predict(
                 at += n
                 chars = getattr(data.examples, "chars", None)
                 out[j] = Predictions(
-                    losses[cut], counts[cut],
-                    None if values is None else values[cut], None if labels is None else labels[cut],
+                    losses[cut],
+                    counts[cut],
+                    None if values is None else values[cut],
+                    None if labels is None else labels[cut],
                     None if chars is None else chars[rows[j]],
                 )
     return [p for p in out if p is not None]
 
 
 def _predict_block(
-    model: Adapted, task: Task, data: FederatedData, params: Sequence[Params], clients: Sequence[int],
-    jobs: Sequence[Sequence[tuple[int, int]]], size: int,
+    model: Adapted,
+    task: Task,
+    data: FederatedData,
+    params: Sequence[Params],
+    clients: Sequence[int],
+    jobs: Sequence[Sequence[tuple[int, int]]],
+    size: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]]:
     """jobs[g]: (client slot, row) pairs of group g. Long rows first and together, so that little is padding."""
     stacked = {k: v.to(model.device) for k, v in stack(params).items()}
@@ -68,7 +77,8 @@ def _predict_block(
         picks = [o[start : start + size] for o in order]
         batches = []
         for g, pick in zip(jobs, picks, strict=True):
-            chosen = [g[x] for x in pick] if len(pick) else [g[0] if g else (0, 0)]  # a client that is done repeats a row
+            repeated = g[:1] or [(0, 0)]  # what a client that is done computes, for nothing
+            chosen = [g[x] for x in pick] if len(pick) else repeated
             owners = np.array([clients[j] for j, _ in chosen])
             batches.append(batch_of(data, owners, np.array([r for _, r in chosen], np.int64)))
         batch = stack_batches(batches)
@@ -83,13 +93,21 @@ def _predict_block(
                 said = y.argmax(-1).view(k, -1).cpu().numpy()
             elif task.kind == "regression":
                 said = y.view(len(flat), -1)[:, 0].double().view(k, -1).cpu().numpy()
-        for g, pick in enumerate(picks):
-            losses[g, pick], counts[g, pick] = loss[g, : len(pick)], count[g, : len(pick)]
+        for i, pick in enumerate(picks):
+            losses[i, pick], counts[i, pick] = loss[i, : len(pick)], count[i, : len(pick)]
             if said is not None:
                 if values is None or labels is None:
-                    values, labels = np.zeros((k, most), said.dtype), np.zeros((k, most), moved["labels"].cpu().numpy().dtype)
-                values[g, pick] = said[g, : len(pick)]
-                labels[g, pick] = batch["labels"][g, : len(pick)].numpy()
-    for g, job in enumerate(jobs):
+                    values, labels = (
+                        np.zeros((k, most), said.dtype),
+                        np.zeros((k, most), moved["labels"].cpu().numpy().dtype),
+                    )
+                values[i, pick] = said[i, : len(pick)]
+                labels[i, pick] = batch["labels"][i, : len(pick)].numpy()
+    for i, job in enumerate(jobs):
         n = len(job)
-        yield losses[g, :n], counts[g, :n], None if values is None else values[g, :n], None if labels is None else labels[g, :n]
+        yield (
+            losses[i, :n],
+            counts[i, :n],
+            None if values is None else values[i, :n],
+            None if labels is None else labels[i, :n],
+        )

@@ -1,6 +1,6 @@
 """A federation on one machine: rounds, evaluation, the run folder. The same objects a recipe builds can be made by hand.
 
-    fl.Federation(model=..., task=..., data=..., method=fl.FedSALoRA(rank=8), output="runs/mine").run()
+fl.Federation(model=..., task=..., data=..., method=fl.FedSALoRA(rank=8), output="runs/mine").run()
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .errors import ConfigError, Problem
 from .evaluate import predict
 from .memory import auto_block
 from .method import Client, Method, Order, Scene, Server, Upload
-from .metrics import Scores, better, primary, score, summary
+from .metrics import Scores, primary, score, summary
 from .model import Adapted, Batch
 from .seeds import np_rng
 from .store import Store

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .tree import count
-
 if TYPE_CHECKING:
     from .federation import Federation
 

@@ -19,12 +19,13 @@ from .errors import ConfigError, ModelError, Problem
 from .model import Batch, Site
 from .optim import AdamW, Optimizer, clip
 from .tasks import Loss
-from .tree import Key, Params, mean, rank, select, stack, unstack
+from .tree import Key, Params, mean, select, stack, unstack
 
 Work = dict[str, Params]  # everything a block of clients carries from step to step; leaves [K ...]
 Metrics = dict[str, Tensor]  # [K]
 Head = Literal["shared", "personal", "frozen"]
 Weights = Literal["examples", "uniform"]
+MOST_RANK = 100_000  # no layer is wider
 
 
 @dataclass(frozen=True)
@@ -170,13 +171,20 @@ class SGDMethod(Method):
 
     def __post_init__(self) -> None:
         bad = []
-        if not isinstance(self.rank, int) or self.rank < 1:
-            bad.append(Problem("method.rank", self.rank, "an integer >= 1", "choose 4, 8 or 16"))
+        if not isinstance(self.rank, int) or not 1 <= self.rank <= MOST_RANK:
+            bad.append(Problem("method.rank", self.rank, f"an integer from 1 to {MOST_RANK:,}", "choose 4, 8 or 16"))
             raise ConfigError(bad)
         if not self.alpha > 0:
             bad.append(Problem("method.alpha", self.alpha, "a number > 0", "alpha = 2 * rank is usual"))
         if self.needs_halves and not self.form.first:
-            bad.append(Problem("method.adapter", self.adapter, f"lora, rslora or vera: {self.title} tells two halves apart", "or use homlora"))
+            bad.append(
+                Problem(
+                    "method.adapter",
+                    self.adapter,
+                    f"lora, rslora or vera: {self.title} tells two halves apart",
+                    "or use homlora",
+                )
+            )
         if self.clip is not None and not self.clip > 0:
             bad.append(Problem("train.clip", self.clip, "a number > 0 or null"))
         if bad:

@@ -18,7 +18,9 @@ from .dropout import ClientDropout
 from .errors import ModelError, near
 from .tree import Params
 
-Batch = dict[str, Tensor]  # leaves [K b ...]; "labels" [K b ...], "weight" [K b] 0 on padding rows, "seed" [K b] of dropout
+Batch = dict[
+    str, Tensor
+]  # leaves [K b ...]; "labels" [K b ...], "weight" [K b] 0 on padding rows, "seed" [K b] of dropout
 NOT_INPUTS = frozenset({"labels", "weight", "seed", "common"})
 
 
@@ -32,7 +34,7 @@ class Site(NamedTuple):
     kind: str = "linear"  # linear | norm | embedding
 
 
-def site_of(name: str, module: nn.Module) -> Site | None:
+def site_of(name: str, module: Any) -> Site | None:
     """The site at `module`, None for a module that cannot carry deltas."""
     bias = getattr(module, "bias", None) is not None
     if isinstance(module, nn.Linear):
@@ -63,8 +65,9 @@ class Adapted:
     ):
         base.requires_grad_(False)
         base.eval()
-        if getattr(getattr(base, "config", None), "use_cache", False):
-            base.config.use_cache = False  # keys and values of past tokens are only for generation
+        config: Any = getattr(base, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # keys and values of past tokens are only for generation
         self.base, self.call, self.dropout = base, call or _logits, dropout
         self.checkpointing = checkpointing
         self._bound: dict[str, list[deltas.Parts]] = {}
@@ -91,7 +94,9 @@ class Adapted:
         site = site_of(name, modules[name])
         if site is None or "/" in name:
             kind = type(modules[name]).__name__
-            raise ModelError(f"model: module {name!r} is a {kind}, expected Linear, Conv1D, LayerNorm or Embedding; choose another")
+            raise ModelError(
+                f"model: module {name!r} is a {kind}, expected Linear, Conv1D, LayerNorm or Embedding; choose another"
+            )
         return site
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
@@ -168,12 +173,13 @@ class Adapted:
         """The base itself computes with deltas p (K = 1) bound: for `generate`, which calls it many times."""
         self.bind(p)
         self._rows = (1, 1)
-        cache = getattr(self.base.config, "use_cache", None)
-        self.base.config.use_cache = True
+        config: Any = self.base.config
+        cache = getattr(config, "use_cache", None)
+        config.use_cache = True
         try:
             yield
         finally:
-            self.base.config.use_cache = cache
+            config.use_cache = cache
 
     def probe(self, batch: Batch) -> bool:
         """Run `batch` once; True if several clients can be in one block. Raises ModelError for targets never reached.

@@ -23,7 +23,12 @@ class Said:
 
 
 def predict_texts(
-    f: Federation, tokenizer: Any, deltas: Params, texts: Sequence[str | tuple[str, str]], max_length: int, new_tokens: int = 64
+    f: Federation,
+    tokenizer: Any,
+    deltas: Params,
+    texts: Sequence[str | tuple[str, str]],
+    max_length: int,
+    new_tokens: int = 64,
 ) -> list[Said]:
     """What the model with model-ready `deltas` says of each text (or pair of texts)."""
     if not texts:
@@ -57,5 +62,6 @@ def _continue(f: Federation, tokenizer: Any, deltas: Params, text: str, new_toke
     encoded = tokenizer(text, return_tensors="pt").to(f.model.device)
     encoded.pop("token_type_ids", None)
     with torch.inference_mode(), f.model.serving(_one(f, deltas)):
-        ids = f.model.base.generate(**encoded, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        base: Any = f.model.base
+        ids = base.generate(**encoded, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     return Said(text, tokenizer.decode(ids[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True).strip())

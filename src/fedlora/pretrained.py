@@ -45,8 +45,9 @@ def locate(name: str) -> str:
             folder = Path(name).expanduser()
             around = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
             what = "has no config.json" if folder.is_dir() else "does not exist"
-            raise ModelError(f"model.name: folder {name!r} {what}, expected a saved Hugging Face model; "
-                             f"{near(folder.name, around)}")
+            raise ModelError(
+                f"model.name: folder {name!r} {what}, expected a saved Hugging Face model; {near(folder.name, around)}"
+            )
         return str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
@@ -176,6 +177,4 @@ def head_of(base: nn.Module, task: TaskKind) -> tuple[str, ...]:
     if task == "causal-lm":
         return ()
     inside = getattr(base, "base_model_prefix", "")
-    return tuple(
-        n for n, m in base.named_modules() if isinstance(m, nn.Linear) and n and n.split(".")[0] != inside
-    )
+    return tuple(n for n, m in base.named_modules() if isinstance(m, nn.Linear) and n and n.split(".")[0] != inside)

@@ -39,9 +39,7 @@ def truncate(p: Params, ranks: Callable[[Key], int]) -> Params:
     return {k: cut_rank(k, v, ranks(k)).clone() for k, v in p.items()}
 
 
-def padded_mean(
-    uploads: Iterable[tuple[Upload, float]], server: Params, rank_max: int, guard: bool = True
-) -> Params:
+def padded_mean(uploads: Iterable[tuple[Upload, float]], server: Params, rank_max: int, guard: bool = True) -> Params:
     """sum_k p_k (factor of client k, zero-padded to rank_max), p_k normalised; weights that are all zero count as equal.
 
     guard: a component that no cohort member holds keeps its server value. Zero in both factors never trains again, so

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from . import peft_io, pretrained
 from .build import tokenizer_of
 from .errors import DataError, StateError, near
-from .federation import Federation
+from .federation import Federation, View
 from .method import Server
 from .tree import Params
 from .watch import Watch
@@ -31,7 +31,7 @@ def server_of(fed: Federation) -> Server:
 
 def deltas_of(fed: Federation, client: str | None) -> Params:
     """Model-ready deltas of a client's personal model, or of the global one for None."""
-    view = "global" if client is None else "personal"
+    view: View = "global" if client is None else "personal"
     if client is not None and client not in fed.index:
         raise DataError(f"client {client!r} is not in this run; {near(client, fed.data.ids)}")
     k = 0 if client is None else fed.index[client]
@@ -41,19 +41,23 @@ def deltas_of(fed: Federation, client: str | None) -> Params:
 def export_models(recipe: Recipe, fed: Federation, out: Path, clients: Sequence[str], merged: bool) -> list[Path]:
     """Write one PEFT (or merged) folder for the global model, or one per client under `out`; returns the folders."""
     source = pretrained.locate(recipe.model.name)
-    names = list(fed.data.label_names)
+    names = list(fed.data.label_names) if recipe.model.task == "classification" else []
 
     def plain() -> nn.Module:
-        loaded = pretrained.load(recipe.model.name, recipe.model.task, len(names) or 2, seed=recipe.run.seed, revision=recipe.model.revision)
+        loaded = pretrained.load(
+            recipe.model.name, recipe.model.task, len(names) or 2, seed=recipe.run.seed, revision=recipe.model.revision
+        )
         if names:
-            loaded.base.config.id2label = dict(enumerate(names))
-            loaded.base.config.label2id = {n: i for i, n in enumerate(names)}
+            config: Any = loaded.base.config
+            config.id2label = dict(enumerate(names))
+            config.label2id = {n: i for i, n in enumerate(names)}
         return loaded.base
 
     head = tuple(s.name for s in fed.model.groups.get("head", ()))
     tokenizer = tokenizer_of(recipe)
     written = []
-    for client in clients or [None]:
+    whose: list[str | None] = [*clients] or [None]
+    for client in whose:
         folder = out if client is None else out / quote(client, safe="")
         deltas = deltas_of(fed, client)
         written.append(peft_io.export(plain, head, deltas, recipe.model.task, source, folder, merged, tokenizer))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -38,7 +39,8 @@ def group(name: str, base: nn.Module, model_type: str, targets: Sequence[str], h
     sites = {n: (m, s) for n, m in base.named_modules() if n and n not in head and (s := site_of(n, m)) is not None}
     linear = [n for n, (m, _) in sites.items() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
     tied = getattr(getattr(base, "config", None), "tie_word_embeddings", False)
-    outside = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    embeddings: Any = getattr(base, "get_output_embeddings", None)
+    outside = embeddings() if embeddings is not None else None
     linear = [n for n in linear if not (tied and sites[n][0] is outside)]  # trained where the table is
     if name == "linear":
         return linear
@@ -58,6 +60,8 @@ def group(name: str, base: nn.Module, model_type: str, targets: Sequence[str], h
     return [n for n in linear if any(re.fullmatch(p, n) for p in patterns)]
 
 
-def groups(names: Iterable[str], base: nn.Module, model_type: str, targets: Sequence[str], head: Sequence[str]) -> dict[str, list[str]]:
+def groups(
+    names: Iterable[str], base: nn.Module, model_type: str, targets: Sequence[str], head: Sequence[str]
+) -> dict[str, list[str]]:
     """The groups a method needs, and always target and head."""
     return {n: group(n, base, model_type, targets, head) for n in dict.fromkeys(("target", "head", *names))}

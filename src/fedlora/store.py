@@ -272,6 +272,11 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         return {path: x}
 
     a, b = flat(old), flat(new)
-    odd = [k for k in {**a, **b} if a.get(k) != b.get(k) and k != "name" and not k.startswith("run.") or k == "run.seed" and a.get(k) != b.get(k)]
+    odd = [
+        k
+        for k in {**a, **b}
+        if (a.get(k) != b.get(k) and k != "name" and not k.startswith("run."))
+        or (k == "run.seed" and a.get(k) != b.get(k))
+    ]
     shown = ", ".join(f"{k} {a.get(k)!r} there, {b.get(k)!r} here" for k in odd[:3])
     return f" (differs in {shown}{', ...' if len(odd) > 3 else ''})" if odd else ""

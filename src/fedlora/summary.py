@@ -61,15 +61,14 @@ def partition_facts(data: FederatedData) -> dict[str, Any]:
     out: dict[str, Any] = {"ids": list(data.ids), "label_names": list(data.label_names), "unseen": data.unseen}
     out["sizes"] = {s: rows.sizes.tolist() for s, rows in data.splits.items()}
     if data.label_names:
-        for split in data.splits:
-            out[split] = data.histogram(split).tolist()
-    return out
+        out["histogram"] = {split: data.histogram(split).tolist() for split in data.splits}
+    return out | {"truncated": data.truncated}
 
 
 def describe_run(f: Federation) -> None:
     """Write what is known before training starts."""
     f.store.write_json("environment.json", environment(f))
-    f.store.write_json("partition.json", partition_facts(f.data) | dict(f.recipe.get("partition", {})))
+    f.store.write_json("partition.json", partition_facts(f.data) | {"recipe": f.recipe.get("partition", {})})
 
 
 def read_lines(f: Federation, name: str) -> list[dict[str, Any]]:
@@ -109,7 +108,9 @@ def summarise(f: Federation, server: Server) -> dict[str, Any]:
 
     views = {v: at(v, "test", chosen) for v in ("personal", "global", "unseen")}
     main = "personal" if views["personal"] else "global"
-    last = [x["mean"].get(metric) for x in lines if x["kind"] == "eval" and (x["view"], x["split"]) == (main, "test")][-10:]
+    last = [x["mean"].get(metric) for x in lines if x["kind"] == "eval" and (x["view"], x["split"]) == (main, "test")][
+        -10:
+    ]
     sent = {d: sum(sum(x["bytes"][d].values()) for x in lines if x["kind"] == "train") for d in ("up", "down")}
     return {
         "name": f.name,

@@ -46,7 +46,8 @@ def mean(terms: Iterable[tuple[Params, float]]) -> Params:
 
     Sums in float64 would double the memory for no gain: K <= a few thousand terms of like size.
     """
-    total, acc = 0.0, {}
+    total = 0.0
+    acc: Params = {}
     for p, w in terms:
         total += w
         for k, v in p.items():
@@ -98,9 +99,13 @@ def factor(dw: Tensor, r: int, split: str = "sqrt") -> tuple[Tensor, Tensor]:
 
 
 def stack(ps: Sequence[Params]) -> Params:
-    """K client trees -> one tree with a leading client axis; smaller ranks are zero-padded (exact: zeros stay zero)."""
-    top = {k: max(rank(k, p[k]) for p in ps) for k in ps[0]}
-    return {k: torch.stack([pad_rank(k, p[k], top[k]) for p in ps]) for k in ps[0]}
+    """K client trees -> one tree with a leading client axis; smaller ranks are zero-padded (exact: zeros stay zero).
+
+    Leaves come out in the order of their names, whatever order a file or a message gave them: sums over leaves (the norm
+    that clips) must not depend on it.
+    """
+    top = {k: max(rank(k, p[k]) for p in ps) for k in sorted(ps[0])}
+    return {k: torch.stack([pad_rank(k, p[k], top[k]) for p in ps]) for k in top}
 
 
 def unstack(p: Params, k: int) -> list[Params]:

@@ -51,7 +51,7 @@ def decode(message: bytes) -> tuple[Params, dict[str, Any]]:
         tensors = load(message)
         length = int.from_bytes(message[:8], "little")
         header = json.loads(json.loads(message[8 : 8 + length])["__metadata__"][HEADER])
-        return {Key.parse(k): v for k, v in tensors.items()}, header
+        return {Key.parse(k): tensors[k] for k in sorted(tensors)}, header  # the loader's own order varies
     except (SafetensorError, ValueError, KeyError, TypeError) as e:
         raise UploadError(
             f"message of {len(message)} bytes cannot be read ({e}), expected leaves written by fedlora; "

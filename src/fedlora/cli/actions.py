@@ -70,7 +70,9 @@ class Interrupted(FedloraError):
     """Ctrl-C: the round at hand was dropped, everything before it is on disk."""
 
     def __init__(self, folder: Path):
-        super().__init__(f"interrupted: the round at hand was dropped, earlier rounds are kept; go on with\n  fedlora resume {folder}")
+        super().__init__(
+            f"interrupted: the round at hand was dropped, earlier rounds are kept; go on with\n  fedlora resume {folder}"
+        )
 
 
 def _report(folder: Path, quiet: bool) -> None:
@@ -120,7 +122,9 @@ def recipe_of(folder: Path) -> Recipe:
         around = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise StateError(f"{folder}: no such run folder; {near(folder.name, around)}")
     if not file.exists():
-        raise StateError(f"{folder}: holds no recipe.yaml, so it is not a run folder made from a recipe; choose another")
+        raise StateError(
+            f"{folder}: holds no recipe.yaml, so it is not a run folder made from a recipe; choose another"
+        )
     return Recipe.load(file)
 
 
@@ -164,7 +168,9 @@ def run_folders(folders: Sequence[Path]) -> list[Path]:
     """The run folders among `folders` and right below them."""
     found: list[Path] = []
     for folder in folders:
-        inside = [folder] if (folder / "recipe.yaml").exists() else sorted(p.parent for p in folder.glob("*/recipe.yaml"))
+        inside = (
+            [folder] if (folder / "recipe.yaml").exists() else sorted(p.parent for p in folder.glob("*/recipe.yaml"))
+        )
         if not inside:
             raise StateError(f"{folder}: no run folder here or below; give folders that `fedlora run` wrote")
         found += inside
@@ -182,7 +188,9 @@ def compare(folders: Sequence[Path], output: Path | None, json: bool) -> None:
     else:
         tables.comparison(out, rows)
     try:
-        page = pages.write_comparison(found, output or (folders[0] if len(folders) == 1 else Path()) / "comparison.html")
+        page = pages.write_comparison(
+            found, output or (folders[0] if len(folders) == 1 else Path()) / "comparison.html"
+        )
     except pages.MissingPlotly as e:
         err.print(str(e), soft_wrap=True, markup=False)
         return
@@ -201,7 +209,9 @@ def export(folder: Path, output: Path, clients: Sequence[str], all_clients: bool
         out.print(str(path), soft_wrap=True, highlight=False, markup=False)
 
 
-def predict(folder: Path, texts: Sequence[str], client: str | None, file: Path | None, new_tokens: int, json: bool) -> None:
+def predict(
+    folder: Path, texts: Sequence[str], client: str | None, file: Path | None, new_tokens: int, json: bool
+) -> None:
     from ..build import tokenizer_of
     from ..predict import predict_texts
     from ..serving import deltas_of

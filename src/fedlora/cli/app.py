@@ -18,7 +18,9 @@ app = typer.Typer(
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)]
 Folder = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a field of the recipe.", show_default=False)]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a field of the recipe.", show_default=False)
+]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of bars and tables.")]
@@ -80,7 +82,9 @@ def compare(
 def export(
     folder: Folder,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.", show_default=False)],
-    client: Annotated[list[str] | None, typer.Option("--client", "-c", help="A client's model; repeat for more.", show_default=False)] = None,
+    client: Annotated[
+        list[str] | None, typer.Option("--client", "-c", help="A client's model; repeat for more.", show_default=False)
+    ] = None,
     all_clients: Annotated[bool, typer.Option("--all-clients", help="Every client's model.")] = False,
     merged: Annotated[bool, typer.Option("--merged", help="The merged model instead of a PEFT adapter.")] = False,
 ) -> None:
@@ -93,9 +97,15 @@ def export(
 @app.command()
 def predict(
     folder: Folder,
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts; for pairs put ' ||| ' between the two.", show_default=False)] = None,
-    client: Annotated[str | None, typer.Option("--client", "-c", help="Use this client's model.", show_default=False)] = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read texts from a file, one a line.", show_default=False)] = None,
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Texts; for pairs put ' ||| ' between the two.", show_default=False)
+    ] = None,
+    client: Annotated[
+        str | None, typer.Option("--client", "-c", help="Use this client's model.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Read texts from a file, one a line.", show_default=False)
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="Longest continuation, tokens.")] = 64,
     json: Json = False,
 ) -> None:

@@ -7,7 +7,15 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ..watch import Watch
 
@@ -52,7 +60,8 @@ class Bars(Watch):
             TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False),
             console=console, transient=not console.is_terminal,
         )  # fmt: skip
-        self.rounds = self.clients = None
+        self.rounds: TaskID | None = None
+        self.clients: TaskID | None = None
 
     def __enter__(self) -> Bars:
         self.progress.start()

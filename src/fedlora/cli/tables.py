@@ -35,13 +35,19 @@ def number(x: Any, digits: int = 3) -> str:
 def result(out: Console, folder: Path) -> None:
     """The summary of one run."""
     s = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    table = _table(f"{s['name']}: {s['method']['title']}, {s['rounds']} rounds", "view", "mean", "by size", "worst tenth")
+    table = _table(
+        f"{s['name']}: {s['method']['title']}, {s['rounds']} rounds", "view", "mean", "by size", "worst tenth"
+    )
     for view, scores in s["views"].items():
         table.add_row(view, *(number(scores[k].get(s["metric"])) for k in ("mean", "weighted", "worst_decile")))
     out.print(table)
     chosen = f"{s['metric']} on test at round {s['chosen_round']}, chosen on {s['chosen_on']}"
     last = f"; mean of the last rounds {number(s['test_last10'])}" if s["test_last10"] is not None else ""
-    out.print(f"{chosen}{last}. {size(s['bytes']['total'])} sent, {s['seconds']:.0f} s. Folder: {folder}", soft_wrap=True, highlight=False)
+    out.print(
+        f"{chosen}{last}. {size(s['bytes']['total'])} sent, {s['seconds']:.0f} s. Folder: {folder}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def methods(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:

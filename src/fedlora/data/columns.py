@@ -18,7 +18,9 @@ def column(table: pa.Table, name: str, field: str = "data.text") -> pa.ChunkedAr
     import pyarrow as pa
 
     if name not in table.column_names:
-        raise DataError(f"{field}: no column {name!r} among the columns {table.column_names}; {near(name, table.column_names)}")
+        raise DataError(
+            f"{field}: no column {name!r} among the columns {table.column_names}; {near(name, table.column_names)}"
+        )
     found = table.column(name)
     return found.cast(found.type.value_type) if pa.types.is_dictionary(found.type) else found
 
@@ -64,7 +66,12 @@ def codes(values: pa.ChunkedArray, name: str, field: str) -> tuple[np.ndarray, l
             raise DataError(f"{field}: column {name!r} holds {numbers[broken[0]]} in row {broken[0] + 1}, expected classes (text or "
                             "whole numbers); for real values set model.task to regression")  # fmt: skip
         values = pa.chunked_array([numbers.astype(np.int64)])
-    elif not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    elif not (
+        pa.types.is_integer(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+    ):
         raise DataError(f"{field}: column {name!r} holds {kind}, expected text or whole numbers; choose another column")
     encoded = values.combine_chunks().dictionary_encode()
     if isinstance(encoded, pa.ChunkedArray):

@@ -72,7 +72,9 @@ def corpus() -> pa.Table:
     if not rows:
         raise DataError(f"data.source: demo found no sources of the standard library in {folder}, expected its .py files; "
                         "install them or give a file of your own")  # fmt: skip
-    return pa.table({name: list(column) for name, column in zip(("text", "area", "module"), zip(*rows, strict=True), strict=True)})
+    return pa.table(
+        {name: list(column) for name, column in zip(("text", "area", "module"), zip(*rows, strict=True), strict=True)}
+    )
 
 
 def _documents(folder: Path) -> Iterator[tuple[str, str, str]]:

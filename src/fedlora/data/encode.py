@@ -131,10 +131,21 @@ def room(tokenizer: Any, max_length: int, pair: bool = False) -> int:
     """Tokens of text that fit beside the special ones. Raises ConfigError where there are fewer than two."""
     extra = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length - extra < 2:
-        raise ConfigError([Problem("data.max_length", max_length, f"at least {extra + 2}: the tokenizer adds {extra} special tokens")])
+        raise ConfigError(
+            [Problem("data.max_length", max_length, f"at least {extra + 2}: the tokenizer adds {extra} special tokens")]
+        )
     limit = getattr(tokenizer, "model_max_length", None) or max_length
     if max_length > limit:
-        raise ConfigError([Problem("data.max_length", max_length, f"at most {limit}, the longest input of the model", f"set it to {limit}")])
+        raise ConfigError(
+            [
+                Problem(
+                    "data.max_length",
+                    max_length,
+                    f"at most {limit}, the longest input of the model",
+                    f"set it to {limit}",
+                )
+            ]
+        )
     return max_length - extra
 
 

@@ -40,7 +40,12 @@ class FederatedData:
 
 
 def assemble(
-    tokenizer: Any, data: Mapping[str, Any], partition: Mapping[str, Any], task: str, seed: int, cache: Path | None = None
+    tokenizer: Any,
+    data: Mapping[str, Any],
+    partition: Mapping[str, Any],
+    task: str,
+    seed: int,
+    cache: Path | None = None,
 ) -> FederatedData:
     """The data that the recipe's sections `data` and `partition` describe. Raises ConfigError or DataError."""
     by = data.get("client") or partition.get("column")
@@ -48,7 +53,9 @@ def assemble(
         by = DEMO_CLIENT
     loaded = load(tokenizer, data, task, seed, by, cache)
     kind = NATURAL if data.get("client") else partition["kind"]
-    fed = _divided(loaded.examples, loaded.groups, loaded.names, loaded.column, loaded.origin, {**partition, "kind": kind}, seed)
+    fed = _divided(
+        loaded.examples, loaded.groups, loaded.names, loaded.column, loaded.origin, {**partition, "kind": kind}, seed
+    )
     return replace(fed, truncated=loaded.truncated)
 
 
@@ -64,15 +71,31 @@ def from_arrays(
     examples = Arrays({n: np.asarray(v) for n, v in columns.items()})
     labels = examples.labels
     groups = labels if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu" else None
-    names = tuple(label_names) or (tuple(str(i) for i in range(int(labels.max()) + 1)) if groups is not None and labels is not None else ())
+    names = tuple(label_names) or (
+        tuple(str(i) for i in range(int(labels.max()) + 1)) if groups is not None and labels is not None else ()
+    )
     column = None
     if by is not None:
         values, codes = np.unique(np.asarray(by), return_inverse=True)
         column = Column(codes.astype(np.int64), values.tolist())
     section = {"kind": kind, "clients": clients, "validation": validation, "test": test, **options}
-    known = {"kind", "clients", "validation", "test", "alpha", "share", "classes", "domains", "min_size", "unseen", "permute_labels"}
+    known = {
+        "kind",
+        "clients",
+        "validation",
+        "test",
+        "alpha",
+        "share",
+        "classes",
+        "domains",
+        "min_size",
+        "unseen",
+        "permute_labels",
+    }
     if odd := sorted(section.keys() - known):
-        raise ConfigError([Problem(f"partition.{n}", section[n], "an option of a partition", near(n, known)) for n in odd])
+        raise ConfigError(
+            [Problem(f"partition.{n}", section[n], "an option of a partition", near(n, known)) for n in odd]
+        )
     fed = _divided(examples, groups, names, column, np.zeros(len(examples), np.int8), section, seed)
     return fed
 
@@ -116,7 +139,9 @@ def _partition(
     """Rows of each client, and the clients' ids."""
     kind, n, clients, least = p["kind"], len(labels), p["clients"], p.get("min_size", 1)
     if kind in ("dirichlet", "label-sorting", "classes") and not labelled:
-        raise ConfigError([Problem("partition.kind", kind, "a kind that needs no classes", "choose iid, quantity or column")])
+        raise ConfigError(
+            [Problem("partition.kind", kind, "a kind that needs no classes", "choose iid, quantity or column")]
+        )
     if kind in (NATURAL, "domain") and column is None:
         raise ConfigError([Problem("partition.column", None, f"a column for kind {kind}", "name it")])
     if kind == NATURAL and column is not None:

@@ -13,7 +13,16 @@ from ..errors import ConfigError, DataError, Problem, near
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMATS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
+FORMATS = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
 LARGEST_BLOCK = 1 << 30  # bytes; pyarrow settles the type of a column on the first block it reads
 
 
@@ -39,14 +48,18 @@ def read_file(path: Path, format: str = "auto", encoding: str = "utf-8") -> pa.T
         raise missing(path)
     format = format_of(path, format)
     if path.stat().st_size == 0:
-        raise DataError(f"data.source: {path} is empty (0 bytes), expected {format}; write the file again or leave it out")
+        raise DataError(
+            f"data.source: {path} is empty (0 bytes), expected {format}; write the file again or leave it out"
+        )
     if format == "parquet":
         table = _parquet(path)
     else:
         data = utf8(path, encoding)
         table = _jsonl(path, data) if format == "jsonl" else _separated(path, data, "," if format == "csv" else "\t")
     if table.num_rows == 0:
-        raise DataError(f"data.source: {path} has no rows (columns {table.column_names}), expected at least one; write the file again or leave it out")
+        raise DataError(
+            f"data.source: {path} has no rows (columns {table.column_names}), expected at least one; write the file again or leave it out"
+        )
     return table
 
 
@@ -56,7 +69,9 @@ def missing(path: Path) -> DataError:
     while not folder.is_dir() and folder != folder.parent:
         folder, name = folder.parent, folder.name
     around = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    return DataError(f"data.source: {path} does not exist, expected a file or folder; in {folder}: {near(name, around)}")
+    return DataError(
+        f"data.source: {path} does not exist, expected a file or folder; in {folder}: {near(name, around)}"
+    )
 
 
 def utf8(path: Path, encoding: str) -> bytes:
@@ -65,7 +80,9 @@ def utf8(path: Path, encoding: str) -> bytes:
     try:
         name = codecs.lookup(encoding).name
     except LookupError:
-        raise ConfigError([Problem("data.encoding", encoding, "an encoding that Python knows", "e.g. utf-8, latin-1, cp1252")]) from None
+        raise ConfigError(
+            [Problem("data.encoding", encoding, "an encoding that Python knows", "e.g. utf-8, latin-1, cp1252")]
+        ) from None
     try:
         text = raw.decode(name)
     except UnicodeDecodeError as e:
@@ -105,7 +122,9 @@ def _separated(path: Path, data: bytes, delimiter: str) -> pa.Table:
                         f"first line: {_short(row.text)}; {hint}, or set data.format")  # fmt: skip
     twice = sorted({n for n in table.column_names if table.column_names.count(n) > 1})
     if twice:
-        raise DataError(f"data.source: {path} has more than one column {twice[0]!r}, expected distinct names in the first line; rename one")
+        raise DataError(
+            f"data.source: {path} has more than one column {twice[0]!r}, expected distinct names in the first line; rename one"
+        )
     return table
 
 

@@ -51,9 +51,13 @@ def reals(table: pa.Table, name: str, field: str = "data.label") -> np.ndarray:
 
     values = full(table, name, field)
     if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_decimal(values.type)):
-        raise DataError(f"{field}: column {name!r} holds {values.type}, expected numbers; for classes set model.task to classification")
+        raise DataError(
+            f"{field}: column {name!r} holds {values.type}, expected numbers; for classes set model.task to classification"
+        )
     numbers = values.cast(pa.float64()).to_numpy()
     broken = np.flatnonzero(~np.isfinite(numbers))
     if len(broken):
-        raise DataError(f"{field}: column {name!r} holds {numbers[broken[0]]} in row {broken[0] + 1}, expected a finite number; remove that row")
+        raise DataError(
+            f"{field}: column {name!r} holds {numbers[broken[0]]} in row {broken[0] + 1}, expected a finite number; remove that row"
+        )
     return numbers.astype(np.float32)

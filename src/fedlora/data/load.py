@@ -75,7 +75,7 @@ def load(
 
 def _tables(data: Mapping[str, Any], seed: int) -> dict[int, pa.Table]:
     """Rows by origin."""
-    shared = {k: data.get(k) for k in ("subset", "encoding", "client", "limit")}
+    shared: dict[str, Any] = {k: data.get(k) for k in ("subset", "encoding", "client", "limit")}
     shared["encoding"] = shared["encoding"] or "utf-8"
     tables = {0: read(data["source"], format=data.get("format", "auto"), split=data.get("split"), seed=seed, **shared)}
     for origin, field in ((1, "validation"), (2, "test")):
@@ -115,8 +115,12 @@ def _column(tables: Mapping[int, pa.Table], by: str | None, source: Sequence[np.
     parts = [full(t, by, "partition.column") for t in tables.values()]
     kinds = {p.type for p in parts}
     if len(kinds) > 1:
-        raise DataError(f"partition.column: {by!r} is {' and '.join(map(str, kinds))} in different files, expected one type")
-    numbers, names = codes(pa.chunked_array([c for p in parts for c in p.chunks], parts[0].type), by, "partition.column")
+        raise DataError(
+            f"partition.column: {by!r} is {' and '.join(map(str, kinds))} in different files, expected one type"
+        )
+    numbers, names = codes(
+        pa.chunked_array([c for p in parts for c in p.chunks], parts[0].type), by, "partition.column"
+    )
     starts = np.cumsum([0, *(len(p) for p in parts)])
     return Column(np.concatenate([numbers[a + s] for a, s in zip(starts, source, strict=False)]), names)
 
@@ -138,7 +142,7 @@ def _tokens(tokenizer: Any, table: pa.Table, data: Mapping[str, Any], task: str,
     elif isinstance(text, str):
         kind, first = "texts", strings(table, text, "data.text")
     else:
-        kind, (first, second) = "texts", (strings(table, c, "data.text") for c in text or ())  # type: ignore[assignment]
+        kind, (first, second) = "texts", (strings(table, c, "data.text") for c in text or ())
 
     def make() -> Encoded:
         if kind == "running":
@@ -157,7 +161,9 @@ def _filled(table: pa.Table, data: Mapping[str, Any]) -> list[str]:
     try:
         names = {n for _, n, _, _ in string.Formatter().parse(template) if n is not None}
     except ValueError as e:
-        raise DataError(f"data.template: {template!r} is no format string ({e}); double the braces that are text") from e
+        raise DataError(
+            f"data.template: {template!r} is no format string ({e}); double the braces that are text"
+        ) from e
     alias = {"prompt": data.get("prompt")} if data.get("prompt") else {}
     for n in names:
         column(table, alias.get(n) or n, "data.template")
@@ -169,7 +175,10 @@ def _joined(parts: Sequence[Encoded]) -> Tokens:
     """Token rows of several tables behind each other."""
     shift = np.cumsum([0, *(len(p.flat) for p in parts)])
     offsets = np.concatenate([[0], *(p.offsets[1:] + s for p, s in zip(parts, shift, strict=False))]).astype(np.int64)
-    extra = {n: None if getattr(parts[0], n) is None else np.concatenate([getattr(p, n) for p in parts]) for n in ("segment", "prompt", "chars")}
+    extra: dict[str, Any] = {
+        n: None if getattr(parts[0], n) is None else np.concatenate([getattr(p, n) for p in parts])
+        for n in ("segment", "prompt", "chars")
+    }
     return Tokens(np.concatenate([p.flat for p in parts]), offsets, **extra)
 
 
@@ -187,7 +196,14 @@ def _fingerprint(tokenizer: Any, kind: str, length: int, first: Sequence[str], s
     digest = hashlib.blake2b(digest_size=20)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    facts = (1, kind, length, type(tokenizer).__name__, sorted(tokenizer.special_tokens_map.items()), tokenizer.model_input_names)
+    facts = (
+        1,
+        kind,
+        length,
+        type(tokenizer).__name__,
+        sorted(tokenizer.special_tokens_map.items()),
+        tokenizer.model_input_names,
+    )
     for text in (repr(facts), vocabulary):
         digest.update(text.encode())
     for texts in (first, second or ()):

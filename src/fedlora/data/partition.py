@@ -83,7 +83,9 @@ def classes_per_client(
     order, counts = _by_class(labels, np_rng(seed, "partition", "classes", "rows"))
     total = len(counts)
     if not 1 <= classes <= total:
-        raise ConfigError([Problem(field, classes, f"a number from 1 to {total}, the number of different values in the data")])
+        raise ConfigError(
+            [Problem(field, classes, f"a number from 1 to {total}, the number of different values in the data")]
+        )
     if clients * classes < total:
         raise ConfigError([Problem(field, classes, f"at least {-(-total // clients)}, because {clients} clients with {classes} each cannot hold "
                                    f"{total}", f"raise {field} or partition.clients")])  # fmt: skip
@@ -128,7 +130,7 @@ def by_column(column: np.ndarray, names: Sequence[Any], min_size: int = 1) -> tu
     number = np.full(len(names), -1)
     number[kept] = np.arange(len(kept))
     owners = number[column]
-    return group(owners, len(kept), np.flatnonzero(owners >= 0)), [str(names[v]) for v in kept]
+    return group(owners, len(kept), np.flatnonzero(owners >= 0)), [str(names[v]) for v in kept.tolist()]
 
 
 def label_permutation(clients: int, classes: int, seed: int) -> np.ndarray:

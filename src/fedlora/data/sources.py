@@ -69,11 +69,15 @@ def _read(source: Any, format: str, subset: str | None, split: str | None, encod
         return from_hub(name, subset, split)
     if isinstance(source, pa.Table):
         return source
-    if hasattr(source, "with_format") and hasattr(source, "column_names"):  # datasets.Dataset, without importing datasets
+    if hasattr(source, "with_format") and hasattr(
+        source, "column_names"
+    ):  # datasets.Dataset, without importing datasets
         return _arrow(_pick(source, split, "the data set"))
     if isinstance(source, Sequence) and source and all(isinstance(s, (str, Path)) for s in source):
         return _files([p for s in source for p in _paths(s, split)], format, encoding, by_file)
-    raise DataError(f"data.source: got {type(source).__name__}, expected a path, a list of paths, a hub id, a pyarrow table or a data set")
+    raise DataError(
+        f"data.source: got {type(source).__name__}, expected a path, a list of paths, a hub id, a pyarrow table or a data set"
+    )
 
 
 # files ----------------------------------------------------------------------------------------------------------------
@@ -83,9 +87,13 @@ def _paths(source: str | Path, split: str | None) -> list[Path]:
     """The data files of a path, glob or folder, sorted."""
     path = Path(source).expanduser()
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in FORMATS and not p.name.startswith("."))
+        found = sorted(
+            p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in FORMATS and not p.name.startswith(".")
+        )
         if not found:
-            raise DataError(f"data.source: folder {path} holds no data file ({', '.join(FORMATS)}); {near('', [p.name for p in path.iterdir()])}")
+            raise DataError(
+                f"data.source: folder {path} holds no data file ({', '.join(FORMATS)}); {near('', [p.name for p in path.iterdir()])}"
+            )
         return _of_split(found, split, path) if split else found
     if not path.exists() and glob.has_magic(str(path)):
         found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
@@ -103,7 +111,9 @@ def _of_split(paths: list[Path], split: str, folder: Path) -> list[Path]:
     names = {p: re.sub(r"-\d+-of-\d+$", "", p.stem) for p in paths}
     chosen = [p for p in paths if names[p] == split]
     if not chosen:
-        raise DataError(f"data.split: no file of {folder} is named after the split {split!r}; {near(split, sorted(set(names.values())))}")
+        raise DataError(
+            f"data.split: no file of {folder} is named after the split {split!r}; {near(split, sorted(set(names.values())))}"
+        )
     return chosen
 
 
@@ -118,7 +128,9 @@ def _files(paths: list[Path], format: str, encoding: str, by_file: bool) -> pa.T
             raise DataError(f"data.source: {path} has columns {table.column_names}, {paths[0]} has {first.column_names}; expected the same in "
                             f"every file: rename or add {', '.join(map(repr, odd))}, or give fewer files")  # fmt: skip
     if by_file:
-        tables = [t.append_column(CLIENT, pa.array([n] * t.num_rows)) for n, t in zip(_names(paths), tables, strict=True)]
+        tables = [
+            t.append_column(CLIENT, pa.array([n] * t.num_rows)) for n, t in zip(_names(paths), tables, strict=True)
+        ]
     if len(tables) == 1:
         return tables[0]
     try:
@@ -172,7 +184,9 @@ def _from_disk(path: Path, split: str | None) -> pa.Table:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as e:  # as above
-        raise DataError(f"data.source: {path} looks like a save_to_disk folder but cannot be loaded ({str(e).splitlines()[0]}); save it again") from e
+        raise DataError(
+            f"data.source: {path} looks like a save_to_disk folder but cannot be loaded ({str(e).splitlines()[0]}); save it again"
+        ) from e
     return _arrow(_pick(loaded, split, str(path)))
 
 

@@ -49,7 +49,14 @@ def split(rows: Rows, labels: np.ndarray, shares: Mapping[str, float], seed: int
 def _check(shares: Mapping[str, float]) -> None:
     bad = [Problem(f"partition.{n}", s, "a share from 0 to below 1") for n, s in shares.items() if not 0 <= s < 1]
     if not bad and sum(shares.values()) >= 1:
-        bad = [Problem(f"partition.{'+'.join(shares)}", sum(shares.values()), "below 1 in all, to leave rows to train on", "lower one of them")]
+        bad = [
+            Problem(
+                f"partition.{'+'.join(shares)}",
+                sum(shares.values()),
+                "below 1 in all, to leave rows to train on",
+                "lower one of them",
+            )
+        ]
     if bad:
         raise ConfigError(bad)
 
@@ -61,7 +68,9 @@ def _counts(sizes: np.ndarray, shares: Sequence[float]) -> list[np.ndarray]:
     for i in sorted(range(len(shares)), key=lambda i: -shares[i]):  # large shares are served first
         if shares[i] > 0:
             takes[i] = np.maximum(takes[i], np.minimum(room, 1))
-            later = sum(1 for j in range(len(shares)) if 0 < shares[j] < shares[i] or (shares[j] == shares[i] and j > i))
+            later = sum(
+                1 for j in range(len(shares)) if 0 < shares[j] < shares[i] or (shares[j] == shares[i] and j > i)
+            )
             takes[i] = np.minimum(takes[i], np.maximum(room - later, np.minimum(room, 1)))
         room = room - takes[i]
     return takes

@@ -10,5 +10,22 @@ from .slora import SLoRA
 from .tuning import FFT, SFT, BitFit, Houlsby, Pfeiffer
 
 METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (CentralizedLoRA, LocalLoRA, FineTunedLoRA, HomLoRA, FFALoRA, FedSALoRA, ShareB, HetLoRA, PF2LoRA, SLoRA, FFT, SFT, BitFit, Houlsby, Pfeiffer)
+    m.name: m
+    for m in (
+        CentralizedLoRA,
+        LocalLoRA,
+        FineTunedLoRA,
+        HomLoRA,
+        FFALoRA,
+        FedSALoRA,
+        ShareB,
+        HetLoRA,
+        PF2LoRA,
+        SLoRA,
+        FFT,
+        SFT,
+        BitFit,
+        Houlsby,
+        Pfeiffer,
+    )
 }

@@ -12,7 +12,7 @@ from ..model import Site
 
 def facts(m: type[Method]) -> dict[str, Any]:
     """Name, paper, what is shared and what stays personal (as adapter.part), hyperparameters with defaults."""
-    method = m()
+    method: Any = m()
     scene = Scene({"target": (Site("layer", 512, 512),), "head": (Site("head", 2, 512),)}, 0)
     from ..method import Client
 

@@ -39,7 +39,7 @@ class HetLoRA(SGDMethod):
     name: ClassVar[str] = "hetlora"
     title: ClassVar[str] = "HetLoRA"
     paper: ClassVar[str] = "arXiv:2401.06432"
-    per_client: ClassVar[bool] = True
+    per_client = True
     rank_min: int = 2
     plan: Plan = "uniform"
     exponent: float = 1.0
@@ -55,7 +55,9 @@ class HetLoRA(SGDMethod):
         super().__post_init__()
         bad = []
         if not 1 <= self.rank_min <= self.rank:
-            bad.append(Problem("method.rank_min", self.rank_min, f"1 to rank_max={self.rank}", "lower it or raise method.rank"))
+            bad.append(
+                Problem("method.rank_min", self.rank_min, f"1 to rank_max={self.rank}", "lower it or raise method.rank")
+            )
         if not 0 < self.gamma <= 1:
             bad.append(Problem("method.gamma", self.gamma, "a number in (0, 1]", "0.99, 0.85 and 0.5 are in use"))
         if self.lam < 0:
@@ -63,12 +65,26 @@ class HetLoRA(SGDMethod):
         if self.adapter == "vera":
             bad.append(Problem("method.adapter", "vera", "lora or rslora: VeRA has no factors to truncate"))
         if self.plan in ("explicit", "budget") and not self.ranks:
-            bad.append(Problem("method.ranks", self.ranks, f"a client: value map for plan {self.plan!r}", "'*' is everybody else"))
+            bad.append(
+                Problem(
+                    "method.ranks", self.ranks, f"a client: value map for plan {self.plan!r}", "'*' is everybody else"
+                )
+            )
         if self.plan == "explicit":
             for client, r in self.ranks:
                 if not self.rank_min <= r <= self.rank:
-                    side = f"exceeds rank_max={self.rank}; raise method.rank" if r > self.rank else f"is below rank_min={self.rank_min}; lower it"
-                    bad.append(Problem("method.ranks", f"HetLoRA: rank {r} of client {client!r} {side}", f"{self.rank_min} to {self.rank}"))
+                    side = (
+                        f"exceeds rank_max={self.rank}; raise method.rank"
+                        if r > self.rank
+                        else f"is below rank_min={self.rank_min}; lower it"
+                    )
+                    bad.append(
+                        Problem(
+                            "method.ranks",
+                            f"HetLoRA: rank {r} of client {client!r} {side}",
+                            f"{self.rank_min} to {self.rank}",
+                        )
+                    )
         if bad:
             raise ConfigError(bad)
 
@@ -87,7 +103,9 @@ class HetLoRA(SGDMethod):
             return power_law(self.rank_min, self.rank, self.exponent, scene.seed, client.id)
         given = lookup(dict(self.ranks), client)
         if given is None:
-            raise ConfigError([Problem("method.ranks", f"nothing for client {client.id!r}", "a value", "add it, or '*' for the rest")])
+            raise ConfigError(
+                [Problem("method.ranks", f"nothing for client {client.id!r}", "a value", "add it, or '*' for the rest")]
+            )
         if self.plan == "budget":
             return from_budget(given, scene.sites("target"), scene.head, self.rank_min, self.rank)
         return int(given)
@@ -131,7 +149,9 @@ class HetLoRA(SGDMethod):
     # client -----------------------------------------------------------------------------------------------------
     def begin(self, scene: Scene, order: object, down: Params, kept: Params) -> Work:
         work = super().begin(scene, order, down, kept)  # type: ignore[arg-type]
-        return work | {"received": {Key(self.label, site, "tail"): t for site, t in self.tails(work, work["train"]).items()}}
+        return work | {
+            "received": {Key(self.label, site, "tail"): t for site, t in self.tails(work, work["train"]).items()}
+        }
 
     def tails(self, work: Work, p: Params) -> dict[str, Tensor]:
         """site -> ||B[:, g:]||_F ||A[g:]||_F, [K]; the whole model is site "". Padded components are zero."""
@@ -156,7 +176,11 @@ class HetLoRA(SGDMethod):
 
     def ready(self, p: Params, fixed: Params) -> Params:
         """A personal B may still have components that its A was pruned of (a fresh one always has): they meet zeros."""
-        most = {k.site: max(rank(k, v), rank(k._replace(part="A"), p[k._replace(part="A")])) for k, v in p.items() if k.part == "B"}
+        most = {
+            k.site: max(rank(k, v), rank(k._replace(part="A"), p[k._replace(part="A")]))
+            for k, v in p.items()
+            if k.part == "B"
+        }
         return super().ready({k: pad_rank(k, v, most[k.site]) if k.site in most else v for k, v in p.items()}, fixed)
 
     def finish(self, work: Work) -> tuple[Params, Params]:
@@ -174,7 +198,7 @@ class HetLoRA(SGDMethod):
         out = {}
         for k, r in work["ranks"].items():
             sites = [k.site] if k.site in now else list(now)
-            shrunk = sum(now[s] for s in sites) < sum(start[s] for s in sites)  # type: ignore[operator]
+            shrunk = torch.stack([now[s] for s in sites]).sum(0) < torch.stack([start[s] for s in sites]).sum(0)
             g = (self.gamma * r.double()).floor().to(r).clamp_min(self.rank_min)
             out[k] = torch.where(shrunk.to(r.device), torch.minimum(g, r), r)
         return out

@@ -62,7 +62,14 @@ class PF2LoRA(SGDMethod):
         super().__post_init__()
         bad = []
         if not 0 <= self.rank_personal < self.rank:
-            bad.append(Problem("method.rank_personal", self.rank_personal, f"0 to rank - 1 = {self.rank - 1}", "r/4 or r/2 is usual"))
+            bad.append(
+                Problem(
+                    "method.rank_personal",
+                    self.rank_personal,
+                    f"0 to rank - 1 = {self.rank - 1}",
+                    "r/4 or r/2 is usual",
+                )
+            )
         if self.adapter == "vera":
             bad.append(Problem("method.adapter", "vera", "lora or rslora: PF2LoRA adds two low-rank products"))
         if self.lr_personal < 0:
@@ -92,7 +99,9 @@ class PF2LoRA(SGDMethod):
 
     def ready(self, p: Params, fixed: Params) -> Params:
         mine = make(self.adapter, max(self.rank_personal, 1), self.alpha_personal)
-        return self.form.view(select(p, lambda k: k.adapter != "personal")) | mine.view(select(p, lambda k: k.adapter == "personal"))
+        return self.form.view(select(p, lambda k: k.adapter != "personal")) | mine.view(
+            select(p, lambda k: k.adapter == "personal")
+        )
 
     def begin(self, scene: Scene, order: object, down: Params, kept: Params) -> Work:
         work = super().begin(scene, order, down, kept)  # type: ignore[arg-type]

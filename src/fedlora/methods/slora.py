@@ -73,8 +73,8 @@ class SLoRA(SFT):
         sparse = SFT(**common, density=self.density, layers=self.layers)
         if self.second == "homlora":
             return sparse, HomLoRA(**common)
-        own = {"rank_personal": self.rank_personal, "alpha_personal": float(self.rank_personal), "lr_personal": self.lr_personal}
-        return sparse, PF2LoRA(**common, **own)
+        r = self.rank_personal
+        return sparse, PF2LoRA(**common, rank_personal=r, alpha_personal=float(r), lr_personal=self.lr_personal)
 
     def now(self, p: Params) -> SGDMethod:
         """Clients notice the stage only by the leaves that arrive."""
@@ -137,7 +137,11 @@ class SLoRA(SFT):
         index = sparse.fixed(scene)
         for s in scene.sites("target"):
             values = server.params[Key("sparse", s.name, "values")]
-            dw = torch.zeros(s.out * s.in_).index_copy(0, index[Key("sparse", s.name, "index")], values).view(s.out, s.in_)
+            dw = (
+                torch.zeros(s.out * s.in_)
+                .index_copy(0, index[Key("sparse", s.name, "index")], values)
+                .view(s.out, s.in_)
+            )
             b, a = factor(dw / form.scale, self.rank, self.split)
             p[Key(second.label, s.name, "A")], p[Key(second.label, s.name, "B")] = a, b
             total = float(dw.square().sum())
@@ -169,7 +173,10 @@ class SLoRA(SFT):
             return p
         clients = len(next(iter(p.values())))
         index = self.stages[0].fixed(scene)
-        return p | {Key("stage1", k.site, "index"): v[None].expand(clients, -1).to(next(iter(p.values())).device) for k, v in index.items()}
+        return p | {
+            Key("stage1", k.site, "index"): v[None].expand(clients, -1).to(next(iter(p.values())).device)
+            for k, v in index.items()
+        }
 
     def step(self, work: Work, loss: Loss, lr: Tensor, *draws: Batch) -> tuple[Work, Metrics]:
         extra = select(work["fixed"], lambda k: k.adapter in ("primed", "stage1"))
@@ -189,4 +196,3 @@ class SLoRA(SFT):
         now = self.now(down)
         frozen, rest, _ = self.apart(now, down, kept)
         return now.personal(scene, rest[0], rest[1]) | self.frozen(scene, frozen)
-

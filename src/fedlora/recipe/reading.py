@@ -28,7 +28,7 @@ PLAIN: dict[
 class Loader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2's plain scalars; a key that occurs twice is an error."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]  # the stubs take it for an attribute
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[Any, yaml.Node] = {}

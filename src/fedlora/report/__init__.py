@@ -1,0 +1,88 @@
+"""Reports: one self-contained HTML file for a run or a comparison. Nothing is fetched when it is opened."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import FedloraError, StateError
+from .read import records
+from .tables import compare_rows
+
+
+class MissingPlotly(FedloraError):
+    """The plotting library is not installed; everything but the pages works without it."""
+
+
+def write_run(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write the report of a run folder to `out` (default: report.html in it); returns where it is.
+
+    Raises MissingPlotly, and StateError for a folder that holds no run.
+    """
+    from .page import run_page
+
+    run = records(folder)
+    _need_plotly()
+    return _write(run_page(run), Path(out) if out else Path(folder) / "report.html")
+
+
+def write_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
+    """Write the comparison of run folders to `out`; returns it. Raises as write_run."""
+    from .page import comparison_page
+
+    runs = [records(f) for f in folders]
+    if len({r.metric for r in runs}) > 1:
+        kinds = ", ".join(sorted({f"{r.metric} ({r.name})" for r in runs}))
+        raise StateError(f"compare: the runs are scored differently: {kinds}; compare runs of one task")
+    _need_plotly()
+    return _write(comparison_page(runs, compare_rows(folders)), Path(out))
+
+
+def _need_plotly() -> None:
+    lost = [m for m in ("plotly", "jinja2") if find_spec(m) is None]
+    if lost:
+        raise MissingPlotly(
+            f"no HTML report: {' and '.join(lost)} not installed; pip install 'fedlora[report]', then `fedlora report FOLDER`"
+        )
+
+
+def _write(page: dict[str, Any], out: Path) -> Path:
+    from importlib.resources import files
+
+    from jinja2 import Environment, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    from .. import __version__
+    from .figures import FONT
+
+    count = iter(range(10_000))
+    config = json.dumps(
+        {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d", "autoScale2d"]}
+    )
+
+    def draw(figure: Any) -> str:
+        """A figure's data as JSON in the page; "</" is escaped, or a client's name could end the script."""
+        id, data = f"figure-{next(count)}", figure.to_json().replace("</", "<\\/").replace("<!--", "<\\u0021--")
+        height = figure.layout.height
+        return (
+            f'<div id="{id}" style="height:{height}px"></div>'
+            f"<script>{{const f={data};Plotly.newPlot({id!r},f.data,f.layout,{config});}}</script>"
+        )
+
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
+        (files("fedlora.report") / "page.html").read_text(encoding="utf-8")
+    )
+    script = get_plotlyjs() if any(b.figure is not None for b in page["blocks"]) else ""
+    html = template.render(page=page, font=FONT, script=script, draw=draw, version=__version__)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_name(f".{out.name}.tmp")
+        temporary.write_text(html, encoding="utf-8")
+        os.replace(temporary, out)
+    except OSError as e:
+        raise StateError(f"{out}: cannot be written: {e.strerror}; give another file with --output") from e
+    return out

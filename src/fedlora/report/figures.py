@@ -1,0 +1,332 @@
+"""The pictures of a report, as plotly figures. Every function returns None where there is nothing to show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .read import Records
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+# Okabe and Ito's palette, told apart with any colour vision.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6914")
+VIEWS = {"personal": PALETTE[0], "global": PALETTE[1], "unseen": PALETTE[2]}
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+BARS = 60  # clients drawn one by one; beyond, a heat map
+HEAT = 400  # clients in a heat map; beyond, evenly chosen ones
+
+
+def words(metric: str) -> str:
+    """A metric's name for people."""
+    return {"macro_f1": "macro F1", "bits_per_character": "bits per character"}.get(metric, metric)
+
+
+def _figure(x: str, y: str, height: int = 380, **layout: Any) -> go.Figure:
+    import plotly.graph_objects as go
+
+    axis = {
+        "gridcolor": "#e8eaed",
+        "zeroline": False,
+        "linecolor": "#9aa0a6",
+        "ticks": "outside",
+        "tickcolor": "#9aa0a6",
+        "automargin": True,
+    }
+    return go.Figure(
+        layout={
+            "height": height,
+            "margin": {"l": 56, "r": 16, "t": 16, "b": 48},
+            "font": {"family": FONT, "size": 13, "color": "#202124"},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+            "hoverlabel": {"font": {"family": FONT}},
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#bdc1c6", "activecolor": "#5f6368"},
+            "xaxis": {**axis, "title": {"text": x}},
+            "yaxis": {**axis, "title": {"text": y}},
+            **layout,
+        }
+    )
+
+
+def _whole(fig: go.Figure, most: int) -> None:
+    """Ticks at whole rounds only."""
+    if most <= 12:
+        fig.update_xaxes(dtick=1)
+
+
+def _light(colour: str, alpha: float) -> str:
+    r, g, b = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({r},{g},{b},{alpha})"
+
+
+def _quantile(values: Sequence[float], q: float) -> float:
+    """Linear interpolation between the order statistics."""
+    v = sorted(values)
+    at = q * (len(v) - 1)
+    low = int(at)
+    high = min(low + 1, len(v) - 1)
+    return v[low] + (at - low) * (v[high] - v[low])
+
+
+def _band(
+    fig: go.Figure, x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str, name: str
+) -> None:
+    import plotly.graph_objects as go
+
+    fig.add_trace(
+        go.Scatter(
+            x=[*x, *reversed(x)], y=[*high, *reversed(low)], fill="toself", fillcolor=_light(colour, 0.13), line={"width": 0},
+            hoverinfo="skip", showlegend=False, legendgroup=name, mode="lines",
+        )
+    )  # fmt: skip
+
+
+def progress(run: Records, against: str = "rounds") -> go.Figure | None:
+    """Metric on test against rounds or megabytes: a line per view, the middle 80 % of clients as a band."""
+    import plotly.graph_objects as go
+
+    fig = _figure(
+        "round" if against == "rounds" else "megabytes sent so far, all clients, both ways",
+        f"{words(run.metric)} on test",
+    )
+    sent = run.bytes_by_round()
+    for view, colour in VIEWS.items():
+        lines = [x for x in run.evals(view, "test") if run.metric in x["mean"]]
+        if not lines:
+            continue
+        x = [e["round"] if against == "rounds" else sent[e["round"]] / 1e6 for e in lines]
+        spread = [[c[run.metric] for c in e["clients"].values() if run.metric in c] for e in lines]
+        if max(map(len, spread)) > 2:
+            _band(fig, x, [_quantile(s, 0.1) for s in spread], [_quantile(s, 0.9) for s in spread], colour, view)
+        fig.add_trace(
+            go.Scatter(x=x, y=[e["mean"][run.metric] for e in lines], name=f"{view} model", mode="lines+markers",
+                       legendgroup=view, line={"color": colour, "width": 2.5}, marker={"size": 6})
+        )  # fmt: skip
+    if not fig.data:
+        return None
+    if against == "rounds":
+        _whole(fig, max(x["round"] for x in run.evals()))
+    if run.summary and run.chosen is not None and against == "rounds":
+        note = {
+            "text": f"round {run.chosen}, chosen on {run.summary['chosen_on']}",
+            "font": {"size": 11, "color": "#5f6368"},
+        }
+        side = "right" if run.chosen < 0.7 * run.summary["rounds"] else "left"
+        line = {"dash": "dot", "color": "#5f6368"}
+        fig.add_vline(run.chosen, line=line, annotation=note, annotation_position=f"bottom {side}")
+    return fig
+
+
+def losses(run: Records) -> go.Figure | None:
+    """Training loss: mean over the round's clients, and the middle 80 % of them."""
+    import plotly.graph_objects as go
+
+    lines = [x for x in run.trains if x["loss"] == x["loss"]]
+    if not lines:
+        return None
+    fig = _figure("round", "training loss")
+    x = [t["round"] for t in lines]
+    each = [[v for v in t["losses"].values() if v == v] for t in lines]
+    _band(fig, x, [_quantile(v, 0.1) for v in each], [_quantile(v, 0.9) for v in each], PALETTE[0], "loss")
+    _whole(fig, x[-1])
+    fig.add_trace(
+        go.Scatter(
+            x=x,
+            y=[t["loss"] for t in lines],
+            mode="lines+markers",
+            line={"color": PALETTE[0], "width": 2.5},
+            name="mean",
+            showlegend=False,
+        )
+    )
+    return fig
+
+
+def spread(run: Records) -> go.Figure | None:
+    """Every client's score at the chosen round: its personal model, and the global one, sorted."""
+    import plotly.graph_objects as go
+
+    found = {v: e for v in ("personal", "global") if run.chosen is not None and (e := run.at(v, "test", run.chosen))}
+    scores = {v: {c: s[run.metric] for c, s in e["clients"].items() if run.metric in s} for v, e in found.items()}
+    scores = {v: s for v, s in scores.items() if s}
+    if not scores:
+        return None
+    first = next(iter(scores))
+    if len(scores[first]) > BARS:
+        return _boxes(
+            {f"{v} model": list(s.values()) for v, s in scores.items()}, run.metric, [VIEWS[v] for v in scores]
+        )
+    order = sorted(scores[first], key=lambda c: scores[first][c])
+    fig = _figure(f"{words(run.metric)} on the client's own test data", "", height=max(300, 90 + 22 * len(order)))
+    if len(scores) == 2:
+        for c in order:
+            fig.add_trace(
+                go.Scatter(
+                    x=[scores[v][c] for v in scores],
+                    y=[c, c],
+                    mode="lines",
+                    line={"color": "#bdc1c6", "width": 2},
+                    hoverinfo="skip",
+                    showlegend=False,
+                )
+            )
+    for v, s in scores.items():
+        fig.add_trace(go.Scatter(x=[s[c] for c in order], y=order, mode="markers", name=f"{v} model",
+                                 marker={"color": VIEWS[v], "size": 10, "symbol": "circle" if v == "personal" else "diamond"}))  # fmt: skip
+    fig.update_yaxes(type="category", categoryorder="array", categoryarray=order)
+    return fig
+
+
+def _boxes(values: Mapping[str, Sequence[float]], metric: str, colours: Sequence[str]) -> go.Figure:
+    import plotly.graph_objects as go
+
+    fig = _figure("", f"{words(metric)} of each client on its own test data")
+    for (name, v), colour in zip(values.items(), colours, strict=False):
+        fig.add_trace(go.Box(y=v, name=name, boxpoints="all" if len(v) <= 400 else "outliers", jitter=0.4, pointpos=0,
+                             marker={"color": colour, "size": 5, "opacity": 0.6}, fillcolor=_light(colour, 0.15), showlegend=False))  # fmt: skip
+    return fig
+
+
+def partition(run: Records, split: str = "train") -> go.Figure | None:
+    """Rows of each class that every client holds: bars for few clients, a heat map for many."""
+    import plotly.graph_objects as go
+
+    p = run.partition
+    ids, sizes = p.get("ids", []), p.get("sizes", {}).get(split, [])
+    if not sizes:
+        return None
+    counts = p.get("histogram", {}).get(split)
+    if counts is None:
+        fig = (
+            _figure("rows", "", height=max(300, 90 + 22 * len(ids)))
+            if len(ids) <= BARS
+            else _figure("rows of a client", "clients")
+        )
+        if len(ids) <= BARS:
+            fig.add_trace(go.Bar(x=sizes, y=ids, orientation="h", marker={"color": PALETTE[0]}))
+            fig.update_yaxes(type="category", autorange="reversed")
+        else:
+            fig.add_trace(go.Histogram(x=sizes, marker={"color": PALETTE[0]}))
+        return fig
+    names = p["label_names"]
+    if len(ids) <= BARS and len(names) <= 12:
+        fig = _figure("rows", "", height=max(300, 110 + 22 * len(ids)), barmode="stack", bargap=0.25)
+        fig.update_layout(legend={"traceorder": "normal"})
+        for j, name in enumerate(names):
+            fig.add_trace(
+                go.Bar(
+                    x=[c[j] for c in counts],
+                    y=ids,
+                    name=_short(name),
+                    orientation="h",
+                    marker={"color": _shade(j, len(names))},
+                )
+            )
+        fig.update_yaxes(type="category", autorange="reversed")
+        return fig
+    chosen = range(len(ids)) if len(ids) <= HEAT else [round(i * (len(ids) - 1) / (HEAT - 1)) for i in range(HEAT)]
+    share = [[x / max(1, sum(counts[k])) for x in counts[k]] for k in chosen]
+    fig = _figure("class", "client", height=min(900, max(320, 120 + 14 * len(share))))
+    fig.add_trace(go.Heatmap(z=share, x=[_short(n) for n in names], y=[ids[k] for k in chosen], colorscale="Blues", zmin=0,
+                             customdata=[counts[k] for k in chosen], hovertemplate="%{y}, %{x}: %{customdata} rows<extra></extra>",
+                             colorbar={"title": {"text": "share of<br>the client"}, "tickformat": ".0%"}))  # fmt: skip
+    fig.update_yaxes(type="category", autorange="reversed", showticklabels=len(share) <= 80)
+    fig.update_xaxes(type="category", tickangle=-40)
+    return fig
+
+
+def _shade(j: int, n: int) -> str:
+    if n <= len(PALETTE):
+        return PALETTE[j]
+    from plotly.colors import sample_colorscale
+
+    return str(sample_colorscale("Turbo", [(j + 0.5) / n])[0])
+
+
+def _short(name: str, most: int = 28) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def cross(run: Records) -> go.Figure | None:
+    """Client i's model on client j's data."""
+    import plotly.graph_objects as go
+
+    line = next((x for x in reversed(run.lines) if x["kind"] == "cross"), None)
+    if line is None:
+        return None
+    n = len(line["ids"])
+    fig = _figure("data of client", "model of client", height=max(340, 140 + 36 * n))
+    fig.add_trace(go.Heatmap(z=line["matrix"], x=line["ids"], y=line["ids"], colorscale="Viridis", reversescale=run.lower_is_better,
+                             texttemplate="%{z:.2f}" if n <= 16 else None, colorbar={"title": {"text": words(line["metric"])}}))  # fmt: skip
+    fig.update_yaxes(type="category", autorange="reversed")
+    fig.update_xaxes(type="category")
+    return fig
+
+
+def exactness(run: Records) -> go.Figure | None:
+    """How far the mean of the factors is from the mean of their products."""
+    import plotly.graph_objects as go
+
+    points = [(x["round"], x["exactness"]["product_error"]) for x in run.trains if x.get("exactness")]
+    if not points or max(v for _, v in points) < 1e-6:
+        return None
+    fig = _figure("round", "relative error of the averaged product", height=300)
+    fig.add_trace(
+        go.Scatter(
+            x=[r for r, _ in points],
+            y=[v for _, v in points],
+            mode="lines+markers",
+            line={"color": PALETTE[3], "width": 2.5},
+        )
+    )
+    fig.update_yaxes(rangemode="tozero", tickformat=".1%")
+    return fig
+
+
+# comparisons ----------------------------------------------------------------------------------------------------------
+
+
+def race(groups: Mapping[str, Sequence[Records]], against: str = "rounds", view: str = "personal") -> go.Figure | None:
+    """Metric on test of every setting against rounds or megabytes: mean over seeds, the range of seeds as a band."""
+    import plotly.graph_objects as go
+
+    metric = next(iter(groups.values()))[0].metric
+    fig = _figure(
+        "round" if against == "rounds" else "megabytes sent so far, all clients, both ways", f"{words(metric)} on test"
+    )
+    for i, (name, runs) in enumerate(groups.items()):
+        colour = PALETTE[i % len(PALETTE)]
+        curves = []
+        for r in runs:
+            sent = r.bytes_by_round()
+            lines = [x for x in r.evals(view, "test") if metric in x["mean"]]
+            curves.append({e["round"]: (sent[e["round"]] / 1e6, e["mean"][metric]) for e in lines})
+        rounds = sorted(set.intersection(*(set(c) for c in curves)))
+        if not rounds:
+            continue
+        x = [t if against == "rounds" else sum(c[t][0] for c in curves) / len(curves) for t in rounds]
+        ys = [[c[t][1] for c in curves] for t in rounds]
+        if len(curves) > 1:
+            _band(fig, x, [min(v) for v in ys], [max(v) for v in ys], colour, name)
+        line = {"color": colour, "width": 2.5, "dash": ("solid", "dash", "dot")[i // len(PALETTE) % 3]}
+        fig.add_trace(
+            go.Scatter(x=x, y=[sum(v) / len(v) for v in ys], name=name, legendgroup=name, mode="lines+markers", line=line, marker={"size": 6})
+        )  # fmt: skip
+    if against == "rounds" and fig.data:
+        _whole(fig, max(max(t.x) for t in fig.data))
+    return fig if fig.data else None
+
+
+def client_boxes(groups: Mapping[str, Sequence[Records]]) -> go.Figure | None:
+    """Every client's score at the chosen round, a box per setting, seeds together."""
+    metric = next(iter(groups.values()))[0].metric
+    values: dict[str, list[float]] = {}
+    for name, runs in groups.items():
+        for r in runs:
+            e = r.at(r.main, "test", r.chosen) if r.chosen is not None else None
+            values.setdefault(name, []).extend(s[metric] for s in e["clients"].values() if metric in s) if e else None
+    values = {k: v for k, v in values.items() if v}
+    return _boxes(values, metric, [PALETTE[i % len(PALETTE)] for i in range(len(values))]) if values else None

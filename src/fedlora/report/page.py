@@ -1,0 +1,238 @@
+"""Pages: what stands on them and in which order. HTML comes from page.html, escaped by jinja2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from . import figures
+from .read import Records
+from .tables import flat, grouped
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number that matters."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A titled part of a page: text, then a picture, a table or preformatted text. wide: takes the whole line."""
+
+    title: str
+    text: str = ""
+    figure: go.Figure | None = None
+    table: Sequence[Sequence[str]] = ()  # the first row is the head
+    code: str = ""
+    wide: bool = False
+    folded: bool = False
+
+
+def size(n: float | None) -> str:
+    """Bytes for people."""
+    if n is None:
+        return "–"
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def number(x: float | None, digits: int = 3) -> str:
+    return "–" if x is None or x != x else f"{x:.{digits}f}"
+
+
+def seconds(s: float | None) -> str:
+    if s is None:
+        return "–"
+    return f"{s:.0f} s" if s < 120 else f"{s / 60:.1f} min"
+
+
+def run_page(run: Records) -> dict[str, Any]:
+    """Title, tiles and blocks of one run."""
+    s, m = run.summary, figures.words(run.metric)
+    done = run.trains[-1]["round"] if run.trains else 0
+    model, data = run.recipe.get("model", {}), run.recipe.get("data", {})
+    lead = f"{run.title} on {_source(data)} with {model['name']}" if model else run.title
+    lead += f": {len(run.partition.get('ids', []))} clients, {done} rounds."
+    tiles: list[Tile] = []
+    if s:
+        for view, note in (
+            ("personal", "each client's own model, mean over clients"),
+            ("global", "the shared part alone"),
+            ("unseen", "clients that never trained"),
+        ):
+            if view in s["views"]:
+                tiles.append(Tile(f"{m}, {view}", number(s["views"][view]["mean"][run.metric]), note))
+        main = s["views"].get(run.main)
+        if main:
+            tiles.append(
+                Tile(f"{m}, worst tenth", number(main["worst_decile"][run.metric]), f"of the clients, {run.main} model")
+            )
+        tiles += [
+            Tile("sent", size(s["bytes"]["total"]), f"{size(s['bytes']['up'])} up, {size(s['bytes']['down'])} down"),
+            Tile(
+                "trained per client", f"{s['parameters']['trainable']:,}", f"of {s['parameters']['base']:,} parameters"
+            ),
+        ]
+    chosen = (
+        f"Test scores at round {s['chosen_round']}, the best one on {s['chosen_on']}."
+        if s
+        else "This run is not finished."
+    )
+    blocks = [
+        Block(f"{m} against rounds".capitalize(), "Mean over clients; the band holds the middle 80 % of them.", figures.progress(run)),
+        Block(f"{m} against bytes".capitalize(), "What a network would carry: adapters, head and framing.", figures.progress(run, "bytes")),
+        Block("Who holds what", "Training rows of each client, by class.", figures.partition(run)),
+        Block("Client by client", "Each client's score on its own test data.", figures.spread(run)),
+        Block("Training loss", "Mean over the clients of a round; the band holds the middle 80 %.", figures.losses(run)),
+        Block("Everybody's model on everybody's data", "Row: whose model. Column: whose test data. A bright diagonal is personalisation.", figures.cross(run)),
+        Block("Cost of averaging factors", "How far the product of averages is from the average of products.", figures.exactness(run)),
+    ]  # fmt: skip
+    blocks = [b for b in blocks if b.figure is not None]
+    if s:
+        blocks += [Block("Scores on test", table=_scores(s)), Block("Cost", table=_costs(run, s))]
+    refused = [(str(x["round"]), c, why) for x in run.trains for c, why in x["refused"].items()]
+    if refused:
+        blocks.append(
+            Block(
+                "Refused uploads",
+                f"{len(refused)} in all.",
+                table=[("round", "client", "reason"), *refused[:50]],
+                wide=True,
+            )
+        )
+    blocks += _about(run)
+    return {"title": run.name, "lead": lead, "note": chosen, "tiles": tiles, "blocks": blocks}
+
+
+def comparison_page(runs: Sequence[Records], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Title and blocks of a comparison."""
+    groups = grouped(runs)
+    metric = runs[0].metric
+    m = figures.words(metric)
+    odd = sorted({k for r in runs for k, v in flat(r.recipe).items() if any(flat(o.recipe).get(k) != v for o in runs)})
+    odd = [k for k in odd if k != "name" and not k.startswith("method.") and k not in ("run.output",)]
+    note = (
+        f"Test scores at the round chosen on validation. The runs differ in the method{''.join(f', {k}' for k in odd)}."
+    )
+    first = runs[0]
+    alike = len({str(r.partition.get("histogram")) for r in runs}) == 1
+    whose = "" if alike else f"; of {first.name}"
+    blocks = [
+        Block("Side by side", table=_side_by_side(rows), wide=True),
+        Block(f"{m}, personal models".capitalize(), "Mean over clients, each on its own test data; the band is the range of seeds.", figures.race(groups)),
+        Block(f"{m} against bytes".capitalize(), "The same, against what was sent.", figures.race(groups, "bytes")),
+        Block(f"{m}, global model".capitalize(), "The shared part alone, for a client that keeps nothing.", figures.race(groups, view="global")),
+        Block("Spread over clients", "One point per client at the chosen round.", figures.client_boxes(groups)),
+        Block("Who holds what", f"Training rows of each client, by class{whose}.", figures.partition(first)),
+    ]  # fmt: skip
+    blocks = [b for b in blocks if b.figure is not None or b.table]
+    blocks += _about(first)
+    count = f"{len(groups)} settings, {len(runs)} runs"
+    lead = (
+        f"{count} on {_source(first.recipe['data'])} with {first.recipe['model']['name']}."
+        if first.recipe
+        else f"{count}."
+    )
+    return {
+        "title": " against ".join(groups) if len(groups) <= 4 else f"{len(groups)} settings",
+        "lead": lead,
+        "note": note,
+        "tiles": [],
+        "blocks": blocks,
+    }
+
+
+def _source(data: Mapping[str, Any]) -> str:
+    source = data.get("source", "own data")
+    if source == "demo":
+        return "the documentation of Python's standard library"
+    first = source if isinstance(source, str) else source[0]
+    parts = str(first).rstrip("/").split("/")
+    return "/".join(parts[-2:])
+
+
+def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    unseen = any(r["unseen"] is not None for r in rows)
+    head = (
+        "method",
+        "personal",
+        "global",
+        *(["unseen"] if unseen else []),
+        "worst tenth",
+        "last ten",
+        "trained",
+        "shared",
+        "sent",
+        "time",
+        "memory",
+        "seeds",
+    )
+    out: list[tuple[str, ...]] = [head]
+    for r in rows:
+        spread = f" ± {r['test_std']:.3f}" if r["test_std"] is not None else ""
+        count = lambda n: "–" if n is None else f"{n:,}"  # noqa: E731
+        out.append((
+            r["method"], number(r["test"]) + spread, number(r["global"]), *([number(r["unseen"])] if unseen else []), number(r["worst_decile"]),
+            number(r["test_last10"]), count(r["trainable"]), count(r["shared"]), size(r["bytes_total"]), seconds(r["seconds"]),
+            size(r["peak_memory_bytes"]), str(r["seeds"]) + (f" ({r['unfinished']} unfinished)" if r["unfinished"] else ""),
+        ))  # fmt: skip
+    return out
+
+
+def _scores(s: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    names = [n for v in s["views"].values() for n in v["mean"]]
+    names = list(dict.fromkeys(names))
+    head = ("model", "summary", *(figures.words(n) for n in names))
+    words = {"mean": "mean over clients", "weighted": "weighted by rows", "worst_decile": "worst tenth"}
+    return [head, *((v, words[k], *(number(x[k].get(n)) for n in names)) for v, x in s["views"].items() for k in words)]
+
+
+def _costs(run: Records, s: Mapping[str, Any]) -> list[tuple[str, str]]:
+    p, parts = (
+        s["parameters"],
+        {
+            d: {k: sum(x["bytes"][d][k] for x in run.trains) for k in ("adapter", "head", "framing")}
+            for d in ("down", "up")
+        },
+    )
+    total = {k: sum(t[k] for t in run.timings) for k in ("train_seconds", "eval_seconds", "server_seconds", "tokens")}
+    pace = total["tokens"] / total["train_seconds"] if total["train_seconds"] else 0
+    rows = [
+        ("what", "value"),
+        ("trained per client", f"{p['trainable']:,}"),
+        ("of which shared, personal", f"{p['shared']:,}, {p['personal']:,}"),
+        ("of which head", f"{p['head']:,}"),
+        *((f"bytes {d}", f"{size(sum(v.values()))}: " + ", ".join(f"{k} {size(n)}" for k, n in v.items())) for d, v in parts.items()),
+        ("training", seconds(total["train_seconds"])),
+        ("evaluation", seconds(total["eval_seconds"])),
+        ("tokens trained on", f"{total['tokens']:,}" + (f" ({pace:,.0f} a second)" if pace else "")),
+        ("largest memory", size(s["peak_memory_bytes"])),
+    ]  # fmt: skip
+    return [(str(a), str(b)) for a, b in rows]
+
+
+def _about(run: Records) -> list[Block]:
+    e = run.environment
+    versions = ", ".join(f"{k} {v}" for k, v in e.get("packages", {}).items())
+    where = (
+        f"{e.get('processor', '')}, {e.get('cores', '?')} cores, {e.get('threads', '?')} threads, "
+        f"device {e.get('device', '?')}; Python {e.get('python', '?')}, {versions}"
+    )
+    recipe = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True) if run.recipe else ""
+    out = [Block("Machine and versions", where if e else "unknown", wide=True)]
+    if recipe:
+        out.append(Block("Recipe", f"Hash {run.hash}.", code=recipe, wide=True, folded=True))
+    return out
