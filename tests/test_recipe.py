@@ -127,7 +127,7 @@ RULES = [
     ({"run": {"output": "runs/{nme}"}}, "run.output", "{name}, {hash}, {seed}, {method}"),
     ({"run": {"output": "runs/{name"}}, "run.output", "a folder"),
     ({"name": "a/b"}, "name", "letters, digits"),
-    ({"method": {"rank": 0}}, "method.rank", "an integer >= 1"),
+    ({"method": {"rank": 0}}, "method.rank", "an integer from 1"),
     ({"method": {"rank": 8.0}}, "method.rank", "an integer"),
     ({"method": {"head": "persnal"}}, "method.head", "'shared', 'personal' or 'frozen'"),
     ({"method": {"rnak": 4}}, "method.rnak", "a field of the method fedsa"),

@@ -139,9 +139,10 @@ class Federation:
         rows = self.data.splits["train"].rows[:2]
         batch = batch_of(self.data, np.zeros(len(rows), np.int64), rows)
         together = self.model.probe({n: v[None].to(self.model.device) for n, v in batch.items()})
-        if self.block == "auto":
-            return auto_block(self) if together else 1
-        return self.block
+        if self.block != "auto":
+            return self.block
+        # A resumed run must group its clients as before, whatever memory is free today: sums would differ in their last bits.
+        return self.store.read_json("environment.json").get("block") or (auto_block(self) if together else 1)
 
     def run(self, watch: Watch | None = None) -> dict[str, Any]:
         """Train to the last round from wherever the run folder was left; returns the summary.
@@ -157,7 +158,7 @@ class Federation:
             self.store.rewind()
             loaded = self.store.load_server()
             if loaded is None:
-                describe_run(self)
+                describe_run(self, engine.block)
                 server = self.method.init(self.scene)
                 self._commit(server, self.evaluate(engine, server, watch), watch)
             else:

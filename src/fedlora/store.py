@@ -185,6 +185,17 @@ class Store:
     def write_json(self, name: str, value: Any) -> None:
         self._write(self.root / name, (json.dumps(value, indent=1) + "\n").encode())
 
+    def read_json(self, name: str) -> dict[str, Any]:
+        """What write_json wrote, {} if it did not. Raises StateError if damaged."""
+        path = self.root / name
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found
+        except FileNotFoundError:
+            return {}
+        except ValueError as e:
+            raise StateError(f"{path}: cannot be read ({e}); restore it") from e
+
     # writing ----------------------------------------------------------------------------------------------------
     def _write(self, path: Path, data: bytes, sync: bool = True) -> None:
         """Write a file whole or not at all."""

@@ -65,9 +65,9 @@ def partition_facts(data: FederatedData) -> dict[str, Any]:
     return out | {"truncated": data.truncated}
 
 
-def describe_run(f: Federation) -> None:
+def describe_run(f: Federation, block: int) -> None:
     """Write what is known before training starts."""
-    f.store.write_json("environment.json", environment(f))
+    f.store.write_json("environment.json", environment(f) | {"block": block})
     f.store.write_json("partition.json", partition_facts(f.data) | {"recipe": f.recipe.get("partition", {})})
 
 

@@ -7,7 +7,7 @@ their weighted sums. Rows of a block that only pad have weight 0. Metrics of pre
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -96,6 +96,43 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
     return out
 
 
+TOKENWISE = {"input_ids", "attention_mask", "token_type_ids", "labels"}  # leaves [K b L]
+OVERHEAD = {"cpu": 128, "cuda": 16_384}  # what a further forward and backward costs, in padded tokens
+
+
+def cut(longest: Sequence[int], clients: int, overhead: int, most: int) -> list[tuple[int, int]]:
+    """Where to cut rows that are sorted by length, so that padded tokens + overhead of every piece are fewest.
+
+    longest[j]: tokens of the longest j-th row; most: rows in a piece. Returns (first, end) of each piece.
+    """
+    best: list[tuple[int, int]] = [(0, 0)]  # (cost, start of the last piece) of the first j rows
+    for j in range(1, len(longest) + 1):
+        best.append(
+            min((best[i][0] + clients * (j - i) * longest[i] + overhead, i) for i in range(max(0, j - most), j))
+        )
+    cuts, j = [], len(longest)
+    while j:
+        cuts.append((best[j][1], j))
+        j = best[j][1]
+    return cuts[::-1]
+
+
+def _padded_right(batch: Batch) -> bool:
+    """Whether the batch holds token rows that are padded on the right and nothing else of that length."""
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 3 or any(v.ndim > 2 and n not in TOKENWISE for n, v in batch.items()):
+        return False
+    return bool((mask[..., 1:] <= mask[..., :-1]).all())
+
+
+def _rows(batch: Batch, i: int, j: int) -> Batch:
+    return {n: v[:, i:j] if v.ndim > 1 else v for n, v in batch.items()}
+
+
+def _trimmed(batch: Batch, length: int) -> Batch:
+    return {n: v[:, :, :length] if v.ndim > 2 else v for n, v in batch.items()}
+
+
 class Loss:
     """The pure function a method descends: (model-ready deltas, batch) -> mean loss of each client [K].
 
@@ -124,12 +161,21 @@ class Loss:
         each = self.task.row_losses(y, batch["labels"].flatten(0, 1)).view(batch["weight"].shape)
         return (each * batch["weight"]).sum(1) / total
 
-    def pieces(self, batch: Batch) -> Iterator[Batch]:
-        """Row groups of a batch, for accumulation."""
-        b = batch["weight"].shape[1]
-        size = -(-b // self.parts)
-        for i in range(0, b, size):
-            yield {n: v[:, i : i + size] if v.ndim > 1 else v for n, v in batch.items()}
+    def pieces(self, batch: Batch) -> list[Batch]:
+        """Row groups of a batch whose gradients are summed: for accumulation, and so that little of a group is padding."""
+        k, b = batch["weight"].shape
+        most = -(-b // self.parts)
+        if not _padded_right(batch):
+            return [_rows(batch, i, i + most) for i in range(0, b, most)] if self.parts > 1 else [batch]
+        lengths = batch["attention_mask"].sum(2) * (batch["weight"] > 0)  # [K b]
+        order = lengths.argsort(dim=1, descending=True, stable=True)
+        batch = {
+            n: v[torch.arange(k, device=v.device)[:, None], order.to(v.device)] if v.ndim > 1 else v
+            for n, v in batch.items()
+        }
+        longest = lengths.gather(1, order).amax(0).tolist()  # of the j-th longest rows
+        cuts = cut(longest, k, OVERHEAD.get(batch["weight"].device.type, OVERHEAD["cuda"]), most)
+        return [_trimmed(_rows(batch, i, j), longest[i]) for i, j in cuts if longest[i] > 0]
 
     def gradient(
         self, ready: Callable[[Params], Params], p: Params, batch: Batch, create_graph: bool = False
@@ -146,7 +192,7 @@ class Loss:
                 grads = torch.autograd.grad(value.sum(), list(leaves.values()), create_graph=True)
             return value, dict(zip(leaves, grads, strict=True))
         value, sums = torch.zeros_like(total), None
-        for piece in self.pieces(batch) if self.parts > 1 else [batch]:
+        for piece in self.pieces(batch):
             with self.model.training(piece):
                 part = self._share(ready(leaves), piece, total)
                 found = torch.autograd.grad(part.sum(), list(leaves.values()), materialize_grads=True)
