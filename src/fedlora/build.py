@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from . import peft_io, pretrained
+from . import peft_io, pretrained, tensorboard
 from .data.batches import Plan
 from .data.federated import FederatedData, assemble
 from .engine import Schedule
@@ -104,6 +104,8 @@ def federation(r: Recipe, output: str | Path | None = None) -> Federation:
         torch.set_num_threads(r.run.threads)
     method = attempt("method", lambda: method_of(r))
     attempt("model.device", lambda: device_of(r.model.device))
+    if r.run.tensorboard:
+        attempt("run.tensorboard", tensorboard.check)
     attention = attempt("model.attention", lambda: attention_of(r, method)) if method else None
     tokenizer = attempt("model", lambda: tokenizer_of(r))
     data = attempt("data", lambda: data_of(r, tokenizer)) if tokenizer is not None else None
@@ -138,6 +140,7 @@ def federation(r: Recipe, output: str | Path | None = None) -> Federation:
         block=r.run.block,
         accumulation=r.train.accumulation,
         keep=r.run.keep,
+        tensorboard=r.run.tensorboard,
         name=r.name,
         recipe=r.resolved(),
         recipe_hash=r.hash,

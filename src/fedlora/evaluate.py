@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +14,20 @@ from .metrics import Predictions
 from .model import Adapted
 from .tasks import Task, stack_batches
 from .tree import Params, stack
+
+
+@dataclass(eq=False)
+class _Job:
+    """One model and the rows it is asked about, longest first so that little is padding."""
+
+    params: Params
+    owners: np.ndarray  # int64 [m] client of each row
+    rows: np.ndarray  # int64 [m]
+    losses: np.ndarray  # float64 [m], and so on
+    counts: np.ndarray
+    said: np.ndarray
+    labels: np.ndarray
+    done: int = 0
 
 
 def predict(
@@ -28,86 +43,69 @@ def predict(
     """Predictions of model params[j] on rows[j] as client clients[j] labels them, for every j.
 
     Clients that serve the very same deltas (one object) are evaluated as one. params are model-ready, no client axis.
+    batch_size: rows in a forward pass, of all models together.
     """
-    out: list[Predictions | None] = [None] * len(params)
     same: dict[int, list[int]] = {}
     for j, p in enumerate(params):
         same.setdefault(id(p), []).append(j)
     groups = sorted(same.values(), key=lambda g: -sum(len(rows[j]) for j in g))
+    out: dict[int, Predictions] = {}
     for i in range(0, len(groups), block):
         part = groups[i : i + block]
-        jobs = [[(j, r) for j in g for r in rows[j]] for g in part]
-        found = _predict_block(
-            model, task, data, [params[g[0]] for g in part], clients, jobs, max(1, batch_size // len(part))
-        )
-        for g, (losses, counts, values, labels) in zip(part, found, strict=True):
-            at = 0
-            for j in g:
-                n = len(rows[j])
-                cut = slice(at, at + n)
-                at += n
-                chars = getattr(data.examples, "chars", None)
-                out[j] = Predictions(
-                    losses[cut],
-                    counts[cut],
-                    None if values is None else values[cut],
-                    None if labels is None else labels[cut],
-                    None if chars is None else chars[rows[j]],
-                )
-    return [p for p in out if p is not None]
+        orders = []
+        jobs = []
+        for g in part:
+            owners = np.repeat([clients[j] for j in g], [len(rows[j]) for j in g])
+            asked = np.concatenate([rows[j] for j in g])
+            order = np.argsort(-data.examples.lengths(asked), kind="stable")
+            empty = np.zeros((4, len(asked)))
+            orders.append(order)
+            jobs.append(_Job(params[g[0]], owners[order], asked[order], *empty))
+        _answer(model, task, data, jobs, batch_size)
+        for g, job, order in zip(part, jobs, orders, strict=True):
+            back = np.argsort(order)
+            ends = np.cumsum([len(rows[j]) for j in g])
+            for j, end in zip(g, ends, strict=True):
+                out[j] = _predictions(task, data, job, back[end - len(rows[j]) : end], rows[j])
+    return [out[j] for j in range(len(params))]
 
 
-def _predict_block(
-    model: Adapted,
-    task: Task,
-    data: FederatedData,
-    params: Sequence[Params],
-    clients: Sequence[int],
-    jobs: Sequence[Sequence[tuple[int, int]]],
-    size: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]]:
-    """jobs[g]: (client slot, row) pairs of group g. Long rows first and together, so that little is padding."""
-    stacked = {k: v.to(model.device) for k, v in stack(params).items()}
-    order = [np.argsort(-data.examples.lengths(np.array([r for _, r in g], np.int64)), kind="stable") for g in jobs]
-    k, most = len(jobs), max(len(g) for g in jobs)
-    losses, counts = np.zeros((k, most)), np.zeros((k, most))
-    values: np.ndarray | None = None
-    labels: np.ndarray | None = None
-    for start in range(0, most, size):
-        picks = [o[start : start + size] for o in order]
-        batches = []
-        for g, pick in zip(jobs, picks, strict=True):
-            repeated = g[:1] or [(0, 0)]  # what a client that is done computes, for nothing
-            chosen = [g[x] for x in pick] if len(pick) else repeated
-            owners = np.array([clients[j] for j, _ in chosen])
-            batches.append(batch_of(data, owners, np.array([r for _, r in chosen], np.int64)))
-        batch = stack_batches(batches)
-        moved = {n: v.to(model.device) for n, v in batch.items()}
+def _predictions(task: Task, data: FederatedData, job: _Job, at: np.ndarray, rows: np.ndarray) -> Predictions:
+    chars = getattr(data.examples, "chars", None)
+    said = labels = None
+    if task.kind == "classification":
+        said, labels = job.said[at].astype(np.int64), job.labels[at].astype(np.int64)
+    elif task.kind == "regression":
+        said, labels = job.said[at], job.labels[at]
+    return Predictions(job.losses[at], job.counts[at], said, labels, None if chars is None else chars[rows])
+
+
+def _answer(model: Adapted, task: Task, data: FederatedData, jobs: Sequence[_Job], size: int) -> None:
+    """Fill in the jobs. Models that are through leave the block, so that nobody computes for nothing."""
+    alive: list[_Job] = []
+    stacked: Params = {}
+    while left := [job for job in jobs if job.done < len(job.rows)]:
+        if left != alive:
+            alive = left
+            stacked = {k: v.to(model.device) for k, v in stack([job.params for job in alive]).items()}
+        n = max(1, size // len(alive))
+        cuts = [slice(job.done, min(job.done + n, len(job.rows))) for job in alive]
+        batch = stack_batches([batch_of(data, job.owners[c], job.rows[c]) for job, c in zip(alive, cuts, strict=True)])
+        moved = {name: v.to(model.device) for name, v in batch.items()}
         with torch.inference_mode():
             y = model.forward(stacked, moved).flatten(0, 1)
             flat = moved["labels"].flatten(0, 1)
-            loss = task.row_losses(y, flat).view(k, -1).double().cpu().numpy()
-            count = task.row_counts(flat).view(k, -1).double().cpu().numpy()
+            k = len(alive)
+            losses = task.row_losses(y, flat).view(k, -1).double().cpu().numpy()
+            counts = task.row_counts(flat).view(k, -1).double().cpu().numpy()
             said = None
             if task.kind == "classification":
                 said = y.argmax(-1).view(k, -1).cpu().numpy()
             elif task.kind == "regression":
-                said = y.view(len(flat), -1)[:, 0].double().view(k, -1).cpu().numpy()
-        for i, pick in enumerate(picks):
-            losses[i, pick], counts[i, pick] = loss[i, : len(pick)], count[i, : len(pick)]
+                said = y.reshape(len(flat), -1)[:, 0].double().view(k, -1).cpu().numpy()
+        for i, (job, c) in enumerate(zip(alive, cuts, strict=True)):
+            m = c.stop - c.start
+            job.losses[c], job.counts[c] = losses[i, :m], counts[i, :m]
             if said is not None:
-                if values is None or labels is None:
-                    values, labels = (
-                        np.zeros((k, most), said.dtype),
-                        np.zeros((k, most), moved["labels"].cpu().numpy().dtype),
-                    )
-                values[i, pick] = said[i, : len(pick)]
-                labels[i, pick] = batch["labels"][i, : len(pick)].numpy()
-    for i, job in enumerate(jobs):
-        n = len(job)
-        yield (
-            losses[i, :n],
-            counts[i, :n],
-            None if values is None else values[i, :n],
-            None if labels is None else labels[i, :n],
-        )
+                job.said[c], job.labels[c] = said[i, :m], batch["labels"][i, :m].numpy()
+            job.done = c.stop

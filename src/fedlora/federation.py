@@ -29,7 +29,8 @@ from .seeds import np_rng
 from .store import Store
 from .tasks import Loss, Task
 from .tree import Params, count, select, stack, unstack
-from .watch import Watch
+from .tensorboard import TensorBoard
+from .watch import Several, Watch
 
 View = Literal["personal", "global", "unseen", "cross"]
 POOLED = "all clients"
@@ -96,6 +97,7 @@ class Federation:
     block: int | Literal["auto"] = "auto"
     accumulation: int = 1
     keep: Literal["last", "all"] = "last"
+    tensorboard: bool = False
     name: str = "run"
     recipe: Mapping[str, Any] = field(default_factory=dict)
     recipe_hash: str = ""
@@ -154,16 +156,19 @@ class Federation:
             self.store.claim(self.recipe_hash, dict(self.recipe))
             from .summary import describe_run, summarise
 
-            engine = self.engine(watch)
             self.store.rewind()
             loaded = self.store.load_server()
+            done = loaded[0] if loaded else 0
+            if self.tensorboard:
+                watch = Several(watch, TensorBoard(self.store.root / "tensorboard", done))
+            watch.start(self.name, done, self.sampling.rounds)
+            engine = self.engine(watch)
             if loaded is None:
                 describe_run(self, engine.block)
                 server = self.method.init(self.scene)
                 self._commit(server, self.evaluate(engine, server, watch), watch)
             else:
                 server = Server(*loaded)
-            watch.start(self.name, server.round, self.sampling.rounds)
             while server.round < self.sampling.rounds:
                 server = self._round(engine, self._advance(engine, server, watch), watch)
             result = summarise(self, server)

@@ -28,3 +28,38 @@ class Watch:
 
     def end(self, summary: dict[str, Any]) -> None:
         """All rounds are done."""
+
+
+class Several(Watch):
+    """Tells each of several watches everything."""
+
+    def __init__(self, *watches: Watch):
+        self.watches = watches
+
+    def start(self, name: str, done: int, rounds: int) -> None:
+        for w in self.watches:
+            w.start(name, done, rounds)
+
+    def round_start(self, round: int, clients: int) -> None:
+        for w in self.watches:
+            w.round_start(round, clients)
+
+    def clients_done(self, n: int) -> None:
+        for w in self.watches:
+            w.clients_done(n)
+
+    def evaluating(self, round: int) -> None:
+        for w in self.watches:
+            w.evaluating(round)
+
+    def record(self, line: dict[str, Any]) -> None:
+        for w in self.watches:
+            w.record(line)
+
+    def round_done(self, round: int, facts: dict[str, Any]) -> None:
+        for w in self.watches:
+            w.round_done(round, facts)
+
+    def end(self, summary: dict[str, Any]) -> None:
+        for w in self.watches:
+            w.end(summary)

@@ -1,0 +1,95 @@
+"""Messages: what is counted is what is sent, and nothing else is let in.
+
+Planted bugs these tests kill: framing left out of the count; a head counted as an adapter; a NaN let through.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedlora import wire
+from fedlora.errors import UploadError
+from fedlora.seeds import rng
+from fedlora.tree import Key, Params
+
+A, B, H = Key("lora", "enc.0", "A"), Key("lora", "enc.0", "B"), Key("head", "cls", "weight")
+
+
+def message() -> Params:
+    g = rng("wire")
+    return {B: torch.randn(6, 4, generator=g), A: torch.randn(4, 5, generator=g), H: torch.randn(3, 5, generator=g)}
+
+
+def test_there_and_back() -> None:
+    p = message()
+    got, header = wire.decode(wire.encode(p, {"round": 3, "who": "ü"}))
+    assert header == {"round": 3, "who": "ü"}
+    assert list(got) == sorted(p)  # in one order, whatever the reader gives
+    assert all(torch.equal(got[k], p[k]) for k in p)
+
+
+@pytest.mark.parametrize("dtype", wire._DTYPES)
+@pytest.mark.parametrize("leaves", [0, 1, 7])
+def test_size_is_the_length_of_the_message(dtype: torch.dtype, leaves: int) -> None:
+    p: Params = {Key("lora", f"layer.{i}.ä", "AB"[i % 2]): torch.zeros(i, 3).to(dtype) for i in range(leaves)}
+    p |= {Key("lora", "", "rank"): torch.tensor(3), H: torch.zeros(2, 2, dtype=torch.float16)}
+    header = {"round": 10**leaves, "examples": 12}
+    assert wire.size(p, header) == len(wire.encode(p, header))
+
+
+def test_traffic_adds_up() -> None:
+    p = message()
+    sent = wire.encode(p, {"round": 1})
+    t = wire.measure(p, sent)
+    assert (t.adapter, t.head) == (4 * (24 + 20), 4 * 15)
+    assert t.total == len(sent)
+    assert t.framing == len(sent) - t.adapter - t.head > 0
+    assert (t + t).as_dict() == {k: 2 * v for k, v in t.as_dict().items()}
+
+
+def test_what_is_no_message_is_refused() -> None:
+    good = wire.encode(message(), {"round": 1})
+    from safetensors.torch import save
+
+    foreign = save({"a": torch.zeros(2)})
+    named = save({"only-two/parts": torch.zeros(2)}, {wire.HEADER: "{}"})
+    for bad in (b"", b"\x00" * 100, good[:-1], good[:40], good + b"x", foreign, named, b"\xff" * 64):
+        with pytest.raises(UploadError, match=rf"message of {len(bad)} bytes cannot be read"):
+            wire.decode(bad)
+
+
+def test_an_upload_must_be_what_was_declared() -> None:
+    p = message()
+    spec = wire.expect(p)
+    wire.validate(p, spec)
+    cases = {
+        "unexpected \\['lora/enc.1/A'\\]": p | {Key("lora", "enc.1", "A"): torch.zeros(1)},
+        "missing \\['lora/enc.0/B'\\]": {A: p[A], H: p[H]},
+        r"lora/enc.0/A is \[5, 4\]": p | {A: p[A].mT.contiguous()},
+        r"lora/enc.0/A is \[3, 5\]": p | {A: p[A][:3]},
+        "torch.float64, expected": p | {A: p[A].double()},
+        "1 non-finite values of 20": p | {A: p[A].clone().index_fill_(0, torch.tensor([0]), 0).masked_fill_(torch.eye(4, 5) * torch.eye(4, 5)[0] > 0, torch.nan)},
+        "15 non-finite values": p | {H: p[H] / 0},
+    }  # fmt: skip
+    for text, bad in cases.items():
+        with pytest.raises(UploadError, match=text):
+            wire.validate(bad, spec)
+
+
+def test_norm_bound() -> None:
+    p = {A: torch.full((4, 5), 3.0), H: torch.full((3, 5), 4.0)}
+    norm = (20 * 9 + 15 * 16) ** 0.5
+    wire.validate(p, wire.expect(p), norm_bound=norm + 1e-6)
+    with pytest.raises(UploadError, match="norm 20.5 exceeds the bound 20"):
+        wire.validate(p, wire.expect(p), norm_bound=20.0)
+
+
+def test_ranks_may_shrink_but_not_grow() -> None:
+    p = message()
+    spec = wire.expect(p)
+    wire.validate(p | {A: p[A][:2], B: p[B][:, :2]}, spec, ranks_may_shrink=True)
+    with pytest.raises(UploadError, match=r"lora/enc.0/A is \[5, 5\]"):
+        wire.validate(p | {A: torch.zeros(5, 5)}, spec, ranks_may_shrink=True)
+    with pytest.raises(UploadError, match="head/cls/weight"):
+        wire.validate(p | {H: p[H][:2]}, spec, ranks_may_shrink=True)
