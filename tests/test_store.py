@@ -107,7 +107,9 @@ def test_a_damaged_client_state_is_never_loaded(tmp_path: Path) -> None:
     good = path.read_bytes()
     for bad in flips(good):
         path.write_bytes(bad)
-        with pytest.raises(StateError, match=r"checksum does not match: it was cut off or changed .* Restore this file"):
+        with pytest.raises(
+            StateError, match=r"checksum does not match: it was cut off or changed .* Restore this file"
+        ):
             s.load_client("c", 1)
     path.write_bytes(good)
     assert same(s.load_client("c", 1), leaves(0))
@@ -157,7 +159,12 @@ def test_a_folder_belongs_to_one_recipe(tmp_path: Path) -> None:
         s.claim("aaa", recipe)
         s.claim("aaa", recipe)
     other = {"train": {"lr": 0.2, "steps": 3}, "run": {"seed": 1, "threads": 2}}
-    with s.lock(), pytest.raises(StateError, match=r"belongs to recipe aaa, not to bbb \(differs in train.lr 0.1 there, 0.2 here, run.seed"):
+    with (
+        s.lock(),
+        pytest.raises(
+            StateError, match=r"belongs to recipe aaa, not to bbb \(differs in train.lr 0.1 there, 0.2 here, run.seed"
+        ),
+    ):
         s.claim("bbb", other)
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.tex").write_text("mine")

@@ -14,11 +14,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 
 class FedloraError(Exception):
     """Base of all errors a user can cause and mend; the command line prints them without a traceback."""
+
+    exit_code: ClassVar[int] = 1
 
 
 class DataError(FedloraError):
@@ -57,6 +59,8 @@ class Problem:
 
 class ConfigError(FedloraError):
     """All problems of a configuration at once."""
+
+    exit_code = 2
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = tuple(problems)

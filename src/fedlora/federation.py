@@ -28,8 +28,8 @@ from .model import Adapted, Batch
 from .seeds import np_rng
 from .store import Store
 from .tasks import Loss, Task
-from .tree import Params, count, select, stack, unstack
 from .tensorboard import TensorBoard
+from .tree import Params, count, select, stack, unstack
 from .watch import Several, Watch
 
 View = Literal["personal", "global", "unseen", "cross"]
@@ -233,10 +233,8 @@ class Federation:
     def served(self, engine: Engine, server: Server, clients: Sequence[int], view: View) -> list[Params]:
         """Model-ready deltas of each client: its personal model, or the shared part with fresh personal leaves."""
         method, fresh = self.method, view == "global"
-        probe = self.client(clients[0])
-        alike = not method.keep(self.scene, probe) and not method.per_client
-        if alike and (fresh or not method.tune):
-            down = method.broadcast(self.scene, server, probe)
+        if self._alike() and (fresh or not method.tune):
+            down = method.broadcast(self.scene, server, self.client(clients[0]))
             one = unstack(method.personal(self.scene, stack([down]), {}), 1)[0]
             return [one] * len(clients)
         out: list[Params] = []
@@ -257,6 +255,10 @@ class Federation:
                 out += unstack(method.personal(self.scene, stack(down_each), stack(kept)), len(part))
         return out
 
+    def _alike(self) -> bool:
+        """Whether all clients serve the same deltas (before tuning)."""
+        return not self.method.keep(self.scene, self.client(0)) and not self.method.per_client
+
     def scores(self, params: Sequence[Params], clients: Sequence[int], split: str, block: int) -> dict[str, Scores]:
         """Scores of params[j] on the rows that client clients[j] holds in `split`."""
         rows = [self.data.splits[split][k] for k in clients]
@@ -271,11 +273,15 @@ class Federation:
         groups: dict[View, list[int]] = {v: everybody for v in self.evaluation.views if v in ("personal", "global")}
         if self.data.unseen:
             groups["unseen"] = list(range(self.training, len(self.data.ids)))
+        seen: dict[tuple[int, str], dict[str, Scores]] = {}  # a method without personal parts serves both views the same
         for view, clients in groups.items():
             params = self.served(engine, server, clients, view)
+            alike = view == "global" and self._alike() and not self.method.tune
             for split in ("validation", "test"):
                 if split in self.data.splits and self.data.splits[split].offsets[-1] > 0:
-                    by_client = self.scores(params, clients, split, engine.block)
+                    known = seen.get((len(clients), split)) if alike else None
+                    by_client = known or self.scores(params, clients, split, engine.block)
+                    seen[len(clients), split] = by_client
                     lines.append({"kind": "eval", "round": server.round, "view": view, "split": split,
                                   "clients": by_client, **summary(by_client)})  # fmt: skip
         if "cross" in self.evaluation.views and server.round == self.sampling.rounds:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from .errors import ModelError, near
@@ -145,16 +147,37 @@ def load(
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
             base, info = auto.from_pretrained(
-                source, output_loading_info=True, attn_implementation=attention, dtype=torch.float32, **extra
+                source,
+                output_loading_info=True,
+                attn_implementation=attention,
+                dtype=torch.float32,
+                use_safetensors=True,  # a pickle is never opened
+                ignore_mismatched_sizes=True,  # a head for other classes; checked below
+                **extra,
             )
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as e:
         raise _cannot(f"{task} model", name, e) from e
+    head = head_of(base, task)
+    odd = [(k, a, b) for k, a, b in info["mismatched_keys"] if not k.startswith(head)]
+    if odd:
+        k, a, b = odd[0]
+        raise ModelError(
+            f"model.name: {name!r} holds {k} of shape {list(a)}, its config.json says {list(b)} ({len(odd)} weights in all); "
+            "config and weights belong to different models: save them again"
+        )
     tokenizer = load_tokenizer(name, revision)
+    lost = sorted(k for k in info["missing_keys"] if not k.startswith(head))
+    if lost:
+        warnings.warn(
+            f"model.name: {name!r} holds no weights for {', '.join(lost[:4])} ({len(lost)} in all); they are drawn from run.seed "
+            "and stay frozen",
+            stacklevel=2,
+        )
     fresh(base, sorted(info["missing_keys"]) + sorted(k for k, *_ in info["mismatched_keys"]), seed)
     if getattr(base.config, "pad_token_id", None) is None:
         base.config.pad_token_id = tokenizer.pad_token_id
     base.to(dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], device=device)
-    return Pretrained(base, tokenizer, base.config.model_type, source, head_of(base, task))
+    return Pretrained(base, tokenizer, base.config.model_type, source, head)
 
 
 def fresh(base: nn.Module, names: list[str], seed: int) -> None:

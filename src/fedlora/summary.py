@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .data.federated import FederatedData
-from .method import Order, Server
+from .method import Client, Order, Server
 from .metrics import better, primary
 from .tree import stack, unstack
 
@@ -133,20 +133,31 @@ def summarise(f: Federation, server: Server) -> dict[str, Any]:
     }
 
 
+PRICED = 64  # clients whose messages are measured one by one; a larger cohort is extrapolated from them
+
+
+def round_bytes(f: Federation, server: Server, cohort: Sequence[Client]) -> dict[str, int]:
+    """Bytes of a first round, both ways: every client's messages are built and measured."""
+    from . import wire
+
+    order = Order(server.round, f.sampling.rounds)
+    sent = {"down": 0, "up": 0}
+    some = cohort[:PRICED]
+    for c in some:
+        down, kept = f.method.broadcast(f.scene, server, c), f.method.keep(f.scene, c)
+        up, _ = f.method.finish(f.method.begin(f.scene, order, stack([down]), stack([kept])))
+        sent["down"] += wire.size(down, {"round": order.round, "rounds": order.rounds})
+        sent["up"] += wire.size(unstack(up, 1)[0], {"round": order.round, "examples": c.examples})
+    return {d: n * len(cohort) // len(some) for d, n in sent.items()}
+
+
 def plan(f: Federation) -> dict[str, Any]:
     """What would run, for `fedlora check`: clients, histograms, parameters, bytes per round, estimated memory."""
-    from . import wire
     from .memory import client_bytes
 
     cohort = f.cohort(0)
-    server, probe = f.method.init(f.scene), f.client(0)
     block = f.block_size()
     parameters = f.parameters()
-    down, kept = f.method.broadcast(f.scene, server, probe), f.method.keep(f.scene, probe)
-    order = Order(0, f.sampling.rounds)
-    up, _ = f.method.finish(f.method.begin(f.scene, order, stack([down]), stack([kept])))
-    sent = {"down": wire.size(down, {"round": 0, "rounds": f.sampling.rounds}),
-            "up": wire.size(unstack(up, 1)[0], {"round": 0, "examples": probe.examples})}  # fmt: skip
     width = next(f.model.base.parameters()).element_size()
     train = f.data.splits["train"]
     return {
@@ -160,7 +171,7 @@ def plan(f: Federation) -> dict[str, Any]:
         "block": min(block, len(cohort)),
         "steps": f.plan.count(int(train.sizes.max()), f.method.draws),
         "parameters": parameters,
-        "bytes_per_round": {d: n * len(cohort) for d, n in sent.items()},
+        "bytes_per_round": round_bytes(f, f.method.init(f.scene), cohort),
         "memory_bytes": parameters["base"] * width + client_bytes(f) * min(block, len(cohort)),
         "ids": list(f.data.ids[:64]),
         "label_names": list(f.data.label_names),

@@ -13,7 +13,9 @@ from .watch import Watch
 def check() -> None:
     """Raises ConfigError where TensorBoard is not installed."""
     if find_spec("tensorboard") is None:
-        raise ConfigError([Problem("run.tensorboard", True, "the package tensorboard", "pip install 'fedlora[trackers]'")])
+        raise ConfigError(
+            [Problem("run.tensorboard", True, "the package tensorboard", "pip install 'fedlora[trackers]'")]
+        )
 
 
 class TensorBoard(Watch):

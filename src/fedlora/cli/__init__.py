@@ -9,7 +9,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 fine, 1 failed, 2 bad input, 130 interrupted."""
     import click
 
-    from ..errors import ConfigError, FedloraError
+    from ..errors import FedloraError
     from .app import app
 
     code: object = 0
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         code = e.exit_code
     except FedloraError as e:
         _say(str(e))
-        code = 2 if isinstance(e, ConfigError) else 1
+        code = e.exit_code
     except KeyboardInterrupt:
         _say("interrupted")
         code = 130

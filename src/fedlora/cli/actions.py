@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from ..errors import DataError, FedloraError, StateError, near
 from . import tables
@@ -47,9 +48,13 @@ def _build(recipe: Recipe, output: Path | None, console: Console) -> Federation:
     with console.status(f"loading {recipe.model.name} and {recipe.data.source}"):
         from ..build import federation
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # libraries' deprecations are not the user's business
-            return federation(recipe, output)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            fed = federation(recipe, output)
+    for w in said:  # ours are for the user; libraries' deprecations are not
+        if w.category is UserWarning and "fedlora" in w.filename:
+            err.print(f"[yellow]{escape(str(w.message))}[/]", soft_wrap=True, highlight=False)
+    return fed
 
 
 def _execute(recipe: Recipe, output: Path | None, quiet: bool, json: bool) -> Path:
@@ -68,6 +73,8 @@ def _execute(recipe: Recipe, output: Path | None, quiet: bool, json: bool) -> Pa
 
 class Interrupted(FedloraError):
     """Ctrl-C: the round at hand was dropped, everything before it is on disk."""
+
+    exit_code = 130
 
     def __init__(self, folder: Path):
         super().__init__(

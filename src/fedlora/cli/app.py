@@ -130,7 +130,7 @@ def demo(
 @app.callback(invoke_without_command=True)
 def top(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     if version:
-        from importlib.metadata import version as version_of
+        from .. import __version__
 
-        typer.echo(f"fedlora {version_of('fedlora')}")
+        typer.echo(f"fedlora {__version__}")
         raise typer.Exit

@@ -51,14 +51,18 @@ def result(out: Console, folder: Path) -> None:
 
 
 def methods(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The table of `fedlora methods`."""
-    table = _table("methods", "name", "method", "paper", "shared", "personal", "what it does")
-    for c in table.columns[1:]:
-        c.justify = "left"
+    """The list of `fedlora methods`: readable at any width."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
     for r in rows:
-        table.add_row(r["name"], r["title"], r["paper"] or "-", ", ".join(r["shared"]) or "nothing",
-                      ", ".join(r["personal"]) or "-", Text(r["what"]))  # fmt: skip
-    out.print(table)
+        paper = Text(f"  {r['paper']}" if r["paper"] else "", style="dim")
+        grid.add_row(r["name"], Text(r["title"], style="bold") + paper)
+        grid.add_row("", Text(r["what"]))
+        shared, personal = ", ".join(r["shared"]) or "nothing", ", ".join(r["personal"]) or "nothing"
+        grid.add_row("", Text(f"shared: {shared}; personal: {personal}", style="cyan"))
+        grid.add_row("", "")
+    out.print(grid)
 
 
 def plan(out: Console, r: Recipe, facts: Mapping[str, Any]) -> None:

@@ -13,7 +13,8 @@ from ..model import Site
 def facts(m: type[Method]) -> dict[str, Any]:
     """Name, paper, what is shared and what stays personal (as adapter.part), hyperparameters with defaults."""
     method: Any = m()
-    scene = Scene({"target": (Site("layer", 512, 512),), "head": (Site("head", 2, 512),)}, 0)
+    layer = (Site("layer", 512, 512),)
+    scene = Scene({"head": (Site("head", 2, 512),), "target": layer} | {g: layer for g in method.groups}, 0)
     from ..method import Client
 
     client = Client("any", 1)

@@ -1,0 +1,105 @@
+"""A small model folder and a CSV on disk, and the command line in a process of its own."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import tiny
+import yaml
+
+WORDS = {
+    "sport": "ball goal match team".split(),
+    "food": "bread soup apple cook".split(),
+    "sea": "wave ship salt harbour".split(),
+}
+
+
+def model_folder(folder: Path) -> Path:
+    """A BERT of two layers with a word tokenizer, as `save_pretrained` writes it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "a", "is", *(w for ws in WORDS.values() for w in ws)]
+    vocabulary = {w: i for i, w in enumerate(words)}
+    inner = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        model_max_length=32, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
+    tiny.seeded(tiny.bert).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rows(n: int, seed: int = 0) -> list[tuple[str, str, str]]:
+    """(text, label, who) of n sentences that can be told apart."""
+    r = random.Random(seed)
+    out = []
+    for i in range(n):
+        label = sorted(WORDS)[i % 3]
+        out.append(
+            (
+                " ".join(r.choice(["the", "a", "is", *WORDS[label] * 2]) for _ in range(r.randint(3, 9))),
+                label,
+                f"site-{i % 4}",
+            )
+        )
+    return out
+
+
+def write_csv(path: Path, data: list[tuple[str, ...]], header: tuple[str, ...] = ("text", "label", "who")) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([header, *data])
+    return path
+
+
+def write_recipe(folder: Path, **sections: Any) -> Path:
+    """recipe.yaml beside a model folder and rows.csv; sections are merged into a working recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "model").exists():
+        model_folder(folder / "model")
+        write_csv(folder / "rows.csv", rows(120))
+    raw: dict[str, Any] = {
+        "name": "small",
+        "model": {"name": str(folder / "model"), "device": "cpu"},
+        "data": {"source": str(folder / "rows.csv"), "text": "text", "label": "label", "max_length": 16},
+        "partition": {"kind": "dirichlet", "clients": 4, "min_size": 8},
+        "method": {"name": "fedsa", "rank": 2, "alpha": 4},
+        "train": {"steps": 2, "batch_size": 4, "lr": 0.02},
+        "federation": {"rounds": 3},
+        "run": {"output": str(folder / "run"), "threads": 1},
+    }
+    for name, fields in sections.items():
+        raw[name] = {**raw.get(name, {}), **fields} if isinstance(fields, dict) else fields
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def fedlora(*arguments: object, code: int | None = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`fedlora ...` in a process of its own; `code` is the exit code it must have. Never a traceback."""
+    done = subprocess.run(
+        command(*arguments), capture_output=True, text=True, check=False, env=environment(), timeout=300, **options
+    )
+    said = done.stdout + done.stderr
+    assert "Traceback" not in said, said
+    assert code is None or done.returncode == code, f"exit code {done.returncode}\n{said}"
+    return done
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", "from fedlora.cli import entry; entry()", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "COLUMNS": "160", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
