@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
 
     code: object = 0
     try:
-        code = app(args=argv, standalone_mode=False)
+        code = app(args=argv, standalone_mode=False, prog_name="fedlora")
     except click.exceptions.Abort:
         code = 130
     except click.ClickException as e:

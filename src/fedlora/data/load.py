@@ -139,6 +139,8 @@ def _tokens(tokenizer: Any, table: pa.Table, data: Mapping[str, Any], task: str,
         first = _filled(table, data) if data.get("template") else strings(table, data["prompt"], "data.prompt")
     elif task == "causal-lm":
         kind, first = "running", _filled(table, data) if data.get("template") else strings(table, text, "data.text")  # type: ignore[arg-type]
+    elif data.get("template"):
+        kind, first = "texts", _filled(table, data)
     elif isinstance(text, str):
         kind, first = "texts", strings(table, text, "data.text")
     else:

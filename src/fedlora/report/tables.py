@@ -28,9 +28,10 @@ def grouped(runs: Sequence[Records]) -> dict[str, list[Records]]:
         settings.setdefault(_setting(r), []).append(r)
     groups = list(settings.values())
     plain = [flat(g[0].recipe) for g in groups]
-    labels = [g[0].title for g in groups]
+    titles = [g[0].title for g in groups]
+    labels = list(titles)
     for i, own in enumerate(plain):
-        twins = [p for p, label in zip(plain, labels, strict=True) if label == groups[i][0].title]
+        twins = [p for p, title in zip(plain, titles, strict=True) if title == titles[i]]
         if len(twins) > 1:  # the same method with other settings
             odd = [
                 k for k in own if k != "name" and not k.startswith("run.") and any(t.get(k) != own[k] for t in twins)

@@ -1,0 +1,156 @@
+"""Reports: self-contained, true to the records, safe with any name, readable while a run goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli import write_recipe
+
+import fedlora as fl
+from fedlora import report
+from fedlora.errors import StateError
+from fedlora.report import figures
+from fedlora.report.read import records
+
+pytest.importorskip("plotly")
+EVIL = "</script><script>alert(1)</script>&\"'"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four clients, two of them with odd names, three views and a cross matrix."""
+    folder = tmp_path_factory.mktemp("report")
+    write_recipe(folder)
+    text = (folder / "rows.csv").read_text().replace("site-1", EVIL.replace('"', '""').join('""')).replace("site-2", "ü<b>")
+    (folder / "rows.csv").write_text(text)
+    recipe = write_recipe(
+        folder, data={"client": "who"}, partition={"kind": "column", "unseen": 1}, evaluation={"views": ["personal", "global", "cross"]}
+    )
+    fl.run(recipe, output=folder / "run")
+    return folder / "run"
+
+
+def test_a_page_is_self_contained(run: Path) -> None:
+    page = report.write_run(run).read_text(encoding="utf-8")
+    own = re.sub(r"<script>/\*\*.*?</script>", "", page, flags=re.DOTALL)  # without the plotting library
+    assert len(own) < 400_000 < len(page)
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", own)
+    assert "@import" not in own
+    assert own.count("Plotly.newPlot(") >= 6
+
+
+def test_names_cannot_break_out(run: Path) -> None:
+    page = report.write_run(run).read_text(encoding="utf-8")
+    own = page[page.index("<body>") :]
+    assert "<script>alert" not in own
+    assert "<b>" not in re.sub(r"<div class=\"tile\"><span>[^<]*</span><b>", "", own).replace("ü<b>", "", 0).split("Recipe")[0].split("<script>")[0]
+    scripts = re.findall(r"<script>(.*?)</script>", own, flags=re.DOTALL)
+    assert any("alert(1)" in s for s in scripts)  # there, as data
+    for s in scripts:
+        data = s[s.index("{const f=") + 9 : s.rindex(";Plotly.newPlot")]
+        json.loads(data.replace("<\\/", "</").replace("\\u0021", "!"))
+
+
+def test_numbers_on_the_page_are_those_of_the_summary(run: Path) -> None:
+    page = report.write_run(run).read_text(encoding="utf-8")
+    s = json.loads((run / "summary.json").read_text())
+    for view, scores in s["views"].items():
+        tile = re.search(rf"accuracy, {view}</span><b>([0-9.]+)</b>", page)
+        assert tile, view
+        assert float(tile[1]) == pytest.approx(scores["mean"]["accuracy"], abs=5e-4)
+    assert f"{s['parameters']['trainable']:,}" in page
+    assert json.loads((run / "recipe.json").read_text())["hash"] in page
+
+
+def test_curves_are_those_of_the_metrics(run: Path) -> None:
+    r = records(run)
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    want = [(x["round"], x["mean"]["accuracy"]) for x in lines if x["kind"] == "eval" and (x["view"], x["split"]) == ("personal", "test")]
+    fig = figures.progress(r)
+    assert fig is not None
+    curve = next(t for t in fig.data if t.name == "personal model")
+    assert list(zip(curve.x, curve.y, strict=True)) == want
+    sent, total = {0: 0}, 0
+    for x in lines:
+        if x["kind"] == "train":
+            total += sum(sum(d.values()) for d in x["bytes"].values())
+            sent[x["round"]] = total
+    fig = figures.progress(r, "bytes")
+    assert fig is not None
+    curve = next(t for t in fig.data if t.name == "personal model")
+    assert list(curve.x) == [sent[round] / 1e6 for round, _ in want]
+
+
+def test_partition_picture_holds_every_row(run: Path) -> None:
+    fig = figures.partition(records(run))
+    assert fig is not None
+    facts = json.loads((run / "partition.json").read_text())
+    assert sum(sum(t.x) for t in fig.data) == sum(facts["sizes"]["train"])
+
+
+def test_a_running_run_can_be_looked_at(run: Path, tmp_path: Path) -> None:
+    """No summary yet, a line half written."""
+    for name in ("recipe.json", "partition.json", "environment.json"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    whole = (run / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(whole[:-40])
+    page = report.write_run(tmp_path).read_text(encoding="utf-8")
+    assert "This run is not finished" in page
+    (tmp_path / "metrics.jsonl").unlink()
+    report.write_run(tmp_path)
+
+
+def test_comparison_of_seeds(run: Path, tmp_path: Path) -> None:
+    folders = []
+    for method in ("local", "homlora"):
+        for seed in (0, 1):
+            out = tmp_path / f"{method}{seed}"
+            fl.run(run.parent / "recipe.yaml", [f"method.name={method}", f"run.seed={seed}", "federation.rounds=1"], out)
+            folders.append(out)
+    page = report.write_comparison(folders, tmp_path / "c.html").read_text(encoding="utf-8")
+    assert "Local-only" in page
+    rows = report.compare_rows(folders)
+    assert [(r["method"], r["seeds"]) for r in rows] == [("Local-only", 2), ("HomLoRA", 2)]
+    for r in rows:
+        assert f"{r['test']:.3f} ± {r['test_std']:.3f}" in page
+
+
+def test_settings_of_one_method_are_told_apart(run: Path, tmp_path: Path) -> None:
+    for rank in (1, 2):
+        fl.run(run.parent / "recipe.yaml", ["method.name=homlora", f"method.rank={rank}", "federation.rounds=1"], tmp_path / str(rank))
+    assert [r["method"] for r in report.compare_rows([tmp_path / "1", tmp_path / "2"])] == ["HomLoRA rank=1", "HomLoRA rank=2"]
+
+
+@pytest.mark.parametrize("clients", [3, 61, 2000])
+def test_any_number_of_clients(clients: int, run: Path, tmp_path: Path) -> None:
+    """Bars for few, a heat map for many; the page stays small."""
+    for path in run.iterdir():
+        if path.suffix in (".json", ".jsonl"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    ids = [f"c{i}" for i in range(clients)]
+    facts: dict[str, Any] = json.loads((run / "partition.json").read_text())
+    facts |= {"ids": ids, "sizes": {"train": [6] * clients}, "histogram": {"train": [[1, 2, 3]] * clients}}
+    (tmp_path / "partition.json").write_text(json.dumps(facts))
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    for x in lines:
+        if x["kind"] == "eval":
+            x["clients"] = {i: {"n": 6, "accuracy": 0.5, "loss": 1.0} for i in ids}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    page = report.write_run(tmp_path).read_text(encoding="utf-8")
+    assert len(page) < 7_500_000
+    assert ('"type":"heatmap"' in page[page.index("<body>") :]) or clients == 3
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match=r"no recipe.json, so this is no run folder"):
+        report.write_run(tmp_path)
+
+
+def test_without_plotly(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    with pytest.raises(report.MissingPlotly, match=r"pip install 'fedlora\[report\]'"):
+        report.write_run(run)
