@@ -323,8 +323,7 @@ def test_yaml_reads_back_the_same_even_by_other_readers() -> None:
             "source": ["no", "null"],
             "text": ["1:30", "on"],
             "label": "0x1f",
-            "template": " a: b\n# c\n",
-            "subset": "ü",
+            "subset": " a: b\n# ü",
         },
         train={"lr": 1e-5, "betas": [0, 0.5]},
         method={"name": "hetlora", "plan": "explicit", "ranks": {"c1": 4, "*": 8}},
@@ -418,7 +417,7 @@ def test_own_method(monkeypatch: pytest.MonkeyPatch) -> None:
 OTHER = """
 model: {name: other, task: regression, targets: [query], attention: eager, dtype: bf16, device: cpu,
         gradient_checkpointing: true, revision: v1}
-data: {source: b.csv, subset: s, split: s, format: csv, text: other, label: other, template: t, test: t, validation: v,
+data: {source: b.csv, subset: s, split: s, format: csv, text: other, label: other, template: 't {text}', test: t, validation: v,
        client: file, max_length: 32, limit: 10, encoding: latin-1}
 partition: {kind: quantity, clients: 9, alpha: 1.0, share: 0.1, classes: 3, column: c, domains: 2, min_size: 2,
             validation: 0.2, test: 0.1, unseen: 1, permute_labels: true}

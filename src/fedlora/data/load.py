@@ -158,7 +158,7 @@ def _tokens(tokenizer: Any, table: pa.Table, data: Mapping[str, Any], task: str,
 
 
 def _filled(table: pa.Table, data: Mapping[str, Any]) -> list[str]:
-    """data.template with the columns it names, row by row; {prompt} is the column data.prompt."""
+    """data.template with the columns it names, row by row; {prompt} and {text} are the columns of that name in the recipe."""
     template = data["template"]
     try:
         names = {n for _, n, _, _ in string.Formatter().parse(template) if n is not None}
@@ -166,7 +166,7 @@ def _filled(table: pa.Table, data: Mapping[str, Any]) -> list[str]:
         raise DataError(
             f"data.template: {template!r} is no format string ({e}); double the braces that are text"
         ) from e
-    alias = {"prompt": data.get("prompt")} if data.get("prompt") else {}
+    alias = {n: data[n] for n in ("prompt", "text") if isinstance(data.get(n), str)}
     for n in names:
         column(table, alias.get(n) or n, "data.template")
     values = {n: strings(table, alias.get(n) or n, "data.template") for n in names}

@@ -51,8 +51,10 @@ def columns(model: Model, data: Data) -> Iterator[Problem]:
 
 
 def _labelled(model: Model, data: Data) -> Iterator[Problem]:
-    if data.text is not None and data.template is not None:
-        yield Problem("data.text", data.text, "null beside data.template", "the template names its columns: drop one of the two")
+    if data.text is not None and data.template is not None and "{text}" not in data.template:
+        yield Problem("data.template", data.template, "{text} in it, or data.text null", "the template names its columns: drop one")
+    if isinstance(data.text, tuple) and data.template is not None:
+        yield Problem("data.text", list(data.text), "one column or null beside data.template", "name both columns in the template")
     if data.text is None and data.template is None:
         yield Problem(
             "data.text", None, f"a column, or two for pairs, for {model.task}", "name the column of the texts"

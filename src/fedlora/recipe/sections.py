@@ -61,7 +61,7 @@ class Data(Section):
     """Column that a causal language model reads without loss, before `completion`."""
     completion: Text | None = None
     template: Text | None = None
-    """Text made of several columns, instead of `text` or `prompt`: "{subject} {body}"; {prompt} is the column `prompt`."""
+    """Text made of several columns, instead of `text` or `prompt`: "{subject} {body}"; {text} and {prompt} are those columns."""
     test: Text | None = None
     """File or split that is test data only."""
     validation: Text | None = None
