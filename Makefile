@@ -7,13 +7,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint types imports pytest format bench clean
+.PHONY: help demo test lint types imports pytest format docs mutants bench clean
 
 help:
 	@echo "make demo     compare four methods on real text, with a report (about five minutes after installation)"
 	@echo "make test     lint, types, import rules and tests"
 	@echo "make lint     ruff and its formatter, without changing anything"
 	@echo "make format   let ruff mend what it can"
+	@echo "make docs     write docs/recipes.md from the types"
+	@echo "make mutants  plant known bugs one by one; every one must be found"
 	@echo "make bench    benchmarks"
 	@echo "make clean    remove the virtual environment and the caches"
 
@@ -39,6 +41,12 @@ pytest: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/build.py
+
+mutants: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py -j $(JOBS)
 
 bench: $(VENV)/.installed-dev
 	@if [ -f bench/run.py ]; then $(BIN)/python bench/run.py; else echo "there are no benchmarks yet" >&2; exit 1; fi

@@ -14,9 +14,9 @@ import tiny
 import yaml
 
 WORDS = {
-    "sport": "ball goal match team".split(),
-    "food": "bread soup apple cook".split(),
-    "sea": "wave ship salt harbour".split(),
+    "sport": ["ball", "goal", "match", "team"],
+    "food": ["bread", "soup", "apple", "cook"],
+    "sea": ["wave", "ship", "salt", "harbour"],
 }
 
 
@@ -34,7 +34,7 @@ def model_folder(folder: Path) -> Path:
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        model_max_length=32, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_max_length=64, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )  # fmt: skip
     tiny.seeded(tiny.bert).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -55,7 +55,9 @@ def test_own_module_and_data(tmp_path: Path) -> None:
     assert summary["parameters"]["trainable"] == 2 * (8 + 6) + 2 * (8 + 4) + 8 * 3 + 3
     base = Sensor()
     fitted = own(fl.HomLoRA(rank=2), tmp_path / "q").model.base
-    assert all(torch.equal(p, q) for p, q in zip(base.parameters(), fitted.parameters(), strict=True))  # the base never moves
+    assert all(
+        torch.equal(p, q) for p, q in zip(base.parameters(), fitted.parameters(), strict=True)
+    )  # the base never moves
 
 
 def test_every_shipped_method_runs_on_an_own_module(tmp_path: Path) -> None:
@@ -99,7 +101,15 @@ def test_own_regression(tmp_path: Path) -> None:
 
     data = fl.from_arrays(columns, clients=3)
     model = fl.adapt(Line(), targets=["left", "right"], head=["out"])
-    f = fl.Federation(model, fl.Regression(), data, fl.HomLoRA(rank=3, optimizer=fl.AdamW(2e-2)), tmp_path / "r", fl.Plan(10, None, 16), sampling=fl.Sampling(8))
+    f = fl.Federation(
+        model,
+        fl.Regression(),
+        data,
+        fl.HomLoRA(rank=3, optimizer=fl.AdamW(2e-2)),
+        tmp_path / "r",
+        fl.Plan(10, None, 16),
+        sampling=fl.Sampling(8),
+    )
     summary = f.run()
     assert summary["metric"] == "pearson"
     assert summary["test"] > 0.8
@@ -139,7 +149,9 @@ def test_a_recipe_from_python_is_the_command_line(tmp_path: Path) -> None:
     deltas = opened.deltas("c1")
     assert {k.part for k in deltas} >= {"A", "B"}
     assert opened.export(tmp_path / "peft")[0].joinpath("adapter_config.json").exists()
-    assert not torch.equal(opened.deltas()[next(k for k in deltas if k.part == "B")], deltas[next(k for k in deltas if k.part == "B")])
+    assert not torch.equal(
+        opened.deltas()[next(k for k in deltas if k.part == "B")], deltas[next(k for k in deltas if k.part == "B")]
+    )
 
 
 def test_errors_are_the_same(tmp_path: Path) -> None:

@@ -51,18 +51,29 @@ def test_all_errors_at_once(tmp_path: Path) -> None:
 
 def test_data_and_model_errors_together(tmp_path: Path) -> None:
     """What shows only when files are opened is collected as well."""
-    refused(tmp_path, "no column 'txt'", "'quary' matches no layer", "did you mean 'query'", data={"text": "txt"}, model={"targets": ["quary"]})
+    refused(
+        tmp_path,
+        "no column 'txt'",
+        "'quary' matches no layer",
+        "did you mean 'query'",
+        data={"text": "txt"},
+        model={"targets": ["quary"]},
+    )
 
 
 def test_label_only_in_test(tmp_path: Path) -> None:
     write_recipe(tmp_path)
     write_csv(tmp_path / "test.csv", [*rows(12, 1), ("the planet", "space", "site-1")])
-    refused(tmp_path, "label 'space' (row 13, 1 rows in all) occurs only here", data={"test": str(tmp_path / "test.csv")})
+    refused(
+        tmp_path, "label 'space' (row 13, 1 rows in all) occurs only here", data={"test": str(tmp_path / "test.csv")}
+    )
 
 
 def test_empty_client_is_filled(tmp_path: Path) -> None:
     """A draw that leaves clients empty: they take rows of the largest, as stated."""
-    recipe = write_recipe(tmp_path, partition={"kind": "dirichlet", "alpha": 0.01, "clients": 8, "min_size": 3}, federation={"rounds": 1})
+    recipe = write_recipe(
+        tmp_path, partition={"kind": "dirichlet", "alpha": 0.01, "clients": 8, "min_size": 3}, federation={"rounds": 1}
+    )
     fedlora("run", recipe, "-q")
     facts = json.loads((tmp_path / "run/partition.json").read_text())
     assert min(sum(facts["sizes"][s][k] for s in facts["sizes"]) for k in range(8)) >= 3
@@ -70,7 +81,11 @@ def test_empty_client_is_filled(tmp_path: Path) -> None:
 
 
 def test_more_clients_than_rows(tmp_path: Path) -> None:
-    refused(tmp_path, "500 clients with at least min_size=1 rows each need 500 rows, the data has 120", partition={"clients": 500, "min_size": 1})
+    refused(
+        tmp_path,
+        "500 clients with at least min_size=1 rows each need 500 rows, the data has 120",
+        partition={"clients": 500, "min_size": 1},
+    )
 
 
 def test_one_class_clients_train_and_are_scored(tmp_path: Path) -> None:
@@ -84,7 +99,11 @@ def test_one_class_clients_train_and_are_scored(tmp_path: Path) -> None:
 def test_one_class_data(tmp_path: Path) -> None:
     write_recipe(tmp_path)
     write_csv(tmp_path / "one.csv", [r for r in rows(60) if r[1] == "sea"])
-    refused(tmp_path, "column 'label' holds only 'sea', expected two or more classes", data={"source": str(tmp_path / "one.csv")})
+    refused(
+        tmp_path,
+        "column 'label' holds only 'sea', expected two or more classes",
+        data={"source": str(tmp_path / "one.csv")},
+    )
 
 
 def test_not_utf8(tmp_path: Path) -> None:
@@ -128,7 +147,10 @@ def test_output_folder_of_another_recipe(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/photo.jpg").write_bytes(b"x")
     assert "holds other files (photo.jpg)" in fedlora("run", recipe, "-o", tmp_path / "mine", code=1).stderr
-    assert os.listdir(tmp_path / "mine") == ["photo.jpg"] or set(os.listdir(tmp_path / "mine")) == {"photo.jpg", ".lock"}
+    assert os.listdir(tmp_path / "mine") == ["photo.jpg"] or set(os.listdir(tmp_path / "mine")) == {
+        "photo.jpg",
+        ".lock",
+    }
 
 
 def test_tampered_state(tmp_path: Path) -> None:
@@ -163,7 +185,9 @@ def test_full_disk(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, federation={"rounds": 6})
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(small)], check=False, capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(small)], check=False, capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("cannot mount a small disk")
     try:

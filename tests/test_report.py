@@ -25,10 +25,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four clients, two of them with odd names, three views and a cross matrix."""
     folder = tmp_path_factory.mktemp("report")
     write_recipe(folder)
-    text = (folder / "rows.csv").read_text().replace("site-1", EVIL.replace('"', '""').join('""')).replace("site-2", "ü<b>")
+    text = (
+        (folder / "rows.csv")
+        .read_text()
+        .replace("site-1", EVIL.replace('"', '""').join('""'))
+        .replace("site-2", "ü<b>")
+    )
     (folder / "rows.csv").write_text(text)
     recipe = write_recipe(
-        folder, data={"client": "who"}, partition={"kind": "column", "unseen": 1}, evaluation={"views": ["personal", "global", "cross"]}
+        folder,
+        data={"client": "who"},
+        partition={"kind": "column", "unseen": 1},
+        evaluation={"views": ["personal", "global", "cross"]},
     )
     fl.run(recipe, output=folder / "run")
     return folder / "run"
@@ -47,7 +55,13 @@ def test_names_cannot_break_out(run: Path) -> None:
     page = report.write_run(run).read_text(encoding="utf-8")
     own = page[page.index("<body>") :]
     assert "<script>alert" not in own
-    assert "<b>" not in re.sub(r"<div class=\"tile\"><span>[^<]*</span><b>", "", own).replace("ü<b>", "", 0).split("Recipe")[0].split("<script>")[0]
+    assert (
+        "<b>"
+        not in re.sub(r"<div class=\"tile\"><span>[^<]*</span><b>", "", own)
+        .replace("ü<b>", "", 0)
+        .split("Recipe")[0]
+        .split("<script>")[0]
+    )
     scripts = re.findall(r"<script>(.*?)</script>", own, flags=re.DOTALL)
     assert any("alert(1)" in s for s in scripts)  # there, as data
     for s in scripts:
@@ -69,7 +83,11 @@ def test_numbers_on_the_page_are_those_of_the_summary(run: Path) -> None:
 def test_curves_are_those_of_the_metrics(run: Path) -> None:
     r = records(run)
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
-    want = [(x["round"], x["mean"]["accuracy"]) for x in lines if x["kind"] == "eval" and (x["view"], x["split"]) == ("personal", "test")]
+    want = [
+        (x["round"], x["mean"]["accuracy"])
+        for x in lines
+        if x["kind"] == "eval" and (x["view"], x["split"]) == ("personal", "test")
+    ]
     fig = figures.progress(r)
     assert fig is not None
     curve = next(t for t in fig.data if t.name == "personal model")
@@ -109,7 +127,9 @@ def test_comparison_of_seeds(run: Path, tmp_path: Path) -> None:
     for method in ("local", "homlora"):
         for seed in (0, 1):
             out = tmp_path / f"{method}{seed}"
-            fl.run(run.parent / "recipe.yaml", [f"method.name={method}", f"run.seed={seed}", "federation.rounds=1"], out)
+            fl.run(
+                run.parent / "recipe.yaml", [f"method.name={method}", f"run.seed={seed}", "federation.rounds=1"], out
+            )
             folders.append(out)
     page = report.write_comparison(folders, tmp_path / "c.html").read_text(encoding="utf-8")
     assert "Local-only" in page
@@ -121,8 +141,15 @@ def test_comparison_of_seeds(run: Path, tmp_path: Path) -> None:
 
 def test_settings_of_one_method_are_told_apart(run: Path, tmp_path: Path) -> None:
     for rank in (1, 2):
-        fl.run(run.parent / "recipe.yaml", ["method.name=homlora", f"method.rank={rank}", "federation.rounds=1"], tmp_path / str(rank))
-    assert [r["method"] for r in report.compare_rows([tmp_path / "1", tmp_path / "2"])] == ["HomLoRA rank=1", "HomLoRA rank=2"]
+        fl.run(
+            run.parent / "recipe.yaml",
+            ["method.name=homlora", f"method.rank={rank}", "federation.rounds=1"],
+            tmp_path / str(rank),
+        )
+    assert [r["method"] for r in report.compare_rows([tmp_path / "1", tmp_path / "2"])] == [
+        "HomLoRA rank=1",
+        "HomLoRA rank=2",
+    ]
 
 
 @pytest.mark.parametrize("clients", [3, 61, 2000])

@@ -175,9 +175,12 @@ def test_a_folder_belongs_to_one_recipe(tmp_path: Path) -> None:
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    with Store(tmp_path).lock(), pytest.raises(StateError, match="another process is running in this folder"):
-        with Store(tmp_path).lock():
-            pass
+    with (
+        Store(tmp_path).lock(),
+        pytest.raises(StateError, match="another process is running in this folder"),
+        Store(tmp_path).lock(),
+    ):
+        pass
     with Store(tmp_path).lock():  # free again
         pass
 

@@ -26,11 +26,6 @@ _HOME = {
     "federation": "Evaluation Federation Sampling",
     "method": "Client Method Order Scene Server SGDMethod Upload",
     "methods": "METHODS",
-    "methods.average": "CentralizedLoRA FedSALoRA FFALoRA FineTunedLoRA HomLoRA LocalLoRA ShareB",
-    "methods.hetlora": "HetLoRA",
-    "methods.pf2lora": "PF2LoRA",
-    "methods.slora": "SLoRA",
-    "methods.tuning": "BitFit FFT Houlsby Pfeiffer SFT",
     "model": "Adapted matching",
     "optim": "SGD AdamW Optimizer",
     "recipe": "Recipe",
@@ -44,15 +39,23 @@ __all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name in _WHERE:
+        value = getattr(import_module(f"fedlora.{_WHERE[name]}"), name)
+    elif name[:1].isupper() and name in (classes := _methods()):
+        value = classes[name]
+    else:
         raise AttributeError(f"module 'fedlora' has no attribute {name!r}")
-    value = getattr(import_module(f"fedlora.{_WHERE[name]}"), name)
     globals()[name] = value
     return value
 
 
+def _methods() -> dict[str, Any]:
+    """The method classes by their own names: fl.FedSALoRA."""
+    return {cls.__name__: cls for cls in import_module("fedlora.methods").METHODS.values()}
+
+
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, *_methods(), "__version__"]
 
 
 if TYPE_CHECKING:

@@ -273,7 +273,9 @@ class Federation:
         groups: dict[View, list[int]] = {v: everybody for v in self.evaluation.views if v in ("personal", "global")}
         if self.data.unseen:
             groups["unseen"] = list(range(self.training, len(self.data.ids)))
-        seen: dict[tuple[int, str], dict[str, Scores]] = {}  # a method without personal parts serves both views the same
+        seen: dict[
+            tuple[int, str], dict[str, Scores]
+        ] = {}  # a method without personal parts serves both views the same
         for view, clients in groups.items():
             params = self.served(engine, server, clients, view)
             alike = view == "global" and self._alike() and not self.method.tune

@@ -1,31 +1,24 @@
-"""The table of methods: the one place where a method is registered."""
+"""The methods, one short file each. A file put here is found: METHODS maps the names in recipes to the classes."""
 
 from __future__ import annotations
 
-from ..method import Method
-from .average import CentralizedLoRA, FedSALoRA, FFALoRA, FineTunedLoRA, HomLoRA, LocalLoRA, ShareB
-from .hetlora import HetLoRA
-from .pf2lora import PF2LoRA
-from .slora import SLoRA
-from .tuning import FFT, SFT, BitFit, Houlsby, Pfeiffer
+import inspect
+from importlib import import_module
+from pkgutil import iter_modules
 
-METHODS: dict[str, type[Method]] = {
-    m.name: m
-    for m in (
-        CentralizedLoRA,
-        LocalLoRA,
-        FineTunedLoRA,
-        HomLoRA,
-        FFALoRA,
-        FedSALoRA,
-        ShareB,
-        HetLoRA,
-        PF2LoRA,
-        SLoRA,
-        FFT,
-        SFT,
-        BitFit,
-        Houlsby,
-        Pfeiffer,
-    )
-}
+from ..method import Method
+
+
+def _found() -> dict[str, type[Method]]:
+    """Every concrete Method class of this package, by file and then by its place in the file."""
+    out: dict[str, type[Method]] = {}
+    for module in sorted(m.name for m in iter_modules(__path__)):
+        for cls in vars(import_module(f"{__name__}.{module}")).values():
+            own = isinstance(cls, type) and issubclass(cls, Method) and cls.__module__ == f"{__name__}.{module}"
+            if own and not inspect.isabstract(cls) and "name" in vars(cls):
+                assert cls.name not in out, f"two methods are called {cls.name!r}"
+                out[cls.name] = cls
+    return out
+
+
+METHODS: dict[str, type[Method]] = _found()

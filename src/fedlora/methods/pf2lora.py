@@ -40,7 +40,9 @@ STEP = 1e-2  # length of the finite difference along v; halfway between fp32 rou
 
 @dataclass(frozen=True)
 class PF2LoRA(SGDMethod):
-    """rank, alpha: of the common adapter; rank_personal, alpha_personal: of the personal one; lr_personal: a.
+    """A common adapter for all and a small personal one per client, trained as a bilevel problem.
+
+    rank, alpha: of the common adapter; rank_personal, alpha_personal: of the personal one; lr_personal: a.
 
     hypergradient: exact (double differentiation), first_order (drops J v), finite_difference (central, along v).
     batches: independent (four a step) or shared (one for all four: 4 times cheaper, a deviation from Algorithm 1).

@@ -38,7 +38,9 @@ from .tuning import SFT
 
 @dataclass(frozen=True)
 class SLoRA(SFT):
-    """sparse_rounds: R1. stage: switch after R1 rounds, or when the loss has not improved by `tolerance` (relative) for
+    """Sparse fine-tuning primes LoRA: the SVD of what stage 1 learned is where stage 2 starts.
+
+    sparse_rounds: R1. stage: switch after R1 rounds, or when the loss has not improved by `tolerance` (relative) for
     `patience` rounds, at the latest after R1. split, base: the hand-over. second: the method of stage 2."""
 
     name: ClassVar[str] = "slora"

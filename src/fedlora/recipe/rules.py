@@ -52,9 +52,16 @@ def columns(model: Model, data: Data) -> Iterator[Problem]:
 
 def _labelled(model: Model, data: Data) -> Iterator[Problem]:
     if data.text is not None and data.template is not None and "{text}" not in data.template:
-        yield Problem("data.template", data.template, "{text} in it, or data.text null", "the template names its columns: drop one")
+        yield Problem(
+            "data.template",
+            data.template,
+            "{text} in it, or data.text null",
+            "the template names its columns: drop one",
+        )
     if isinstance(data.text, tuple) and data.template is not None:
-        yield Problem("data.text", list(data.text), "one column or null beside data.template", "name both columns in the template")
+        yield Problem(
+            "data.text", list(data.text), "one column or null beside data.template", "name both columns in the template"
+        )
     if data.text is None and data.template is None:
         yield Problem(
             "data.text", None, f"a column, or two for pairs, for {model.task}", "name the column of the texts"
@@ -108,6 +115,13 @@ def clients(partition: Partition, data: Data) -> Iterator[Problem]:
     if not natural(p, data) and p.unseen >= p.clients:
         yield Problem(
             "partition.unseen", p.unseen, f"less than partition.clients, {p.clients}", "leave clients to train"
+        )
+    if data.client is not None and p.kind not in ("iid", "column"):
+        yield Problem(
+            "partition.kind",
+            p.kind,
+            "column (or nothing) beside data.client",
+            "the data say who the clients are: drop one",
         )
     if p.kind == "domain" and p.column is None:
         yield Problem("partition.column", None, "a column for kind domain", "name the column of the domains")

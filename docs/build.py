@@ -1,0 +1,89 @@
+"""Writes docs/recipes.md from the recipe's own types, so that it cannot go stale: `make docs`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedlora.methods import METHODS
+from fedlora.recipe.core import defaults, meaning
+from fedlora.recipe.hyperparameters import UNTYPED, default, own_fields
+from fedlora.recipe.schema import schema
+from fedlora.recipe.sections import SECTIONS
+
+HEAD = """# Recipes
+
+A recipe is a YAML file that describes a run whole. Every field has a type, a range and (nearly always) a default; all
+errors are shown at once. `--set a.b=c` overrides a field. The resolved recipe and its hash are stored with the run; the
+hash covers all that decides the result and nothing else, so a folder can be resumed with other threads but not with
+another learning rate.
+
+A section `sweep` makes many runs of one file: `sweep: {method.name: [homlora, fedsa], run.seed: [0, 1, 2]}` is six.
+`variants` in it changes several fields at once. This page is made from the types by `make docs`.
+
+"""
+
+
+def allowed(field: dict[str, Any]) -> str:
+    """A JSON schema in words."""
+    options = field.get("anyOf") or field.get("oneOf")
+    if options:
+        return " or ".join(allowed(o) for o in options)
+    if "enum" in field:
+        return ", ".join(f"`{v}`" for v in field["enum"])
+    if "const" in field:
+        return f"`{field['const']}`"
+    if field.get("type") == "array":
+        return "a list"
+    words = {
+        "integer": "whole number",
+        "number": "number",
+        "string": "text",
+        "boolean": "true or false",
+        "null": "null",
+    }
+    out = words.get(field.get("type", ""), "value")
+    low, above = field.get("minimum"), field.get("exclusiveMinimum")
+    high, below = field.get("maximum"), field.get("exclusiveMaximum")
+    parts = [
+        f">= {low}" if low is not None else "",
+        f"> {above}" if above is not None else "",
+        f"<= {high}" if high is not None else "",
+        f"< {below}" if below is not None else "",
+    ]
+    return " ".join([out, *(p for p in parts if p)])
+
+
+def text() -> str:
+    """The page."""
+    types = schema()["$defs"]
+    out = [HEAD]
+    for name, kind in SECTIONS.items():
+        out.append(
+            f"## {name}\n\n{(kind.__doc__ or '').strip()}\n\n| field | allowed | default | |\n|---|---|---|---|\n"
+        )
+        values = defaults(kind)
+        for field, info in kind.model_fields.items():
+            shown = (
+                "required"
+                if info.is_required()
+                else ""
+                if values[field] is UNTYPED
+                else f"`{json.dumps(values[field])}`"
+            )
+            out.append(
+                f"| `{field}` | {allowed(types[kind.__name__]['properties'][field])} | {shown} | {meaning(info)} |\n"
+            )
+        out.append("\n")
+    out.append(
+        "## method\n\nA name and the method's own hyperparameters; the optimizer and clipping come from `train`.\n\n| method | hyperparameters and defaults |\n|---|---|\n"
+    )
+    for name, cls in METHODS.items():
+        fields = [f"`{f}`" if (v := default(cls, f)) is UNTYPED else f"`{f}: {json.dumps(v)}`" for f in own_fields(cls)]
+        out.append(f"| `{name}` | {', '.join(fields)} |\n")
+    return "".join(out)
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "recipes.md").write_text(text(), encoding="utf-8")

@@ -1,0 +1,117 @@
+"""Planted bugs. Every one must be found by the tests named beside it: `make mutants`.
+
+A mutant is (file, old text, new text, tests). The old text occurs exactly once; test_mutants.py keeps that true.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src/fedlora"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug to plant. why: what it would do to a user."""
+
+    why: str
+    file: str
+    old: str
+    new: str
+    tests: str  # pytest arguments
+
+
+CONTRACT = "tests/test_contract.py"
+MUTANTS = (
+    # engine: blocks, resume, ownership
+    Mutant("a client out of batches goes on training", "engine.py", "work = where(alive[-1], new, work)", "work = new", f"{CONTRACT} -k block_equals"),
+    Mutant("dropout depends on the block", "dropout.py", "start = mix(seeds + signed(call * GOLDEN))", "start = mix(torch.arange(len(seeds)) + signed(call * GOLDEN))", f"{CONTRACT} -k block_equals"),
+    Mutant("padding rows count", "tasks.py", 'out["weight"] = (torch.arange(b)[None] < rows[:, None]).float()', 'out["weight"] = torch.ones(len(rows), b)', f"{CONTRACT} -k block_equals"),
+    Mutant("a dropped round's client state is taken up", "store.py", 'int(n.split(".")[0]) < before]', 'int(n.split(".")[0]) <= before]', f"tests/test_store.py {CONTRACT} -k 'dropped or crash'"),
+    Mutant("the order of leaves follows the file", "tree.py", "for p in ps) for k in sorted(ps[0])}", "for p in ps) for k in ps[0]}", "tests/test_tree.py"),
+    Mutant("kept leaves are uploaded too", "method.py", "return select(p, self.shared), select(p, lambda k: not self.shared(k)) | moments", "return p, select(p, lambda k: not self.shared(k)) | moments", f"{CONTRACT} -k only_declared"),
+    Mutant("a personal leaf of one client reaches the next", "engine.py", "kept = [self.kept(c, order.round) for c in clients]", "kept = [self.kept(clients[0], order.round) for c in clients]", f"{CONTRACT} -k 'block_equals and fedsa'"),
+    Mutant("the server returns the first upload", "tree.py", "                acc[k].add_(v, alpha=w)", "                pass", "tests/test_law_fedsa.py tests/test_tree.py"),
+    Mutant("weights are not normalised", "tree.py", "return {k: v.div_(total) for k, v in acc.items()}", "return acc", "tests/test_tree.py"),
+    Mutant("cohorts follow the round's number alone", "federation.py", 'draw = np_rng(seed, "cohort", 0 if self.cohort == "fixed" else round)', 'draw = np_rng("cohort", 0)', "tests/test_federation.py"),
+    # rows grouped by length
+    Mutant("a group is cut below its longest row", "tasks.py", "return [_trimmed(_rows(batch, i, j), longest[i])", "return [_trimmed(_rows(batch, i, j), longest[j - 1])", "tests/test_tasks.py"),
+    Mutant("groups are averaged, not summed", "tasks.py", "value = value + part.detach()", "value = part.detach()", "tests/test_tasks.py"),
+    Mutant("labels stay behind when rows are sorted", "tasks.py", "order.to(v.device)] if v.ndim > 1 else v for n, v in batch.items()}", 'order.to(v.device)] if v.ndim > 1 and n != "labels" else v for n, v in batch.items()}', "tests/test_tasks.py"),
+    # model and optimizers
+    Mutant("the adapter forgets its scale", "adapters.py", "alpha / rank**0.5 if name == \"rslora\" else alpha / rank", "alpha / rank if name == \"rslora\" else alpha / rank", "tests/test_model.py -k peft"),
+    Mutant("decay is coupled", "optim.py", "shrink = 1 - rate * self.weight_decay", "shrink = 1 - rate * self.weight_decay * 0.5", "tests/test_model.py -k optimizers"),
+    Mutant("bias correction is gone", "optim.py", "size, root = rate / (1 - b1**t), (1 - b2**t).sqrt()", "size, root = rate / (1 - b1**t), (1 - b2**t) ** 0", "tests/test_model.py"),
+    # HetLoRA
+    Mutant("aggregation weights by examples", "methods/hetlora.py", "return float(torch.stack(squares).sum().sqrt())", "return float(u.client.examples)", "tests/test_law_hetlora.py"),
+    Mutant("clients prune in every round", "methods/hetlora.py", "out[k] = torch.where(shrunk.to(r.device), torch.minimum(g, r), r)", "out[k] = torch.minimum(g, r)", "tests/test_law_hetlora.py"),
+    Mutant("the Gram norm is of the factors", "analysis.py", "return ((b.mT @ b) * (a @ a.mT).mT).sum((-2, -1)).clamp_min(0).sqrt()", "return ((b.mT @ b).diagonal().sum() * (a @ a.mT).diagonal().sum()).sqrt()", "tests/test_law_hetlora.py"),
+    # PF2LoRA
+    Mutant("the hypergradient is first-order", "methods/pf2lora.py", 'if self.hypergradient != "first_order":', 'if False:', "tests/test_law_pf2lora.py"),
+    Mutant("the upper gradient is taken at the old y", "methods/pf2lora.py", "value, h = loss.gradient(lambda q: f(q | y_new), x, xi)", "value, h = loss.gradient(lambda q: f(q | y), x, xi)", "tests/test_law_pf2lora.py"),
+    Mutant("four draws are one", "methods/pf2lora.py", "pi, xi, xi_, zeta = draws if len(draws) == 4 else draws * 4", "pi, xi, xi_, zeta = (draws[0],) * 4", "tests/test_law_pf2lora.py"),
+    Mutant("the mixed derivative has the wrong sign", "methods/pf2lora.py", "h = {k: g - per_client(a, g).to(g) * jv[k] for k, g in h.items()}", "h = {k: g + per_client(a, g).to(g) * jv[k] for k, g in h.items()}", "tests/test_law_pf2lora.py"),
+    # FedSA and its kin
+    Mutant("FedSA shares B", "methods/average.py", "return k.part in self.form.first", "return k.part in self.form.second", f"tests/test_law_fedsa.py {CONTRACT} -k 'fedsa'"),
+    Mutant("FFA trains A", "methods/average.py", "return k.part in self.form.second\n\n    def shares(self, k: Key) -> bool:\n        return True", "return True\n\n    def shares(self, k: Key) -> bool:\n        return True", f"{CONTRACT} -k ffa"),
+    # store and wire
+    Mutant("no checksum", "store.py", "whole = _digest(wire.encode(params, header)).hex() == digest", "whole = True", "tests/test_store.py -k damaged"),
+    Mutant("metrics are not cut back", "store.py", "f.truncate(length)", "pass", "tests/test_store.py -k 'dropped or committed'"),
+    Mutant("states are pruned too early", "store.py", "if p.stem < path.stem)[:-1]:", "if p.stem < path.stem):", "tests/test_store.py"),
+    Mutant("framing is free", "wire.py", "return Traffic(part[False], part[True], total - part[False] - part[True])", "return Traffic(part[False], part[True], 0)", "tests/test_wire.py"),
+    Mutant("NaN is let in", "wire.py", 'if squared != squared or squared == float("inf"):', 'if squared == float("inf"):', "tests/test_wire.py"),
+    # evaluation
+    Mutant("the round is chosen on test", "summary.py", 'for split in ("validation", "test"):\n        for view', 'for split in ("test", "validation"):\n        for view', "tests/test_cli.py -k whole_folder"),
+    Mutant("predictions come back in another order", "evaluate.py", "back = np.argsort(order)", "back = order", "tests/test_federation.py"),
+    Mutant("the worst tenth is the best", "metrics.py", "ordered = np.sort(v)[::-1] if m in LOWER_IS_BETTER else np.sort(v)", "ordered = np.sort(v)[::-1]", "tests/test_metrics.py"),
+    # data
+    Mutant("a client sees everybody's labels unpermuted", "data/batches.py", 'batch["labels"] = torch.from_numpy(data.label_maps[owners, batch["labels"].numpy()])', "pass", "tests/test_federation.py"),
+    Mutant("prompts carry loss", "data/examples.py", "scored = inside & (at >= np.maximum(skip, 1)[:, None])", "scored = inside & (at >= 1)", "tests/test_federation.py"),
+)  # fmt: skip
+
+
+def found(m: Mutant, python: str) -> bool:
+    """Whether the tests notice the bug, in a copy of the tree."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("src", "tests", "recipes", "docs"):
+            shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md"):
+            shutil.copy(ROOT / name, folder)
+        path = Path(folder) / "src/fedlora" / m.file
+        path.write_text(path.read_text(encoding="utf-8").replace(m.old, m.new), encoding="utf-8")
+        import shlex
+
+        command = [python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *shlex.split(m.tests)]
+        environment = {**os.environ, "PYTHONPATH": f"{folder}/src", "OMP_NUM_THREADS": "1", "FEDLORA_SHARED": str((ROOT / "../shared").resolve())}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode not in (0, 1):  # no tests ran: the list is wrong
+            raise RuntimeError(f"{m.why}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-500:]}")
+        return done.returncode == 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Plant every bug of the list; each must be found.")
+    parser.add_argument("-j", type=int, default=2, help="how many at once")
+    parser.add_argument("-k", default="", help="only those whose description or file holds this text")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if options.k in m.why or options.k in m.file]
+    alive = 0
+    with ThreadPoolExecutor(options.j) as pool:
+        for m, dead in zip(chosen, pool.map(lambda m: found(m, sys.executable), chosen), strict=True):
+            alive += not dead
+            print(f"{'found' if dead else 'LIVES'}  {m.file}: {m.why}", flush=True)
+    print(f"{len(chosen) - alive} of {len(chosen)} found")
+    return alive > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""What README and CONTRIBUTING say is true: their commands, code and tables are run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli import environment, fedlora, model_folder, rows, write_csv
+
+from fedlora.methods import METHODS
+from fedlora.methods.facts import facts
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def block(text: str, mark: str) -> str:
+    """The fenced block after a comment."""
+    found = re.search(rf"<!-- {re.escape(mark)} -->\n```\w*\n(.*?)```", text, flags=re.DOTALL)
+    assert found, mark
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the README's recipe, notes.csv, and a small model in place of the packaged one."""
+    folder = tmp_path_factory.mktemp("readme")
+    model_folder(folder / "model")
+    data = [(text, label, ("north", "south", "east")[i % 3]) for i, (text, label, _) in enumerate(rows(150))]
+    write_csv(folder / "notes.csv", data, ("text", "label", "hospital"))
+    recipe = block(README, "test: recipe")
+    assert "{name: minilm}" in recipe
+    (folder / "notes.yaml").write_text(recipe.replace("minilm", str(folder / "model")), encoding="utf-8")
+    return folder
+
+
+def test_readme_commands(notes: Path) -> None:
+    import shlex
+
+    lines = [x for x in block(README, "test: commands").splitlines() if x.strip()]
+    assert len(lines) == 8
+    for line in lines:
+        command, *arguments = shlex.split(line, comments=True)
+        assert command == "fedlora"
+        fedlora(*arguments, cwd=notes)
+    assert (notes / "runs/comparison.html").exists()
+    assert {p.name for p in (notes / "adapters").iterdir()} == {"north", "south", "east"}
+
+
+def test_readme_python(notes: Path) -> None:
+    code = block(README, "test: python")
+    assert len([x for x in code.split("\n\n")[1].splitlines() if x]) <= 15
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        cwd=notes,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("FedSA-LoRA 0.")
+
+
+def test_readme_table_of_methods() -> None:
+    """One row per method, with its paper and what is shared, as the methods themselves say."""
+    rows = [[c.strip() for c in x.strip("|").split("|")] for x in README.splitlines() if x.startswith("| `")]
+    assert [r[0].strip("`") for r in rows] == [n for n in dict.fromkeys(r[0].strip("`") for r in rows)]
+    assert {r[0].strip("`") for r in rows} == set(METHODS)
+    for name, _, paper, shared, personal in rows:
+        f = facts(METHODS[name.strip("`")])
+        assert re.sub(r"\[(.*?)\].*", r"arXiv:\1", paper) == f["paper"], name
+        assert [x for x in shared.split(", ") if x] == f["shared"], name
+        assert [x for x in personal.split(", ") if x] == f["personal"], name
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name
+)
+def test_links_lead_somewhere(path: Path) -> None:
+    prose = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)", prose):
+        if not target.startswith("https://"):
+            assert (path.parent / target).exists(), target
+
+
+def test_contributing_example_is_a_method(tmp_path: Path) -> None:
+    """The worked example, put where CONTRIBUTING says, passes the contract; nothing else is touched."""
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "src/fedlora/methods/even.py").write_text(block(CONTRIBUTING, "example: src/fedlora/methods/even.py"))
+    contract = tmp_path / "tests/test_contract.py"
+    text = contract.read_text(encoding="utf-8")
+    contract.write_text(
+        text.replace("TABLE = {\n", "TABLE = {\n" + block(CONTRIBUTING, "example: row")), encoding="utf-8"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "tests/test_contract.py",
+        "-k",
+        "even or every_method_has_a_row",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment() | {"PYTHONPATH": str(tmp_path / "src")},
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed
+    assert int(passed[1]) >= 7
+
+
+def test_nothing_speaks_of_where_it_was_made() -> None:
+    """No paths of a particular machine in what is shipped."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".yaml", ".toml", ".html", ".json", "") and path.is_file():
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"/(home|Users|root|work)/\w+/", text.replace("/home/thesis", "")), name
+
+
+def test_the_page_on_recipes_is_current() -> None:
+    """docs/recipes.md is what docs/build.py makes of the types."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("docs_build", ROOT / "docs/build.py")
+    assert spec
+    assert spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs/recipes.md").read_text(encoding="utf-8") == module.text(), "run make docs"
