@@ -77,7 +77,8 @@ def text() -> str:
             )
         out.append("\n")
     out.append(
-        "## method\n\nA name and the method's own hyperparameters; the optimizer and clipping come from `train`.\n\n| method | hyperparameters and defaults |\n|---|---|\n"
+        "## method\n\nA name and the method's own hyperparameters; the optimizer and clipping come from `train`.\n\n"
+        "| method | hyperparameters and defaults |\n|---|---|\n"
     )
     for name, cls in METHODS.items():
         fields = [f"`{f}`" if (v := default(cls, f)) is UNTYPED else f"`{f}: {json.dumps(v)}`" for f in own_fields(cls)]

@@ -46,7 +46,7 @@ MUTANTS = (
     # rows grouped by length
     Mutant("a group is cut below its longest row", "tasks.py", "return [_trimmed(_rows(batch, i, j), longest[i])", "return [_trimmed(_rows(batch, i, j), longest[j - 1])", "tests/test_tasks.py"),
     Mutant("groups are averaged, not summed", "tasks.py", "value = value + part.detach()", "value = part.detach()", "tests/test_tasks.py"),
-    Mutant("labels stay behind when rows are sorted", "tasks.py", "order.to(v.device)] if v.ndim > 1 else v for n, v in batch.items()}", 'order.to(v.device)] if v.ndim > 1 and n != "labels" else v for n, v in batch.items()}', "tests/test_tasks.py"),
+    Mutant("labels stay behind when rows are sorted", "tasks.py", "order.to(v.device)] if v.ndim > 1 else v", 'order.to(v.device)] if v.ndim > 1 and n != "labels" else v', "tests/test_tasks.py"),
     # model and optimizers
     Mutant("the adapter forgets its scale", "adapters.py", "alpha / rank**0.5 if name == \"rslora\" else alpha / rank", "alpha / rank if name == \"rslora\" else alpha / rank", "tests/test_model.py -k peft"),
     Mutant("decay is coupled", "optim.py", "shrink = 1 - rate * self.weight_decay", "shrink = 1 - rate * self.weight_decay * 0.5", "tests/test_model.py -k optimizers"),
@@ -90,11 +90,29 @@ def found(m: Mutant, python: str) -> bool:
         path.write_text(path.read_text(encoding="utf-8").replace(m.old, m.new), encoding="utf-8")
         import shlex
 
-        command = [python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *shlex.split(m.tests)]
-        environment = {**os.environ, "PYTHONPATH": f"{folder}/src", "OMP_NUM_THREADS": "1", "FEDLORA_SHARED": str((ROOT / "../shared").resolve())}
+        command = [
+            python,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            *shlex.split(m.tests),
+        ]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{folder}/src",
+            "OMP_NUM_THREADS": "1",
+            "FEDLORA_SHARED": str((ROOT / "../shared").resolve()),
+        }
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         if done.returncode not in (0, 1):  # no tests ran: the list is wrong
-            raise RuntimeError(f"{m.why}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-500:]}")
+            raise RuntimeError(
+                f"{m.why}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-500:]}"
+            )
         return done.returncode == 1
 
 

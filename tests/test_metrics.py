@@ -48,7 +48,9 @@ def test_language_modelling() -> None:
 
 
 def test_summary_over_clients() -> None:
-    clients = {f"c{i}": {"n": i + 1, "loss": float(i), "accuracy": i / 20} for i in range(20)} | {"empty": {"n": 0, "loss": math.nan}}
+    clients = {f"c{i}": {"n": i + 1, "loss": float(i), "accuracy": i / 20} for i in range(20)} | {
+        "empty": {"n": 0, "loss": math.nan}
+    }
     s = summary(clients)
     assert s["mean"]["accuracy"] == pytest.approx(np.mean([i / 20 for i in range(20)]))
     assert s["weighted"]["accuracy"] == pytest.approx(sum((i + 1) * i / 20 for i in range(20)) / 210)

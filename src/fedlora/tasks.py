@@ -97,7 +97,8 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
 
 
 TOKENWISE = {"input_ids", "attention_mask", "token_type_ids", "labels"}  # leaves [K b L]
-OVERHEAD = {"cpu": 128, "cuda": 16_384}  # what a further forward and backward costs, in padded tokens
+OVERHEAD = {"cpu": 128}  # what a further forward and backward costs, in padded tokens
+LAUNCHES = 16_384  # the same on an accelerator, where many small kernels cost more than padding
 
 
 def cut(longest: Sequence[int], clients: int, overhead: int, most: int) -> list[tuple[int, int]]:
@@ -174,7 +175,7 @@ class Loss:
             for n, v in batch.items()
         }
         longest = lengths.gather(1, order).amax(0).tolist()  # of the j-th longest rows
-        cuts = cut(longest, k, OVERHEAD.get(batch["weight"].device.type, OVERHEAD["cuda"]), most)
+        cuts = cut(longest, k, OVERHEAD.get(batch["weight"].device.type, LAUNCHES), most)
         return [_trimmed(_rows(batch, i, j), longest[i]) for i, j in cuts if longest[i] > 0]
 
     def gradient(

@@ -98,13 +98,18 @@ def comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """Methods side by side; rows as report.tables.compare_rows gives them."""
     if not rows:
         return
-    metric = rows[0]["metric"]
-    table = _table(f"{metric} on test, round chosen on validation", "method", "personal", "global", "worst tenth",
-                   "last rounds", "trainable", "MB sent", "seconds", "seeds")  # fmt: skip
+    seeded = any(r["seeds"] > 1 or r["unfinished"] for r in rows)
+    table = _table(f"{rows[0]['metric']} on test, at the round chosen on validation", "method", "personal", "global",
+                   "worst", "trained", "sent", "time", *(["seeds"] if seeded else []))  # fmt: skip
     for r in rows:
         spread = f" ± {r['test_std']:.3f}" if r.get("test_std") is not None else ""
+        sent = "-" if r["bytes_total"] is None else size(r["bytes_total"])
+        time = "-" if r["seconds"] is None else f"{r['seconds']:.0f} s"
+        trained = "-" if r["trainable"] is None else f"{r['trainable']:,}"
+        seeds = str(r["seeds"]) + (f" ({r['unfinished']} unfinished)" if r["unfinished"] else "")
         table.add_row(
-            r["method"], number(r["test"]) + spread, number(r["global"]), number(r["worst_decile"]), number(r["test_last10"]),
-            f"{r['trainable']:,}", f"{r['bytes_total'] / 1e6:.1f}", f"{r['seconds']:.0f}", str(r["seeds"]),
+            r["method"], number(r["test"]) + spread, number(r["global"]), number(r["worst_decile"]), trained, sent, time,
+            *([seeds] if seeded else []),
         )  # fmt: skip
+    table.columns[0].no_wrap = True
     out.print(table)

@@ -183,7 +183,7 @@ def spread(run: Records) -> go.Figure | None:
 def _boxes(values: Mapping[str, Sequence[float]], metric: str, colours: Sequence[str]) -> go.Figure:
     import plotly.graph_objects as go
 
-    fig = _figure("", f"{words(metric)} of each client on its own test data")
+    fig = _figure("", f"{words(metric)} on test")
     for (name, v), colour in zip(values.items(), colours, strict=False):
         fig.add_trace(go.Box(y=v, name=name, boxpoints="all" if len(v) <= 400 else "outliers", jitter=0.4, pointpos=0,
                              marker={"color": colour, "size": 5, "opacity": 0.6}, fillcolor=_light(colour, 0.15), showlegend=False))  # fmt: skip
@@ -213,7 +213,9 @@ def partition(run: Records, split: str = "train") -> go.Figure | None:
         return fig
     names = p["label_names"]
     if len(ids) <= BARS and len(names) <= 12:
-        fig = _figure("rows", "", height=max(300, 110 + 22 * len(ids)), barmode="stack", bargap=0.25)
+        fig = _figure(
+            "rows", "", height=max(300, 110 + 22 * len(ids) + 18 * (-(-len(names) // 3))), barmode="stack", bargap=0.25
+        )
         fig.update_layout(legend={"traceorder": "normal"})
         for j, name in enumerate(names):
             fig.add_trace(
@@ -225,7 +227,7 @@ def partition(run: Records, split: str = "train") -> go.Figure | None:
                     marker={"color": _shade(j, len(names))},
                 )
             )
-        fig.update_yaxes(type="category", autorange="reversed")
+        fig.update_yaxes(type="category", autorange="reversed", dtick=1)
         return fig
     chosen = range(len(ids)) if len(ids) <= HEAT else [round(i * (len(ids) - 1) / (HEAT - 1)) for i in range(HEAT)]
     share = [[x / max(1, sum(counts[k])) for x in counts[k]] for k in chosen]
@@ -241,9 +243,9 @@ def partition(run: Records, split: str = "train") -> go.Figure | None:
 def _shade(j: int, n: int) -> str:
     if n <= len(PALETTE):
         return PALETTE[j]
-    from plotly.colors import sample_colorscale
+    from plotly.colors import qualitative
 
-    return str(sample_colorscale("Turbo", [(j + 0.5) / n])[0])
+    return str(qualitative.Vivid[j] if n <= len(qualitative.Vivid) else qualitative.Light24[j])
 
 
 def _short(name: str, most: int = 28) -> str:
