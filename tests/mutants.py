@@ -70,7 +70,7 @@ MUTANTS = (
     Mutant("framing is free", "wire.py", "return Traffic(part[False], part[True], total - part[False] - part[True])", "return Traffic(part[False], part[True], 0)", "tests/test_wire.py"),
     Mutant("NaN is let in", "wire.py", 'if squared != squared or squared == float("inf"):', 'if squared == float("inf"):', "tests/test_wire.py"),
     # evaluation
-    Mutant("the round is chosen on test", "summary.py", 'for split in ("validation", "test"):\n        for view', 'for split in ("test", "validation"):\n        for view', "tests/test_cli.py -k whole_folder"),
+    Mutant("the round is chosen on test", "summary.py", 'for split in ("validation", "test"):\n        for view', 'for split in ("test", "validation"):\n        for view', "tests/test_federation.py -k chosen"),
     Mutant("predictions come back in another order", "evaluate.py", "back = np.argsort(order)", "back = order", "tests/test_federation.py"),
     Mutant("the worst tenth is the best", "metrics.py", "ordered = np.sort(v)[::-1] if m in LOWER_IS_BETTER else np.sort(v)", "ordered = np.sort(v)[::-1]", "tests/test_metrics.py"),
     # data

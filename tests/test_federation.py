@@ -23,6 +23,7 @@ from fedlora.federation import Evaluation, Federation, Sampling
 from fedlora.methods import METHODS
 from fedlora.optim import SGD, AdamW
 from fedlora.seeds import np_rng
+from fedlora.summary import chosen_round
 from fedlora.tree import Params, stack
 from fedlora.watch import Watch
 
@@ -148,6 +149,22 @@ def test_evaluation_happens_when_it_is_asked_for(tmp_path: Path) -> None:
     f.run()
     assert sorted({x["round"] for x in lines(f) if x["kind"] == "eval"}) == [0, 2, 4, 5]
     assert {x["view"] for x in lines(f) if x["kind"] == "eval"} == {"personal"}
+
+
+def test_the_round_is_chosen_on_validation() -> None:
+    """Earliest of the best on validation, whatever test says; a loss is better when lower; NaN never is."""
+    nan = float("nan")
+    scores = {("validation", "accuracy"): [0.1, 0.7, 0.7, 0.6], ("test", "accuracy"): [0.1, 0.2, 0.9, 0.8],
+              ("validation", "loss"): [nan, 3.0, 2.0, 2.5], ("test", "loss"): [0.1, 1.0, 1.0, 1.0]}  # fmt: skip
+    lines = [
+        {"kind": "eval", "view": "personal", "split": s, "round": t, "mean": {m: v}}
+        for (s, m), values in scores.items()
+        for t, v in enumerate(values)
+    ]
+    assert chosen_round(lines, "accuracy") == (1, "validation")
+    assert chosen_round(lines, "loss") == (2, "validation")
+    assert chosen_round([x for x in lines if x["split"] == "test"], "accuracy") == (2, "test")
+    assert chosen_round([], "accuracy")[0] is None
 
 
 def test_global_view_has_fresh_personal_leaves(tmp_path: Path) -> None:

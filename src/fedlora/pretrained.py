@@ -109,6 +109,11 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
             )
     except (OSError, ValueError, KeyError) as e:
         raise _cannot("tokenizer of", name, e) from e
+    folder, files = Path(locate(name)), sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
+    if folder.is_dir() and not any((folder / f).exists() for f in files):  # transformers would make up an empty one
+        raise ModelError(
+            f"model.name: {name!r} holds no tokenizer, expected one of {', '.join(files)}; save it there as well"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
