@@ -181,3 +181,76 @@ def test_without_plotly(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     with pytest.raises(report.MissingPlotly, match=r"pip install 'fedlora\[report\]'"):
         report.write_run(run)
+
+
+def fake(folder: Path, seed: int, method: str, scores: list[list[float]]) -> Path:
+    """A run written by hand: scores[round][client]; 1000 bytes down and 500 up a round, 2 s of training."""
+    folder.mkdir(parents=True)
+    recipe = {
+        "method": {"name": method},
+        "run": {"seed": seed},
+        "evaluation": {"bandwidth": [0.008, 0.004], "target": None},
+    }
+    ids = [f"c{i}" for i in range(len(scores[0]))]
+    metrics: list[dict[str, Any]] = []
+    for t, each in enumerate(scores):
+        if t:
+            zero = {"adapter": 0, "head": 0}
+            sent = {"down": zero | {"framing": 1000}, "up": zero | {"framing": 500}}
+            metrics.append(
+                {"kind": "train", "round": t, "loss": 1.0, "clients": ids, "losses": {}, "bytes": sent, "refused": {}}
+            )
+        by = {c: {"n": 1, "accuracy": s} for c, s in zip(ids, each, strict=True)}
+        for split in ("validation", "test"):
+            mean = {"accuracy": sum(each) / len(each)}
+            metrics.append(
+                {"kind": "eval", "round": t, "view": "personal", "split": split, "clients": by, "mean": mean}
+            )
+    best = max(range(len(scores)), key=lambda t: sum(scores[t]))
+    view = {k: {"accuracy": sum(scores[best]) / len(ids)} for k in ("mean", "weighted", "worst_decile")}
+    summary = {"metric": "accuracy", "chosen_round": best, "chosen_on": "validation", "test": view["mean"]["accuracy"], "test_last10": 0.0,
+               "views": {"personal": view}, "method": {"title": method}, "parameters": {"trainable": 1, "shared": 1, "base": 1, "personal": 0, "head": 0},
+               "bytes": {"total": 1500 * (len(scores) - 1), "up": 0, "down": 0}, "seconds": 1.0, "peak_memory_bytes": 1, "rounds": len(scores) - 1}  # fmt: skip
+    for name, value in {
+        "recipe.json": {"hash": "x", "recipe": recipe},
+        "summary.json": summary,
+        "partition.json": {"ids": ids, "sizes": {"train": [1] * len(ids)}},
+    }.items():
+        (folder / name).write_text(json.dumps(value))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
+    (folder / "timings.jsonl").write_text(
+        "".join(
+            json.dumps({"round": t, "train_seconds": 2.0, "eval_seconds": 0, "server_seconds": 0, "tokens": 0}) + "\n"
+            for t in range(1, len(scores))
+        )
+    )
+    return folder
+
+
+def test_cost_to_a_common_target_by_hand(tmp_path: Path) -> None:
+    """Two clients; the weaker run ends at 0.5, so that is the target: round 2 there, round 1 in the other.
+
+    A round: (2 s + 1000 B at 1000 B/s + 500 B at 500 B/s) / 2 clients = 2 s.
+    """
+    a = fake(tmp_path / "a", 0, "slow", [[0, 0], [0.2, 0.4], [0.6, 0.4], [0.1, 0.1]])
+    b = fake(tmp_path / "b", 0, "fast", [[0, 0], [0.6, 0.4], [0.8, 0.8], [0.9, 0.9]])
+    rows = {r["method"]: r for r in report.compare_rows([a, b])}
+    assert rows["slow"]["target"] == rows["fast"]["target"] == 0.5
+    assert [rows[m]["target_round"] for m in ("slow", "fast")] == [2, 1]
+    assert [rows[m]["target_bytes"] for m in ("slow", "fast")] == [3000, 1500]
+    assert [rows[m]["target_seconds"] for m in ("slow", "fast")] == [pytest.approx(4.0), pytest.approx(2.0)]
+
+
+def test_pairs_by_hand(tmp_path: Path) -> None:
+    """Seven pairs that all differ in one direction: Wilcoxon's exact two-sided p is 2 / 2^7."""
+    from fedlora.report.tables import grouped, paired
+
+    low = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    high = [v + 0.01 * (i + 1) for i, v in enumerate(low)]
+    runs = [records(fake(tmp_path / m, 0, m, [low, s])) for m, s in (("x", high), ("y", low))]
+    [pair] = paired(grouped(runs))
+    assert (pair.a, pair.b, pair.pairs) == ("x", "y", 7)
+    assert pair.difference == pytest.approx(0.04)
+    assert pair.p == pytest.approx(2 / 128)
+    other = records(fake(tmp_path / "z", 1, "z", [low, high]))
+    assert paired(grouped([runs[0], other])) == []  # another seed is another partition

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ORDER = ("name", "model", "data", "partition", "method", "train", "federation", "evaluation", "run")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+SHOWN = ("target", "bandwidth")  # fields of the section evaluation that only reports use
 RESULT = ("seed",)  # the fields of the section run that change the result; the others are not hashed
 
 
@@ -103,6 +104,7 @@ class Recipe(BaseModel):
         """12 hex digits of what decides the result: all but the name and how it is run (folder, threads, block)."""
         decisive = {k: v for k, v in self.resolved().items() if k != "name"}
         decisive["run"] = {k: decisive["run"][k] for k in RESULT}
+        decisive["evaluation"] = {k: v for k, v in decisive["evaluation"].items() if k not in SHOWN}
         text = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -152,6 +152,10 @@ class Evaluation(Section):
     cross_clients: Annotated[int, Field(ge=2)] = 8
     """Clients in the matrix of the view cross."""
     batch_size: Count = 64
+    target: float | None = None
+    """Score to reach: reports say after how many rounds, bytes and simulated seconds; null takes one that all compared runs reach."""
+    bandwidth: tuple[Positive, Positive] = (50.0, 10.0)
+    """Megabits a second of a client, down and up, for simulated seconds."""
 
 
 class Run(Section):

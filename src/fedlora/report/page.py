@@ -10,7 +10,7 @@ import yaml
 
 from . import figures
 from .read import Records
-from .tables import flat, grouped
+from .tables import flat, grouped, paired
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -138,6 +138,7 @@ def comparison_page(runs: Sequence[Records], rows: Sequence[Mapping[str, Any]]) 
         Block("Spread over clients", "One point per client at the chosen round.", figures.client_boxes(groups)),
         Block("Who holds what", f"Training rows of each client, by class{whose}.", figures.partition(first)),
     ]  # fmt: skip
+    blocks += [_to_target(rows, m), _pairs(groups)]
     blocks = [b for b in blocks if b.figure is not None or b.table]
     blocks += _about(first)
     count = f"{len(groups)} settings, {len(runs)} runs"
@@ -153,6 +154,37 @@ def comparison_page(runs: Sequence[Records], rows: Sequence[Mapping[str, Any]]) 
         "tiles": [],
         "blocks": blocks,
     }
+
+
+def _to_target(rows: Sequence[Mapping[str, Any]], metric: str) -> Block:
+    """What it took to reach a score that is the same for all."""
+    target = rows[0]["target"]
+    if target is None:
+        return Block("")
+    head = ("method", "round", "sent", "simulated")
+    body = [
+        (r["method"], "never", "–", "–")
+        if r["target_round"] is None
+        else (r["method"], f"{r['target_round']:.0f}", size(r["target_bytes"]), seconds(r["target_seconds"]))
+        for r in rows
+    ]
+    return Block(
+        f"To reach {metric} {number(target)}",
+        "On validation. Simulated: clients work at the same time at this machine's speed, over the recipe's bandwidth.",
+        table=[head, *body],
+    )
+
+
+def _pairs(groups: Mapping[str, Sequence[Records]]) -> Block:
+    """Differences between settings on the same clients and seeds."""
+    found = [] if len(groups) > 12 else paired(groups)
+    head = ("comparison", "difference", "pairs", "p")
+    body = [
+        (f"{x.a} – {x.b}", f"{x.difference:+.3f}", str(x.pairs), "too few" if x.p is None else f"{x.p:.2g}")
+        for x in found
+    ]
+    about = "Mean difference on test over clients and seeds, with Wilcoxon's signed-rank test (two-sided, uncorrected)."
+    return Block("Pair by pair", about, table=[head, *body] if body else ())
 
 
 def _source(data: Mapping[str, Any]) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..metrics import better
 from .read import Records, records
 
 Row = dict[str, Any]
+BANDWIDTH = (50.0, 10.0)  # megabits a second, for runs made by hand
 
 
 def compare_rows(folders: Sequence[str | Path]) -> list[Row]:
@@ -18,7 +22,106 @@ def compare_rows(folders: Sequence[str | Path]) -> list[Row]:
 
     test_std: sample standard deviation over seeds, None for one seed.
     """
-    return [_row(label, runs) for label, runs in grouped([records(f) for f in folders]).items()]
+    groups = grouped([records(f) for f in folders])
+    target = common_target(groups)
+    return [_row(label, runs) | cost_to(runs, target) for label, runs in groups.items()]
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What it took until a score was reached on validation (on test where there is no validation)."""
+
+    round: int
+    bytes: int
+    seconds: float  # simulated: clients work at the same time, at this machine's speed, over evaluation.bandwidth
+
+
+def reach(run: Records, target: float) -> Reached | None:
+    """When the mean score of the main view first reached `target`, None if it never did."""
+    evals = run.evals(run.main, "validation") or run.evals(run.main, "test")
+    good = [x for x in evals if run.metric in x["mean"] and not better(run.metric, target, x["mean"][run.metric])]
+    if not good:
+        return None
+    last = good[0]["round"]
+    down, up = (mbit * 1e6 / 8 for mbit in run.recipe.get("evaluation", {}).get("bandwidth", BANDWIDTH))
+    compute = {t["round"]: t["train_seconds"] for t in run.timings}
+    seconds = 0.0
+    for x in run.trains:
+        if x["round"] <= last:
+            sent = {d: sum(v.values()) for d, v in x["bytes"].items()}
+            seconds += (compute.get(x["round"], 0.0) + sent["down"] / down + sent["up"] / up) / len(x["clients"])
+    return Reached(last, run.bytes_by_round().get(last, 0), seconds)
+
+
+def common_target(groups: Mapping[str, Sequence[Records]]) -> float | None:
+    """The recipes' target, or the best score that every run reached."""
+    runs = [r for g in groups.values() for r in g]
+    given = runs[0].recipe.get("evaluation", {}).get("target")
+    if given is not None:
+        return float(given)
+    best = []
+    for r in runs:
+        scores = [
+            x["mean"][r.metric]
+            for x in r.evals(r.main, "validation") or r.evals(r.main, "test")
+            if r.metric in x["mean"]
+        ]
+        if not scores:
+            return None
+        best.append(min(scores) if r.lower_is_better else max(scores))
+    return max(best) if runs[0].lower_is_better else min(best)
+
+
+def cost_to(runs: Sequence[Records], target: float | None) -> Row:
+    """Rounds, bytes and simulated seconds to the target, mean over seeds; None where a seed never reached it."""
+    found = [reach(r, target) for r in runs] if target is not None else []
+    got = [f for f in found if f is not None]
+    whole = got if found and len(got) == len(found) else []
+    return {
+        "target": target,
+        "target_round": _mean([f.round for f in whole]),
+        "target_bytes": _mean([f.bytes for f in whole]),
+        "target_seconds": _mean([f.seconds for f in whole]),
+    }
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Setting `a` against `b` on the same clients and seeds."""
+
+    a: str
+    b: str
+    pairs: int
+    difference: float  # mean of a - b
+    p: float | None  # Wilcoxon's signed-rank test, two-sided; None below 6 pairs that differ
+
+
+def paired(groups: Mapping[str, Sequence[Records]]) -> list[Pair]:
+    """Every two settings, client by client and seed by seed; only where partitions are the same."""
+    from scipy import stats
+
+    scores = {label: _scores_of(runs) for label, runs in groups.items()}
+    out = []
+    for a, b in itertools.combinations(groups, 2):
+        common = sorted(scores[a].keys() & scores[b].keys())
+        if not common:
+            continue
+        differences = [scores[a][k] - scores[b][k] for k in common]
+        enough = sum(d != 0 for d in differences) >= 6
+        p = float(stats.wilcoxon(differences).pvalue) if enough else None
+        out.append(Pair(a, b, len(common), sum(differences) / len(differences), p))
+    return out
+
+
+def _scores_of(runs: Sequence[Records]) -> dict[tuple[Any, ...], float]:
+    """(seed, partition, client) -> test score at the chosen round."""
+    out = {}
+    for r in runs:
+        line = r.at(r.main, "test", r.chosen) if r.chosen is not None else None
+        for client, s in (line["clients"] if line else {}).items():
+            if r.metric in s:
+                out[(r.recipe.get("run", {}).get("seed", 0), str(r.partition.get("sizes")), client)] = s[r.metric]
+    return out
 
 
 def grouped(runs: Sequence[Records]) -> dict[str, list[Records]]:
