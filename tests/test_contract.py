@@ -23,6 +23,7 @@ from fedlora.method import Method, Order, Server
 from fedlora.methods import METHODS
 from fedlora.optim import SGD, AdamW
 from fedlora.tree import Params, stack
+from fedlora.views import scores, served
 from fedlora.watch import Watch
 
 HEAD = "head.weight head.bias"
@@ -189,8 +190,8 @@ class TestEveryMethod:
         engine, everybody = f.engine(Watch()), [0, 1, 2, 3]
 
         def loss(server: Server) -> float:
-            scores = f.scores(f.served(engine, server, everybody, "personal"), everybody, "train", 4)
-            return sum(s["loss"] for s in scores.values()) / 4
+            found = scores(f, served(f, engine, server, everybody, "personal"), everybody, "train", 4)
+            return sum(s["loss"] for s in found.values()) / 4
 
         f.run()
         before, after = loss(f.method.init(f.scene)), loss(Server(*f.store.load_server()))

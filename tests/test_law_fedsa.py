@@ -20,6 +20,7 @@ from fedlora.method import Client, Scene, Server, Upload
 from fedlora.methods.average import FedSALoRA, FFALoRA, HomLoRA
 from fedlora.optim import SGD, AdamW
 from fedlora.tree import Key, Params, stack, unstack
+from fedlora.views import served
 from fedlora.watch import Watch
 
 
@@ -90,7 +91,7 @@ def test_one_class_clients_disagree_early(tmp_path: Path) -> None:
     f = tiny.federation(m, tmp_path, data=data, sampling=Sampling(rounds=1))
     f.run()
     engine, server = f.engine(Watch()), Server(*f.store.load_server())
-    params = f.served(engine, server, [0, 1, 2], "personal")
+    params = served(f, engine, server, [0, 1, 2], "personal")
     everything = [splits["test"].rows] * 3
     said = predict(f.model, f.task, data, params, [0, 1, 2], everything)
     assert [set(p.values.tolist()) for p in said] == [{0}, {1}, {2}]
@@ -163,7 +164,7 @@ def test_block_of_personal_models_is_each_alone(tmp_path: Path) -> None:
     f = tiny.federation(m, tmp_path)
     f.run()
     server = Server(*f.store.load_server())
-    params = f.served(f.engine(Watch()), server, [0, 1, 2, 3], "personal")
+    params = served(f, f.engine(Watch()), server, [0, 1, 2, 3], "personal")
     rows = [f.data.splits["test"][k] for k in range(4)]
     together = predict(f.model, f.task, f.data, params, range(4), rows, batch_size=8, block=4)
     for k in range(4):

@@ -424,7 +424,7 @@ partition: {kind: quantity, clients: 9, alpha: 1.0, share: 0.1, classes: 3, colu
 train: {steps: 11, epochs: 1.0, batch_size: 8, optimizer: sgd, lr: 1.0, betas: [0.5, 0.5], weight_decay: 0.1,
         schedule: linear, warmup: 0.1, clip: 1.0, accumulation: 2, dropout: false}
 federation: {rounds: 11, clients_per_round: 4, cohort: fixed, min_clients: 2}
-evaluation: {every: 2, views: [global], cross_clients: 4, batch_size: 32, target: 0.5, bandwidth: [5, 1]}
+evaluation: {every: 2, views: [global], cross_clients: 4, batch_size: 32, analyses: [asymmetry], threshold: 0.1, target: 0.5, bandwidth: [5, 1]}
 run: {seed: 1, block: 2, output: elsewhere, tensorboard: true, keep: all, threads: 1}
 """
 SAME_RESULT = {

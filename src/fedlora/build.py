@@ -134,7 +134,12 @@ def federation(r: Recipe, output: str | Path | None = None) -> Federation:
             r.federation.rounds, r.federation.clients_per_round, r.federation.cohort, r.federation.min_clients
         ),
         evaluation=Evaluation(
-            r.evaluation.every, tuple(r.evaluation.views), r.evaluation.cross_clients, r.evaluation.batch_size
+            r.evaluation.every,
+            r.evaluation.views,
+            r.evaluation.cross_clients,
+            r.evaluation.batch_size,
+            analyses=r.evaluation.analyses,
+            threshold=r.evaluation.threshold,
         ),
         seed=r.run.seed,
         block=r.run.block,

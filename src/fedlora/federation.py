@@ -18,21 +18,20 @@ import numpy as np
 from .analysis import product_error
 from .data.batches import Plan, batch_of, train_batches
 from .data.federated import FederatedData
-from .engine import Engine, RoundLog, Schedule, train_block
+from .engine import Engine, RoundLog, Schedule
 from .errors import ConfigError, Problem
-from .evaluate import predict
 from .memory import auto_block
 from .method import Client, Method, Order, Scene, Server, Upload
-from .metrics import Scores, primary, score, summary
 from .model import Adapted, Batch
 from .seeds import np_rng
 from .store import Store
 from .tasks import Loss, Task
 from .tensorboard import TensorBoard
-from .tree import Params, count, select, stack, unstack
+from .tree import Params, count, select
+from .views import View, evaluate
 from .watch import Several, Watch
 
-View = Literal["personal", "global", "unseen", "cross"]
+Analysis = Literal["effective-ranks", "asymmetry"]
 POOLED = "all clients"
 EXACTNESS_COHORT = 32  # the exactness meter holds a cohort's uploads; above this it is off
 
@@ -75,6 +74,8 @@ class Evaluation:
     cross_clients: int = 8
     batch_size: int = 64
     exactness: bool = True
+    analyses: Sequence[Analysis] = ()
+    threshold: float = 0.05
 
 
 @dataclass
@@ -176,6 +177,11 @@ class Federation:
             watch.end(result)
             return result
 
+    def evaluate(self, engine: Engine, server: Server, watch: Watch) -> list[dict[str, Any]]:
+        """Lines of metrics for every view and split that has rows."""
+        watch.evaluating(server.round)
+        return evaluate(self, engine, server)
+
     def _advance(self, engine: Engine, server: Server, watch: Watch) -> Server:
         """Let a method with stages change its parametrisation; what that does to the scores is recorded."""
         new = self.method.advance(self.scene, server)
@@ -221,6 +227,7 @@ class Federation:
             "refused": log.refused,
             "bytes": {"up": log.up.as_dict(), "down": log.down.as_dict()},
             "exactness": None if error is None else {"product_error": error},
+            **self.method.record(new),
         }
 
     def _commit(self, server: Server, lines: Sequence[dict[str, Any]], watch: Watch) -> None:
@@ -228,80 +235,6 @@ class Federation:
         self.store.save_server(server.round, server.params, server.notes, length)
         for line in lines:
             watch.record(line)
-
-    # evaluation -------------------------------------------------------------------------------------------------
-    def served(self, engine: Engine, server: Server, clients: Sequence[int], view: View) -> list[Params]:
-        """Model-ready deltas of each client: its personal model, or the shared part with fresh personal leaves."""
-        method, fresh = self.method, view == "global"
-        if self._alike() and (fresh or not method.tune):
-            down = method.broadcast(self.scene, server, self.client(clients[0]))
-            one = unstack(method.personal(self.scene, stack([down]), {}), 1)[0]
-            return [one] * len(clients)
-        out: list[Params] = []
-        for i in range(0, len(clients), engine.block):
-            part = [self.client(k) for k in clients[i : i + engine.block]]
-            down_each = [method.broadcast(self.scene, server, c) for c in part]
-            kept = [method.keep(self.scene, c) if fresh else engine.kept(c, server.round) for c in part]
-            if method.tune and not fresh:
-                order = Order(server.round, max(self.sampling.rounds, server.round + 1))
-                tune = Plan(method.tune, None, self.plan.batch_size)
-                work = [
-                    train_batches(self.data, k, tune, method.draws, self.seed, "tune", server.round, self.data.ids[k])
-                    for k in clients[i : i + engine.block]
-                ]
-                done = train_block(method, self.scene, self.loss, order, down_each, kept, work, self.schedule)
-                out += [r.served for r in done]
-            else:
-                out += unstack(method.personal(self.scene, stack(down_each), stack(kept)), len(part))
-        return out
-
-    def _alike(self) -> bool:
-        """Whether all clients serve the same deltas (before tuning)."""
-        return not self.method.keep(self.scene, self.client(0)) and not self.method.per_client
-
-    def scores(self, params: Sequence[Params], clients: Sequence[int], split: str, block: int) -> dict[str, Scores]:
-        """Scores of params[j] on the rows that client clients[j] holds in `split`."""
-        rows = [self.data.splits[split][k] for k in clients]
-        found = predict(self.model, self.task, self.data, params, clients, rows, self.evaluation.batch_size, block)
-        return {self.data.ids[k]: score(p, self.task.kind) for k, p in zip(clients, found, strict=True)}
-
-    def evaluate(self, engine: Engine, server: Server, watch: Watch) -> list[dict[str, Any]]:
-        """Lines of metrics for every view and split that has rows."""
-        watch.evaluating(server.round)
-        lines: list[dict[str, Any]] = []
-        everybody = list(range(self.training))
-        groups: dict[View, list[int]] = {v: everybody for v in self.evaluation.views if v in ("personal", "global")}
-        if self.data.unseen:
-            groups["unseen"] = list(range(self.training, len(self.data.ids)))
-        seen: dict[
-            tuple[int, str], dict[str, Scores]
-        ] = {}  # a method without personal parts serves both views the same
-        for view, clients in groups.items():
-            params = self.served(engine, server, clients, view)
-            alike = view == "global" and self._alike() and not self.method.tune
-            for split in ("validation", "test"):
-                if split in self.data.splits and self.data.splits[split].offsets[-1] > 0:
-                    known = seen.get((len(clients), split)) if alike else None
-                    by_client = known or self.scores(params, clients, split, engine.block)
-                    seen[len(clients), split] = by_client
-                    lines.append({"kind": "eval", "round": server.round, "view": view, "split": split,
-                                  "clients": by_client, **summary(by_client)})  # fmt: skip
-        if "cross" in self.evaluation.views and server.round == self.sampling.rounds:
-            lines.append(self._cross(engine, server))
-        return lines
-
-    def _cross(self, engine: Engine, server: Server) -> dict[str, Any]:
-        """Client i's model on client j's test data, for up to cross_clients clients spread over all."""
-        n = min(self.evaluation.cross_clients, self.training)
-        chosen = [int(k) for k in np.linspace(0, self.training - 1, n).round()]
-        params = self.served(engine, server, chosen, "personal")
-        metric = primary(self.task.kind)
-        matrix = []
-        for p in params:
-            row = self.scores([p] * n, chosen, "test", engine.block)
-            matrix.append([row[self.data.ids[k]].get(metric, float("nan")) for k in chosen])
-        return {"kind": "cross", "round": server.round, "split": "test", "metric": metric,
-                "ids": [self.data.ids[k] for k in chosen], "matrix": matrix}  # fmt: skip
 
     # facts ------------------------------------------------------------------------------------------------------
     def parameters(self) -> dict[str, int]:

@@ -111,6 +111,10 @@ class Method(ABC):
         """Between two rounds, after evaluation: a method with stages changes the parametrisation here."""
         return server
 
+    def record(self, server: Server) -> dict[str, Any]:
+        """What of the server's notes belongs in the round's record; JSON."""
+        return {}
+
     # client
     @abstractmethod
     def begin(self, scene: Scene, order: Order, down: Params, kept: Params) -> Work: ...

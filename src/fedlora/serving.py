@@ -10,9 +10,10 @@ from urllib.parse import quote
 from . import peft_io, pretrained
 from .build import tokenizer_of
 from .errors import DataError, StateError, near
-from .federation import Federation, View
+from .federation import Federation
 from .method import Server
 from .tree import Params
+from .views import View, served
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def deltas_of(fed: Federation, client: str | None) -> Params:
     if client is not None and client not in fed.index:
         raise DataError(f"client {client!r} is not in this run; {near(client, fed.data.ids)}")
     k = 0 if client is None else fed.index[client]
-    return fed.served(fed.engine(Watch()), server_of(fed), [k], view)[0]
+    return served(fed, fed.engine(Watch()), server_of(fed), [k], view)[0]
 
 
 def export_models(recipe: Recipe, fed: Federation, out: Path, clients: Sequence[str], merged: bool) -> list[Path]:

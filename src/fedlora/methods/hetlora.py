@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -145,6 +145,10 @@ class HetLoRA(SGDMethod):
             return float(u.params[Key(self.label, "", "norm")])
         squares = [gram_norm(u.params[k._replace(part="B")], a) ** 2 for k, a in u.params.items() if k.part == "A"]
         return float(torch.stack(squares).sum().sqrt())
+
+    def record(self, server: Server) -> dict[str, Any]:
+        """Rank trajectories: client -> its rank now, the mean over sites where sites decide."""
+        return {"ranks": {c: sum(r.values()) / len(r) for c, r in server.notes["ranks"].items()}}
 
     # client -----------------------------------------------------------------------------------------------------
     def begin(self, scene: Scene, order: object, down: Params, kept: Params) -> Work:

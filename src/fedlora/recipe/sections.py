@@ -152,6 +152,10 @@ class Evaluation(Section):
     cross_clients: Annotated[int, Field(ge=2)] = 8
     """Clients in the matrix of the view cross."""
     batch_size: Count = 64
+    analyses: tuple[Literal["effective-ranks", "asymmetry"], ...] = ()
+    """Recorded with each evaluation, for cross_clients clients: effective ranks of the deltas; likeness of factors."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """A singular value counts in an effective rank above this share of the largest."""
     target: float | None = None
     """Score to reach: reports say after how many rounds, bytes and simulated seconds; null takes one that all compared runs reach."""
     bandwidth: tuple[Positive, Positive] = (50.0, 10.0)

@@ -288,6 +288,55 @@ def exactness(run: Records) -> go.Figure | None:
     return fig
 
 
+def ranks(run: Records) -> go.Figure | None:
+    """Effective ranks, or ranks that clients chose, over rounds: a line per client, the mean over sites."""
+    import plotly.graph_objects as go
+
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for x in run.lines:
+        by_client = x.get("ranks") if x["kind"] == "train" else None
+        if x["kind"] == "effective-ranks":
+            by_client = {c: sum(r.values()) / max(1, len(r)) for c, r in x["clients"].items()}
+        for c, r in (by_client or {}).items():
+            curves.setdefault(c, []).append((x["round"], r))
+    if not curves:
+        return None
+    effective = any(x["kind"] == "effective-ranks" for x in run.lines)
+    fig = _figure("round", "effective rank, mean over layers" if effective else "rank")
+    for i, (c, points) in enumerate(list(curves.items())[:BARS]):
+        line = {"color": PALETTE[i % len(PALETTE)], "width": 2}
+        fig.add_trace(
+            go.Scatter(x=[t for t, _ in points], y=[r for _, r in points], name=c, mode="lines+markers", line=line)
+        )
+    fig.update_yaxes(rangemode="tozero")
+    return fig
+
+
+def likeness(run: Records) -> go.Figure | None:
+    """How alike the factors of clients are, layer by layer, at the last analysed round."""
+    import plotly.graph_objects as go
+
+    line = next((x for x in reversed(run.lines) if x["kind"] == "asymmetry"), None)
+    if line is None:
+        return None
+    fig = _figure("", "mean cosine between clients")
+    names = {"A": "A", "B": "B", "dA": "change of A"}
+    sites = list(line["sites"])
+    for i, (key, name) in enumerate(names.items()):
+        values = [line["sites"][s].get(key) for s in sites]
+        fig.add_trace(
+            go.Scatter(
+                x=[_short(s, 40) for s in sites],
+                y=values,
+                name=name,
+                mode="lines+markers",
+                line={"color": PALETTE[i], "width": 2},
+            )
+        )
+    fig.update_xaxes(type="category", tickangle=-45, showticklabels=len(sites) <= 40)
+    return fig
+
+
 # comparisons ----------------------------------------------------------------------------------------------------------
 
 

@@ -100,6 +100,10 @@ def run_page(run: Records) -> dict[str, Any]:
         Block("Everybody's model on everybody's data", "Row: whose model. Column: whose test data. A bright diagonal is personalisation.", figures.cross(run)),
         Block("Cost of averaging factors", "How far the product of averages is from the average of products.", figures.exactness(run)),
     ]  # fmt: skip
+    blocks += [
+        Block("Ranks", "Of each client over the rounds.", figures.ranks(run)),
+        Block("How alike clients' factors are", "Mean over pairs of clients. Much of A's likeness is the common start.", figures.likeness(run)),
+    ]  # fmt: skip
     blocks = [b for b in blocks if b.figure is not None]
     if s:
         blocks += [Block("Scores on test", table=_scores(s)), Block("Cost", table=_costs(run, s))]

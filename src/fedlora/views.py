@@ -1,0 +1,133 @@
+"""What is measured of a federation: whose model on whose rows, and the meters over models.
+
+Views: personal (what a client would serve), global (the shared part with fresh personal leaves), unseen (clients that
+never trained), cross (client i's model on client j's data).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from .analysis import asymmetry, effective_ranks
+from .data.batches import Plan, train_batches
+from .engine import Engine, train_block
+from .evaluate import predict
+from .method import Order, Server
+from .metrics import Scores, primary, score, summary
+from .tree import Params, stack, unstack
+
+if TYPE_CHECKING:
+    from .federation import Federation
+
+View = Literal["personal", "global", "unseen", "cross"]
+
+
+def served(f: Federation, engine: Engine, server: Server, clients: Sequence[int], view: View) -> list[Params]:
+    """Model-ready deltas of each client: its personal model, or the shared part with fresh personal leaves."""
+    method, fresh = f.method, view == "global"
+    if alike(f) and (fresh or not method.tune):
+        down = method.broadcast(f.scene, server, f.client(clients[0]))
+        one = unstack(method.personal(f.scene, stack([down]), {}), 1)[0]
+        return [one] * len(clients)
+    out: list[Params] = []
+    for i in range(0, len(clients), engine.block):
+        part = [f.client(k) for k in clients[i : i + engine.block]]
+        down_each = [method.broadcast(f.scene, server, c) for c in part]
+        kept = [method.keep(f.scene, c) if fresh else engine.kept(c, server.round) for c in part]
+        if method.tune and not fresh:
+            order = Order(server.round, max(f.sampling.rounds, server.round + 1))
+            tune = Plan(method.tune, None, f.plan.batch_size)
+            work = [
+                train_batches(f.data, k, tune, method.draws, f.seed, "tune", server.round, f.data.ids[k])
+                for k in clients[i : i + engine.block]
+            ]
+            done = train_block(method, f.scene, f.loss, order, down_each, kept, work, f.schedule)
+            out += [r.served for r in done]
+        else:
+            out += unstack(method.personal(f.scene, stack(down_each), stack(kept)), len(part))
+    return out
+
+
+def alike(f: Federation) -> bool:
+    """Whether all clients serve the same deltas (before tuning)."""
+    return not f.method.keep(f.scene, f.client(0)) and not f.method.per_client
+
+
+def scores(
+    f: Federation, params: Sequence[Params], clients: Sequence[int], split: str, block: int
+) -> dict[str, Scores]:
+    """Scores of params[j] on the rows that client clients[j] holds in `split`."""
+    rows = [f.data.splits[split][k] for k in clients]
+    found = predict(f.model, f.task, f.data, params, clients, rows, f.evaluation.batch_size, block)
+    return {f.data.ids[k]: score(p, f.task.kind) for k, p in zip(clients, found, strict=True)}
+
+
+def evaluate(f: Federation, engine: Engine, server: Server) -> list[dict[str, Any]]:
+    """Lines of metrics for every view and split that has rows."""
+    lines: list[dict[str, Any]] = []
+    everybody = list(range(f.training))
+    groups: dict[View, list[int]] = {v: everybody for v in f.evaluation.views if v in ("personal", "global")}
+    if f.data.unseen:
+        groups["unseen"] = list(range(f.training, len(f.data.ids)))
+    seen: dict[tuple[int, str], dict[str, Scores]] = {}  # a method without personal parts serves both views the same
+    for view, clients in groups.items():
+        params = served(f, engine, server, clients, view)
+        twin = view == "global" and alike(f) and not f.method.tune
+        for split in ("validation", "test"):
+            if split in f.data.splits and f.data.splits[split].offsets[-1] > 0:
+                known = seen.get((len(clients), split)) if twin else None
+                by_client = known or scores(f, params, clients, split, engine.block)
+                seen[len(clients), split] = by_client
+                lines.append({"kind": "eval", "round": server.round, "view": view, "split": split,
+                              "clients": by_client, **summary(by_client)})  # fmt: skip
+    if "cross" in f.evaluation.views and server.round == f.sampling.rounds:
+        lines.append(cross(f, engine, server))
+    return lines + (analyse(f, engine, server) if f.evaluation.analyses else [])
+
+
+def some(f: Federation) -> list[int]:
+    """Up to cross_clients clients, spread over all."""
+    n = min(f.evaluation.cross_clients, f.training)
+    return [int(k) for k in np.linspace(0, f.training - 1, n).round()]
+
+
+def analyse(f: Federation, engine: Engine, server: Server) -> list[dict[str, Any]]:
+    """Effective ranks and likeness of the factors, for up to cross_clients clients."""
+    chosen = some(f)
+    models = served(f, engine, server, chosen, "personal")
+    lines: list[dict[str, Any]] = []
+    if "effective-ranks" in f.evaluation.analyses:
+        by_client = {
+            f.data.ids[k]: effective_ranks(p, f.evaluation.threshold) for k, p in zip(chosen, models, strict=True)
+        }
+        lines.append(
+            {
+                "kind": "effective-ranks",
+                "round": server.round,
+                "threshold": f.evaluation.threshold,
+                "clients": by_client,
+            }
+        )
+    if "asymmetry" in f.evaluation.analyses and server.round:
+        method, first = f.method, f.client(chosen[0])
+        down, kept = method.broadcast(f.scene, method.init(f.scene), first), method.keep(f.scene, first)
+        start = unstack(method.personal(f.scene, stack([down]), stack([kept])), 1)[0]
+        lines.append({"kind": "asymmetry", "round": server.round, "sites": asymmetry(models, start)})
+    return lines
+
+
+def cross(f: Federation, engine: Engine, server: Server) -> dict[str, Any]:
+    """Client i's model on client j's test data, for up to cross_clients clients spread over all."""
+    chosen = some(f)
+    n = len(chosen)
+    params = served(f, engine, server, chosen, "personal")
+    metric = primary(f.task.kind)
+    matrix = []
+    for p in params:
+        row = scores(f, [p] * n, chosen, "test", engine.block)
+        matrix.append([row[f.data.ids[k]].get(metric, float("nan")) for k in chosen])
+    return {"kind": "cross", "round": server.round, "split": "test", "metric": metric,
+            "ids": [f.data.ids[k] for k in chosen], "matrix": matrix}  # fmt: skip
