@@ -148,7 +148,7 @@ class HetLoRA(SGDMethod):
 
     def record(self, server: Server) -> dict[str, Any]:
         """Rank trajectories: client -> its rank now, the mean over sites where sites decide."""
-        return {"ranks": {c: sum(r.values()) / len(r) for c, r in server.notes["ranks"].items()}}
+        return {"ranks": {c: sum(r.values()) / len(r) for c, r in sorted(server.notes["ranks"].items())}}
 
     # client -----------------------------------------------------------------------------------------------------
     def begin(self, scene: Scene, order: object, down: Params, kept: Params) -> Work:
