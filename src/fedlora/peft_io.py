@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ModelError, near
+from .merge import merge
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,11 +67,7 @@ def to_peft(base: nn.Module, head: Sequence[str], deltas: Params, task: str, sou
         for site, (a, b) in factors.items():
             inner[site].lora_A["default"].weight.copy_(a)
             inner[site].lora_B["default"].weight.copy_(b)
-        for k, v in deltas.items():
-            if k.adapter == "head":
-                top, _, rest = k.site.partition(".")
-                module = inner[f"{top}.modules_to_save.default" + (f".{rest}" if rest else "")]
-                getattr(module, k.part).add_(v.to(getattr(module, k.part)))
+        _save_head(inner, deltas)
     return model
 
 
@@ -87,16 +84,56 @@ def _factors(deltas: Params) -> dict[str, tuple[Tensor, Tensor]]:
     return out
 
 
+def to_peft_vera(base: nn.Module, head: Sequence[str], deltas: Params, task: str, source: str) -> Any:
+    """As to_peft, for VeRA: our projections take the place of PEFT's, and are saved with the vectors."""
+    import torch
+    from peft import TaskType, VeraConfig, get_peft_model
+
+    sites = sorted({k.site for k in deltas if k.part == "d"})
+    first = {k.part: v for k, v in deltas.items() if k.site == sites[0] and k.adapter != "head"}
+    config = VeraConfig(
+        r=len(first["d"]),
+        target_modules=sites,
+        save_projection=True,
+        modules_to_save=sorted({h.split(".")[0] for h in head}) or None,
+        task_type=TaskType.CAUSAL_LM if task == "causal-lm" else TaskType.SEQ_CLS,
+    )
+    model = get_peft_model(base, config)
+    model.peft_config["default"].base_model_name_or_path = source
+    inner = dict(model.base_model.model.named_modules())
+    with torch.no_grad():
+        for site in sites:
+            layer = inner[site]
+            layer.vera_A["default"][: len(first["A"]), : first["A"].shape[1]].copy_(first["A"])
+            layer.vera_B["default"][: first["B"].shape[0], : first["B"].shape[1]].copy_(first["B"])
+            for k, v in deltas.items():
+                if k.site == site and k.part in ("d", "b"):
+                    getattr(layer, f"vera_lambda_{k.part}")["default"].copy_(v)
+        _save_head(inner, deltas)
+    return model
+
+
+def _save_head(inner: dict[str, Any], deltas: Params) -> None:
+    """Base plus delta, in the modules that PEFT saves whole."""
+    for k, v in deltas.items():
+        if k.adapter == "head":
+            top, _, rest = k.site.partition(".")
+            module = inner[f"{top}.modules_to_save.default" + (f".{rest}" if rest else "")]
+            getattr(module, k.part).add_(v.to(getattr(module, k.part)))
+
+
 def export(
     make_base: Callable[[], nn.Module], head: Sequence[str], deltas: Params, task: str, source: str, out: Path,
     merged: bool = False, tokenizer: Any = None,
 ) -> Path:  # fmt: skip
     """Write a PEFT folder (adapter_config.json, adapter_model.safetensors), or the merged model, to `out`."""
-    model = to_peft(make_base(), head, deltas, task, source)
     if merged:
-        model.merge_and_unload().save_pretrained(out)
+        plain: Any = merge(make_base(), deltas)
+        plain.save_pretrained(out)
     else:
-        model.save_pretrained(out)
+        hold = to_peft_vera if any(k.part == "d" for k in deltas) else to_peft
+        # no embedding is adapted; asked to find that out by itself, PEFT would look for the base on the hub
+        hold(make_base(), head, deltas, task, source).save_pretrained(out, save_embedding_layers=False)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
     return out

@@ -28,6 +28,6 @@ def facts(m: type[Method]) -> dict[str, Any]:
         "what": (inspect.getdoc(m) or "").splitlines()[0],
         "shared": label(down),
         "personal": label(kept),
-        "second_order": m.second_order,
+        "second_order": method.second_order,
         "options": {f.name: getattr(method, f.name) for f in fields(method) if f.name != "optimizer"},
     }
