@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import string
 from collections.abc import Mapping, Sequence
@@ -197,7 +198,11 @@ def _fingerprint(tokenizer: Any, kind: str, length: int, first: Sequence[str], s
     """Of everything that decides the tokens: the texts themselves, not the name or date of a file."""
     digest = hashlib.blake2b(digest_size=20)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    if backend is not None:  # without what an earlier call has set: it is no part of the tokenizer
+        inner = json.loads(backend.to_str())
+        vocabulary = json.dumps({k: v for k, v in inner.items() if k not in ("truncation", "padding")}, sort_keys=True)
+    else:
+        vocabulary = repr(sorted(tokenizer.get_vocab().items()))
     facts = (
         1,
         kind,
