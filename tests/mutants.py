@@ -63,6 +63,20 @@ MUTANTS = (
     # FedSA and its kin
     Mutant("FedSA shares B", "methods/average.py", "return k.part in self.form.first", "return k.part in self.form.second", f"tests/test_law_fedsa.py {CONTRACT} -k 'fedsa'"),
     Mutant("FFA trains A", "methods/average.py", "return k.part in self.form.second\n\n    def shares(self, k: Key) -> bool:\n        return True", "return True\n\n    def shares(self, k: Key) -> bool:\n        return True", f"{CONTRACT} -k ffa"),
+    # SLoRA and its baselines
+    Mutant("every party draws its own mask", "adapters.py", 'torch.randperm(size, generator=rng("mask", *path))[:n]', "torch.randperm(size)[:n]", "tests/test_law_slora.py"),
+    Mutant("all layers have one mask", "adapters.py", "s.out * s.in_, *seed, s.name)", "s.out * s.in_, *seed)", "tests/test_law_slora.py -k sides"),
+    Mutant("the hand-over forgets the scale", "methods/slora.py", "factor(dw / form.scale, self.rank, self.split)", "factor(dw, self.rank, self.split)", "tests/test_law_slora.py -k 'reset or keep'"),
+    Mutant("the frozen product is added, not taken away", "methods/slora.py", "a.clone(), -form.scale * b", "a.clone(), form.scale * b", "tests/test_law_slora.py -k keep"),
+    Mutant("a plateau is a rise", "methods/slora.py", "return min(losses[-self.patience :]) > best * (1 - self.tolerance)", "return min(losses[-self.patience :]) > best", "tests/test_law_slora.py -k plateau"),
+    Mutant("Houlsby is Pfeiffer", "adapters.py", 'Bottleneck(rank, "outputs" if name == "houlsby" else "ffn_output")', 'Bottleneck(rank, "ffn_output")', "tests/test_law_slora.py -k bottlenecks"),
+    # export
+    Mutant("Conv1D is merged like Linear", "merge.py", 'change.mT if type(module).__name__ == "Conv1D" else change', "change", "tests/test_export.py -k conv1d"),
+    Mutant("a tied output moves with its table", "merge.py", "module.weight = nn.Parameter(module.weight.detach() + turned.to(module.weight), requires_grad=False)", "module.weight.data += turned.to(module.weight)", "tests/test_export.py -k conv1d"),
+    # data
+    Mutant("a stale token cache", "data/load.py", "for texts in (first, second or ()):", "for texts in ():", "tests/test_tokenize.py -k cache"),
+    Mutant("splits ignore labels", "data/split.py", "labels[rows.rows], clients))", "clients))", "tests/test_partition.py -k splits_of"),
+    Mutant("a short client stays short", "data/partition.py", "filled[given] = np.repeat(np.arange(clients), short)", "pass", "tests/test_partition.py -k short"),
     # store and wire
     Mutant("no checksum", "store.py", "whole = _digest(wire.encode(params, header)).hex() == digest", "whole = True", "tests/test_store.py -k damaged"),
     Mutant("metrics are not cut back", "store.py", "f.truncate(length)", "pass", "tests/test_store.py -k 'dropped or committed'"),
