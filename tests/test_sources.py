@@ -186,3 +186,41 @@ def test_labels() -> None:
         reals(pa.table({"y": [1.0, float("inf")]}), "y")
     with pytest.raises(DataError, match=r"holds string, expected numbers"):
         reals(pa.table({"y": ["a"]}), "y")
+
+
+def test_an_open_quotation_mark_is_named(tmp_path: Path) -> None:
+    """pyarrow would read the rest of the file as one text."""
+    path = tmp_path / "r.csv"
+    path.write_text('text,label\na,0\n"b,1\nc,0\n')
+    with pytest.raises(DataError, match=r"line 3: a quotation mark opens a text here and none closes it"):
+        read(path)
+    path.write_text('text,label\n"a ""x"", b",0\nc,1\n')
+    same(read(path), {"text": ['a "x", b', "c"], "label": [0, 1]})
+
+
+def test_columns_that_cannot_be_told_apart_and_empty_classes(tmp_path: Path) -> None:
+    twice = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    with pytest.raises(DataError, match="2 columns are called 'text'"):
+        strings(twice, "text", "data.text")
+    path = tmp_path / "r.csv"
+    path.write_text("text,label\na,x\nb,\nc,y\n")
+    with pytest.raises(DataError, match=r"column 'label' is empty in row 2 \(1 of 3 rows are\)"):
+        classes(read(path), "label")
+
+
+def test_dates_are_classes_and_huge_numbers_are_not(tmp_path: Path) -> None:
+    import datetime
+
+    days = [datetime.date(2020, 1, d) for d in (2, 1, 2)]
+    found, names = classes(pa.table({"label": pa.array(days)}), "label")
+    assert list(names) == ["2020-01-01", "2020-01-02"] and list(found) == [1, 0, 1]
+    with pytest.raises(DataError, match="expected classes"):
+        classes(pa.table({"label": [1e30, 2.0]}), "label")
+    with pytest.raises(DataError, match="float32"):
+        reals(pa.table({"label": [1e300, 2.0]}), "label")
+
+
+def test_a_codec_that_is_no_encoding_of_text_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.csv")
+    with pytest.raises((ConfigError, DataError), match="encoding"):
+        read(path, encoding="base64")

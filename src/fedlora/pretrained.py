@@ -163,7 +163,7 @@ def load(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as e:
         raise _cannot(f"{task} model", name, e) from e
     head = head_of(base, task)
-    odd = [(k, a, b) for k, a, b in info["mismatched_keys"] if not k.startswith(head)]
+    odd = sorted((k, a, b) for k, a, b in info["mismatched_keys"] if not k.startswith(head))
     if odd:
         k, a, b = odd[0]
         raise ModelError(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from .method import Client, Upload
+from .errors import ConfigError, Problem
+from .method import Client, Scene, Server, SGDMethod, Upload
 from .model import Site
 from .seeds import np_rng
 from .tree import Key, Params, cut_rank, pad_rank, rank
@@ -73,3 +75,85 @@ def padded_mean(uploads: Iterable[tuple[Upload, float]], server: Params, rank_ma
 def lookup(ranks: Mapping[str, float], client: Client) -> float | None:
     """A client's entry in an explicit plan; "*" is the default."""
     return ranks.get(client.id, ranks.get("*"))
+
+
+@dataclass(frozen=True)
+class Ranked(SGDMethod):
+    """Clients of different ranks: each receives the leading r_k components of the server's factors.
+
+    rank: r_max. plan: uniform in [rank_min, rank], truncated power law with `exponent`, explicit, or from a budget in bytes
+    a message (`ranks` maps client id, or "*", to its rank or bytes). One scale alpha / r_max serves all ranks.
+    """
+
+    per_client = True
+    rank_min: int = 2
+    plan: Plan = "uniform"
+    exponent: float = 1.0
+    ranks: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bad = []
+        if not 1 <= self.rank_min <= self.rank:
+            bad.append(
+                Problem("method.rank_min", self.rank_min, f"1 to rank_max={self.rank}", "lower it or raise method.rank")
+            )
+        if self.plan in ("explicit", "budget") and not self.ranks:
+            bad.append(
+                Problem(
+                    "method.ranks", self.ranks, f"a client: value map for plan {self.plan!r}", "'*' is everybody else"
+                )
+            )
+        if self.plan == "explicit":
+            for client, r in self.ranks:
+                if not self.rank_min <= r <= self.rank:
+                    side = (
+                        f"exceeds rank_max={self.rank}; raise method.rank"
+                        if r > self.rank
+                        else f"is below rank_min={self.rank_min}; lower it"
+                    )
+                    bad.append(
+                        Problem(
+                            "method.ranks",
+                            f"{self.title}: rank {r} of client {client!r} {side}",
+                            f"{self.rank_min} to {self.rank}",
+                        )
+                    )
+        if bad:
+            raise ConfigError(bad)
+
+    # ranks ------------------------------------------------------------------------------------------------------
+    def first_rank(self, scene: Scene, client: Client) -> int:
+        """r_k at the start."""
+        if self.plan == "uniform":
+            return uniform(self.rank_min, self.rank, scene.seed, client.id)
+        if self.plan == "power":
+            return power_law(self.rank_min, self.rank, self.exponent, scene.seed, client.id)
+        given = lookup(dict(self.ranks), client)
+        if given is None:
+            raise ConfigError(
+                [Problem("method.ranks", f"nothing for client {client.id!r}", "a value", "add it, or '*' for the rest")]
+            )
+        if self.plan == "budget":
+            return from_budget(given, scene.sites("target"), scene.head, self.rank_min, self.rank)
+        return int(given)
+
+    def rank_of(self, scene: Scene, server: Server, client: Client) -> dict[str, int]:
+        """site -> r_k now; "" stands for all sites where one decision is taken a client."""
+        known = server.notes["ranks"].get(client.id)
+        return known or dict.fromkeys(self.deciders(scene), self.first_rank(scene, client))
+
+    def deciders(self, scene: Scene) -> Sequence[str]:
+        """Sites with a rank of their own; "" is one rank for all."""
+        return [""]
+
+    def init(self, scene: Scene) -> Server:
+        return Server(0, super().init(scene).params, {"ranks": {}})
+
+    def broadcast(self, scene: Scene, server: Server, client: Client) -> Params:
+        r = self.rank_of(scene, server, client)
+        cut = truncate(server.params, lambda k: r.get(k.site, r.get("", self.rank)))
+        return cut | {Key(self.label, site, "rank"): torch.tensor(n) for site, n in r.items()}
+
+    def keep(self, scene: Scene, client: Client) -> Params:
+        return truncate(super().keep(scene, client), lambda k: self.first_rank(scene, client))

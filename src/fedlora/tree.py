@@ -98,6 +98,16 @@ def factor(dw: Tensor, r: int, split: str = "sqrt") -> tuple[Tensor, Tensor]:
     return u * left, right[:, None] * vh
 
 
+def factor_product(b: Tensor, a: Tensor, r: int, split: str = "sqrt") -> tuple[Tensor, Tensor]:
+    """`factor` of b @ a, b [o n], a [n i], from QRs and the SVD of an n x n core; the [o i] product is never formed."""
+    left, right = torch.linalg.qr(b), torch.linalg.qr(a.mT)
+    core_b, core_a = factor(left.R @ right.R.mT, r, split)
+    b, a = left.Q @ core_b, core_a @ right.Q.mT
+    sign = b.gather(0, b.abs().argmax(0)[None]).sign()
+    sign = torch.where(sign == 0, 1.0, sign)
+    return b * sign, a * sign.mT
+
+
 def stack(ps: Sequence[Params]) -> Params:
     """K client trees -> one tree with a leading client axis; smaller ranks are zero-padded (exact: zeros stay zero).
 

@@ -21,6 +21,10 @@ def column(table: pa.Table, name: str, field: str = "data.text") -> pa.ChunkedAr
         raise DataError(
             f"{field}: no column {name!r} among the columns {table.column_names}; {near(name, table.column_names)}"
         )
+    if table.column_names.count(name) > 1:
+        raise DataError(
+            f"{field}: {table.column_names.count(name)} columns are called {name!r}, expected one; rename the others"
+        )
     found = table.column(name)
     return found.cast(found.type.value_type) if pa.types.is_dictionary(found.type) else found
 
@@ -54,18 +58,23 @@ def strings(table: pa.Table, name: str, field: str) -> list[str]:
 
 
 def codes(values: pa.ChunkedArray, name: str, field: str) -> tuple[np.ndarray, list[Any]]:
-    """Distinct values by number: int64 [n] and the sorted values (integers as integers). Raises DataError for other types."""
+    """Distinct values by number: int64 [n] and the sorted values (integers as integers, dates as text).
+
+    Raises DataError for other types, and for an empty text: CSV and TSV write a missing value so.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     kind = values.type
     if pa.types.is_floating(kind):
         numbers = values.to_numpy()
-        broken = np.flatnonzero(numbers != np.floor(numbers))
+        broken = np.flatnonzero((numbers != np.floor(numbers)) | (np.abs(numbers) >= 2**63))
         if len(broken):
             raise DataError(f"{field}: column {name!r} holds {numbers[broken[0]]} in row {broken[0] + 1}, expected classes (text or "
                             "whole numbers); for real values set model.task to regression")  # fmt: skip
         values = pa.chunked_array([numbers.astype(np.int64)])
+    elif pa.types.is_temporal(kind) or pa.types.is_string_view(kind):
+        values = values.cast(pa.string())
     elif not (
         pa.types.is_integer(kind)
         or pa.types.is_boolean(kind)
@@ -79,7 +88,12 @@ def codes(values: pa.ChunkedArray, name: str, field: str) -> tuple[np.ndarray, l
     order = pc.sort_indices(encoded.dictionary).to_numpy()
     number = np.empty(len(order), np.int64)
     number[order] = np.arange(len(order))
-    return number[encoded.indices.to_numpy()], encoded.dictionary.take(order).to_pylist()
+    found, distinct = number[encoded.indices.to_numpy()], encoded.dictionary.take(order).to_pylist()
+    if distinct and distinct[0] == "":
+        rows = np.flatnonzero(found == 0)
+        raise DataError(f"{field}: column {name!r} is empty in row {rows[0] + 1} ({len(rows)} of {len(found)} rows are), "
+                        "expected a value in every row; fill or remove those rows")  # fmt: skip
+    return found, distinct
 
 
 def class_names(table: pa.Table, name: str) -> list[str] | None:

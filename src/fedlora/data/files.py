@@ -23,6 +23,7 @@ FORMATS = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
+_QUOTED = re.compile(rb'(?:\A|(?<=[,\r\n]))"(?:[^"]++|"")*+(?:"|(\Z))')  # a quoted field; group 1: it never ends
 LARGEST_BLOCK = 1 << 30  # bytes; pyarrow settles the type of a column on the first block it reads
 
 
@@ -76,9 +77,13 @@ def missing(path: Path) -> DataError:
 
 def utf8(path: Path, encoding: str) -> bytes:
     """The text of a file as UTF-8 bytes without a byte order mark. Raises DataError with the position of the first bad byte."""
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as e:
+        raise DataError(f"data.source: {path} cannot be read ({e.strerror}); check its permissions") from e
     try:
         name = codecs.lookup(encoding).name
+        "".encode(name)  # base64, rot13 and the like are codecs, but not of text
     except LookupError:
         raise ConfigError(
             [Problem("data.encoding", encoding, "an encoding that Python knows", "e.g. utf-8, latin-1, cp1252")]
@@ -89,6 +94,11 @@ def utf8(path: Path, encoding: str) -> bytes:
         line = raw.count(b"\n", 0, e.start) + 1
         raise DataError(f"data.source: {path} is not {encoding}: byte {e.start} (line {line}) is 0x{raw[e.start]:02x}; "
                         "set data.encoding to the file's encoding, e.g. encoding: latin-1 or cp1252, or save it as UTF-8") from None  # fmt: skip
+    except UnicodeError as e:  # of encodings that do not name the byte
+        raise DataError(
+            f"data.source: {path} is not {encoding} ({e}); set data.encoding to the file's encoding"
+        ) from None
+    text = text.encode(errors="replace").decode() if name.startswith("utf-7") else text  # it can spell half a character
     return (raw if name == "utf-8" and not text.startswith("\ufeff") else text.removeprefix("\ufeff").encode()) or b"\n"
 
 
@@ -108,6 +118,11 @@ def _separated(path: Path, data: bytes, delimiter: str) -> pa.Table:
     )
     # One block, or a class "unknown" on the last line would not fit a column that began with numbers; no threads, or rows
     # would have no numbers.
+    open_at = next((m.start() for m in _QUOTED.finditer(data) if m[1] is not None), None) if quoted else None
+    if open_at is not None:  # pyarrow would take the rest of the file for one text
+        line, text = data.count(b"\n", 0, open_at) + 1, data[open_at:].partition(b"\n")[0].decode()
+        raise DataError(f"data.source: {path}, line {line}: a quotation mark opens a text here and none closes it: "
+                        f"{_short(text)}; close it, or double it inside quotation marks")  # fmt: skip
     block = csv.ReadOptions(use_threads=False, block_size=min(len(data) + 1, LARGEST_BLOCK))
     try:
         table = csv.read_csv(pa.BufferReader(data), read_options=block, parse_options=parse)

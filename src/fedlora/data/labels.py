@@ -55,9 +55,9 @@ def reals(table: pa.Table, name: str, field: str = "data.label") -> np.ndarray:
             f"{field}: column {name!r} holds {values.type}, expected numbers; for classes set model.task to classification"
         )
     numbers = values.cast(pa.float64()).to_numpy()
-    broken = np.flatnonzero(~np.isfinite(numbers))
+    broken = np.flatnonzero(~(np.abs(numbers) <= np.finfo(np.float32).max))
     if len(broken):
         raise DataError(
-            f"{field}: column {name!r} holds {numbers[broken[0]]} in row {broken[0] + 1}, expected a finite number; remove that row"
+            f"{field}: column {name!r} holds {numbers[broken[0]]} in row {broken[0] + 1}, expected a finite number that float32 holds; remove that row"
         )
     return numbers.astype(np.float32)

@@ -37,12 +37,13 @@ def dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int, min_siz
     """
     _check(len(labels), clients, min_size)
     _positive("partition.alpha", alpha)
+    alpha = min(float(alpha), 1e12)  # even shares long before; the sum of larger ones overflows
     draw = np_rng(seed, "partition", "dirichlet")
     order, counts = _by_class(labels, np_rng(seed, "partition", "dirichlet", "rows"))
     owners = np.empty(len(labels), np.int64)
     start = 0
     for m in counts.tolist():
-        share = np.cumsum(draw.dirichlet(np.full(clients, float(alpha))))
+        share = np.cumsum(draw.dirichlet(np.full(clients, alpha)))
         cuts = np.minimum((share * m).astype(np.int64), m)
         cuts[-1] = m
         owners[order[start : start + m]] = np.repeat(np.arange(clients), np.diff(cuts, prepend=0))

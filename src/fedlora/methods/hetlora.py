@@ -14,7 +14,7 @@ share = "first" gives FedSA-LoRA's ownership on HetLoRA's ranks: B_k stays, its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -23,27 +23,21 @@ from torch import Tensor
 
 from ..analysis import gram_norm
 from ..errors import ConfigError, Problem
-from ..method import Client, Scene, Server, SGDMethod, Upload, Work
-from ..ranks import Plan, from_budget, lookup, padded_mean, power_law, truncate, uniform
+from ..method import Scene, Server, Upload, Work
+from ..ranks import Ranked, padded_mean
 from ..tree import Key, Params, norm, pad_rank, rank, select
 
 
 @dataclass(frozen=True)
-class HetLoRA(SGDMethod):
+class HetLoRA(Ranked):
     """Ranks by client, self-pruning, sparsity-weighted aggregation.
 
-    rank: r_max. plan: how ranks are given: uniform in [rank_min, rank], truncated power law, explicit or from a budget in
-    bytes a message (`ranks` maps client id, or "*", to its rank or bytes).
+    rank: r_max; rank_min, plan, exponent, ranks: how clients get theirs (ranks.py). lam, gamma: of the pruning.
     """
 
     name: ClassVar[str] = "hetlora"
     title: ClassVar[str] = "HetLoRA"
     paper: ClassVar[str] = "arXiv:2401.06432"
-    per_client = True
-    rank_min: int = 2
-    plan: Plan = "uniform"
-    exponent: float = 1.0
-    ranks: tuple[tuple[str, float], ...] = ()
     gamma: float = 0.99
     lam: float = 1e-3
     norms: Literal["model", "site"] = "model"
@@ -54,37 +48,12 @@ class HetLoRA(SGDMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         bad = []
-        if not 1 <= self.rank_min <= self.rank:
-            bad.append(
-                Problem("method.rank_min", self.rank_min, f"1 to rank_max={self.rank}", "lower it or raise method.rank")
-            )
         if not 0 < self.gamma <= 1:
             bad.append(Problem("method.gamma", self.gamma, "a number in (0, 1]", "0.99, 0.85 and 0.5 are in use"))
         if self.lam < 0:
             bad.append(Problem("method.lam", self.lam, "a number >= 0"))
         if self.adapter == "vera":
             bad.append(Problem("method.adapter", "vera", "lora or rslora: VeRA has no factors to truncate"))
-        if self.plan in ("explicit", "budget") and not self.ranks:
-            bad.append(
-                Problem(
-                    "method.ranks", self.ranks, f"a client: value map for plan {self.plan!r}", "'*' is everybody else"
-                )
-            )
-        if self.plan == "explicit":
-            for client, r in self.ranks:
-                if not self.rank_min <= r <= self.rank:
-                    side = (
-                        f"exceeds rank_max={self.rank}; raise method.rank"
-                        if r > self.rank
-                        else f"is below rank_min={self.rank_min}; lower it"
-                    )
-                    bad.append(
-                        Problem(
-                            "method.ranks",
-                            f"HetLoRA: rank {r} of client {client!r} {side}",
-                            f"{self.rank_min} to {self.rank}",
-                        )
-                    )
         if bad:
             raise ConfigError(bad)
 
@@ -94,40 +63,10 @@ class HetLoRA(SGDMethod):
     def shares(self, k: Key) -> bool:
         return self.share == "both" or k.part != "B"
 
-    # ranks ------------------------------------------------------------------------------------------------------
-    def first_rank(self, scene: Scene, client: Client) -> int:
-        """r_k at the start."""
-        if self.plan == "uniform":
-            return uniform(self.rank_min, self.rank, scene.seed, client.id)
-        if self.plan == "power":
-            return power_law(self.rank_min, self.rank, self.exponent, scene.seed, client.id)
-        given = lookup(dict(self.ranks), client)
-        if given is None:
-            raise ConfigError(
-                [Problem("method.ranks", f"nothing for client {client.id!r}", "a value", "add it, or '*' for the rest")]
-            )
-        if self.plan == "budget":
-            return from_budget(given, scene.sites("target"), scene.head, self.rank_min, self.rank)
-        return int(given)
-
-    def rank_of(self, scene: Scene, server: Server, client: Client) -> dict[str, int]:
-        """site -> r_k now; "" stands for all sites where one decision is taken a client."""
-        known = server.notes["ranks"].get(client.id)
-        sites = [""] if self.decide == "client" else [s.name for s in scene.sites("target")]
-        return known or dict.fromkeys(sites, self.first_rank(scene, client))
+    def deciders(self, scene: Scene) -> Sequence[str]:
+        return super().deciders(scene) if self.decide == "client" else [s.name for s in scene.sites("target")]
 
     # server -----------------------------------------------------------------------------------------------------
-    def init(self, scene: Scene) -> Server:
-        return Server(0, super().init(scene).params, {"ranks": {}})
-
-    def broadcast(self, scene: Scene, server: Server, client: Client) -> Params:
-        r = self.rank_of(scene, server, client)
-        cut = truncate(server.params, lambda k: r.get(k.site, r.get("", self.rank)))
-        return cut | {Key(self.label, site, "rank"): torch.tensor(n) for site, n in r.items()}
-
-    def keep(self, scene: Scene, client: Client) -> Params:
-        return truncate(super().keep(scene, client), lambda k: self.first_rank(scene, client))
-
     def aggregate(self, scene: Scene, server: Server, uploads: Iterable[Upload]) -> Server:
         known = dict(server.notes["ranks"])
 
