@@ -63,6 +63,15 @@ MUTANTS = (
     # FedSA and its kin
     Mutant("FedSA shares B", "methods/average.py", "return k.part in self.form.first", "return k.part in self.form.second", f"tests/test_law_fedsa.py {CONTRACT} -k 'fedsa'"),
     Mutant("FFA trains A", "methods/average.py", "return k.part in self.form.second\n\n    def shares(self, k: Key) -> bool:\n        return True", "return True\n\n    def shares(self, k: Key) -> bool:\n        return True", f"{CONTRACT} -k ffa"),
+    # baselines
+    Mutant("FlexLoRA averages factors", "methods/flexlora.py", "torch.cat(b, 1) / total, torch.cat(rows[site], 0)", "sum(b) / total, sum(rows[site])", "tests/test_law_baselines.py -k flexlora"),
+    Mutant("FlexLoRA weighs a product twice", "methods/flexlora.py", "append(v * p**0.5)", "append(v * p)", "tests/test_law_baselines.py -k flexlora"),
+    Mutant("Per-FedAvg takes the Hessian at the moved point", "methods/perfedavg.py", "hessian_vector(loss, f, x, g, draws[2])", "hessian_vector(loss, f, moved, g, draws[2])", "tests/test_law_baselines.py -k per_fedavg"),
+    Mutant("Per-FedAvg's gradient is at the start", "methods/perfedavg.py", "value, g = loss.gradient(f, moved, draws[1])", "value, g = loss.gradient(f, x, draws[1])", "tests/test_law_baselines.py -k per_fedavg"),
+    Mutant("FedDPA's local adapter trains on the global one", "methods/feddpa.py", "loss.gradient(lambda q: f(q | head), mine, draws[0])", "loss.gradient(lambda q: f(q | common), mine, draws[0])", "tests/test_law_baselines.py -k feddpa"),
+    Mutant("FedDPA mixes both factors", "methods/feddpa.py", 'p = {k: v * share[k.adapter] if k.part == "B" else v for k, v in p.items()}', "p = {k: v * share.get(k.adapter, 1) for k, v in p.items()}", "tests/test_law_baselines.py -k feddpa"),
+    Mutant("FedProx pulls to the start of the run", "methods/fedprox.py", "norm(p[k] - v) ** 2", "norm(p[k]) ** 2", "tests/test_law_baselines.py -k fedprox"),
+    Mutant("fine-tuning follows the decayed schedule", "views.py", "down_each, kept, work, Schedule())", "down_each, kept, work, f.schedule)", "tests/test_law_baselines.py -k tuning"),
     # SLoRA and its baselines
     Mutant("every party draws its own mask", "adapters.py", 'torch.randperm(size, generator=rng("mask", *path))[:n]', "torch.randperm(size)[:n]", "tests/test_law_slora.py"),
     Mutant("all layers have one mask", "adapters.py", "s.out * s.in_, *seed, s.name)", "s.out * s.in_, *seed)", "tests/test_law_slora.py -k sides"),

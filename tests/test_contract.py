@@ -60,6 +60,15 @@ TABLE = {
         METHODS["hetlora"](rank=8, gamma=0.7, lam=0.5, share="first", head="personal", optimizer=AdamW(1e-2)),
         "lora.A lora.rank lora.norm",
     ),
+    "flexlora": Row(METHODS["flexlora"](rank=4, optimizer=AdamW(1e-2)), f"lora.A lora.B lora.rank {HEAD}"),
+    "fedprox": Row(METHODS["fedprox"](rank=4, mu=1e-3, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
+    "perfedavg": Row(METHODS["perfedavg"](rank=4, lr_personal=0.1, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
+    "perfedavg-first-order": Row(
+        METHODS["perfedavg"](rank=4, hypergradient="first_order", moments="keep", optimizer=AdamW(1e-2)),
+        f"lora.A lora.B {HEAD}",
+    ),
+    "feddpa-t": Row(METHODS["feddpa-t"](rank=4, optimizer=AdamW(1e-2)), f"global.A global.B {HEAD}"),
+    "feddpa-f": Row(METHODS["feddpa-f"](rank=4, tune=3, optimizer=AdamW(1e-2)), f"global.A global.B {HEAD}"),
     "pf2lora": Row(METHODS["pf2lora"](rank=4, lr_personal=0.1, optimizer=AdamW(1e-2)), f"common.A common.B {HEAD}"),
     "pf2lora-first-order": Row(
         METHODS["pf2lora"](

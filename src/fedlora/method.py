@@ -94,6 +94,11 @@ class Method(ABC):
     groups: ClassVar[Sequence[str]] = ()  # groups of sites (sites.py) beside target and head
     tune: int = 0  # local steps taken before a client's model is served (FedAvg + fine-tuning, Per-FedAvg)
 
+    @property
+    def tuner(self) -> Method:
+        """Whose local steps those are; this method's own unless it says otherwise."""
+        return self
+
     # server
     @abstractmethod
     def init(self, scene: Scene) -> Server:

@@ -13,11 +13,11 @@ import numpy as np
 
 from .analysis import asymmetry, effective_ranks
 from .data.batches import Plan, train_batches
-from .engine import Engine, train_block
+from .engine import Engine, Schedule, train_block
 from .evaluate import predict
 from .method import Order, Server
 from .metrics import Scores, primary, score, summary
-from .tree import Params, stack, unstack
+from .tree import Params, select, stack, unstack
 
 if TYPE_CHECKING:
     from .federation import Federation
@@ -38,13 +38,16 @@ def served(f: Federation, engine: Engine, server: Server, clients: Sequence[int]
         down_each = [method.broadcast(f.scene, server, c) for c in part]
         kept = [method.keep(f.scene, c) if fresh else engine.kept(c, server.round) for c in part]
         if method.tune and not fresh:
-            order = Order(server.round, max(f.sampling.rounds, server.round + 1))
-            tune = Plan(method.tune, None, f.plan.batch_size)
+            order, tuner = Order(server.round, max(f.sampling.rounds, server.round + 1)), method.tuner
+            plan = Plan(method.tune, None, f.plan.batch_size)
             work = [
-                train_batches(f.data, k, tune, method.draws, f.seed, "tune", server.round, f.data.ids[k])
+                train_batches(f.data, k, plan, tuner.draws, f.seed, "tune", server.round, f.data.ids[k])
                 for k in clients[i : i + engine.block]
             ]
-            done = train_block(method, f.scene, f.loss, order, down_each, kept, work, f.schedule)
+            kept = [
+                select(p, lambda k: "~" not in k.adapter) for p in kept
+            ]  # fresh moments, and the full learning rate
+            done = train_block(tuner, f.scene, f.loss, order, down_each, kept, work, Schedule())
             out += [r.served for r in done]
         else:
             out += unstack(method.personal(f.scene, stack(down_each), stack(kept)), len(part))

@@ -1,0 +1,76 @@
+"""FlexLoRA: average the products, not the factors (Bai et al., 2024, arXiv:2402.11505). "Reconstruct + SVD" in HetLoRA's paper.
+
+    distribute  client k receives the best rank-r_k factors of dW
+    train       SGD or AdamW on A_k, B_k
+    aggregate   dW = sum_k p_k B_k A_k, exact; kept as its best rank-r_max factors
+
+dW is never formed: the clients' factors are stacked, [sqrt(p_1) B_1 ...] and [sqrt(p_1) A_1; ...], and an SVD of the small
+core between their QRs gives the factors. Choices: one scale alpha / r_max for all ranks; the singular values lie on B
+(`split="B"`) or half on each side ("sqrt"). While the products have fewer components than r_max, the rest is as at the
+start: B = 0 and a drawn A, so that it can learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from ..errors import ConfigError, Problem
+from ..method import Scene, Server, Upload
+from ..ranks import Ranked
+from ..tree import Key, Params, factor_product, mean, select
+
+
+@dataclass(frozen=True)
+class FlexLoRA(Ranked):
+    """The mean of the products, cut to each client's rank by an SVD. rank, rank_min, plan, exponent, ranks: see ranks.py."""
+
+    name: ClassVar[str] = "flexlora"
+    title: ClassVar[str] = "FlexLoRA"
+    paper: ClassVar[str] = "arXiv:2402.11505"
+    split: Literal["B", "sqrt"] = "B"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter not in ("lora", "rslora"):
+            raise ConfigError(
+                [Problem("method.adapter", self.adapter, "lora or rslora: FlexLoRA decomposes a low-rank product")]
+            )
+
+    def trains(self, k: Key) -> bool:
+        return k.part != "rank"
+
+    def shares(self, k: Key) -> bool:
+        return True
+
+    def aggregate(self, scene: Scene, server: Server, uploads: Iterable[Upload]) -> Server:
+        bs: dict[str, list[torch.Tensor]] = {}
+        rows: dict[str, list[torch.Tensor]] = {}
+        total = 0.0
+
+        def rest() -> Iterable[tuple[Params, float]]:
+            nonlocal total
+            for u in uploads:
+                p = self.weight(u)
+                total += p
+                for k, v in u.params.items():
+                    if k.part in ("A", "B"):
+                        (rows if k.part == "A" else bs).setdefault(k.site, []).append(v * p**0.5)
+                yield select(u.params, lambda k: k.part not in ("A", "B", "rank")), p
+
+        new = mean(rest())
+        for site, b in bs.items():
+            new |= self.factors(server, site, torch.cat(b, 1) / total, torch.cat(rows[site], 0))
+        return Server(server.round + 1, server.params | new, server.notes)
+
+    def factors(self, server: Server, site: str, b: torch.Tensor, a: torch.Tensor) -> Params:
+        """The best r_max components of b @ a, filled up where there are fewer."""
+        key_b, key_a = Key(self.label, site, "B"), Key(self.label, site, "A")
+        b, a = factor_product(b, a, self.rank, self.split)
+        found = b.shape[1]
+        full_b, full_a = torch.zeros_like(server.params[key_b]), server.params[key_a].clone()
+        full_b[:, :found], full_a[:found] = b, a
+        return {key_b: full_b, key_a: full_a}

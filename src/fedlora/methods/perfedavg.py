@@ -1,0 +1,77 @@
+"""Per-FedAvg on adapters (Fallah et al., NeurIPS 2020, arXiv:2002.07948): learn a start from which one step personalises.
+
+    F_k(x) = f_k(x - a grad f_k(x))                                     MAML's objective
+    train      g = grad f(x - a grad f(x; pi); xi)
+               h = g - a H(x; zeta) g,   H g = d/dx <grad f(x; zeta), g>  (Hessian-vector form; first-order: h = g)
+               x <- optimiser(x, h)
+    aggregate  leafwise mean
+    serve      x - a grad f_k(x): one personal step on the client's own data (`tune` of them)
+
+Choices: a is constant over the run, so that the objective is, while the outer step follows the schedule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, Problem
+from ..method import Method, Metrics, SGDMethod, Work
+from ..model import Batch
+from ..optim import SGD
+from ..tasks import Loss
+from ..tree import Params
+from .average import HomLoRA
+
+
+@dataclass(frozen=True)
+class PerFedAvg(HomLoRA):
+    """MAML over clients. lr_personal: a. hypergradient: exact (Hessian-vector product) or first_order (drops it)."""
+
+    name: ClassVar[str] = "perfedavg"
+    title: ClassVar[str] = "Per-FedAvg-LoRA"
+    paper: ClassVar[str] = "arXiv:2002.07948"
+    lr_personal: float = 0.01
+    hypergradient: Literal["exact", "first_order"] = "exact"
+    tune: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr_personal < 0:
+            raise ConfigError([Problem("method.lr_personal", self.lr_personal, "a number >= 0")])
+
+    @property
+    def draws(self) -> int:  # type: ignore[override]
+        return 3 if self.second_order else 2
+
+    @property
+    def second_order(self) -> bool:  # type: ignore[override]
+        return self.hypergradient == "exact"
+
+    @property
+    def tuner(self) -> Method:
+        """Plain gradient steps of size a."""
+        common: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(SGDMethod) if f.name != "tune"}
+        return HomLoRA(**common | {"optimizer": SGD(self.lr_personal), "moments": "reset", "clip": None})
+
+    def step(self, work: Work, loss: Loss, lr: Tensor, *draws: Batch) -> tuple[Work, Metrics]:
+        x, a = work["train"], self.lr_personal
+        f = lambda p: self.ready(p, work["fixed"])  # noqa: E731
+        _, inner = loss.gradient(f, x, draws[0])
+        moved = {k: v - a * inner[k] for k, v in x.items()}
+        value, g = loss.gradient(f, moved, draws[1])
+        if self.second_order:
+            hg = hessian_vector(loss, f, x, g, draws[2])
+            g = {k: v - a * hg[k] for k, v in g.items()}
+        return self.descend(work, self.penalised(work, g), lr), {"loss": value}
+
+
+def hessian_vector(loss: Loss, f: Any, x: Params, v: Params, batch: Batch) -> Params:
+    """H(x) v per client, by differentiating <grad loss(f(x)), v>."""
+    leaves = {k: t.detach().requires_grad_() for k, t in x.items()}
+    _, g = loss.gradient(f, leaves, batch, create_graph=True)
+    inner = torch.stack([(g[k] * v[k]).sum() for k in x]).sum()
+    return dict(zip(leaves, torch.autograd.grad(inner, list(leaves.values()), materialize_grads=True), strict=True))
