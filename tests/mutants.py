@@ -51,6 +51,7 @@ MUTANTS = (
     Mutant("the adapter forgets its scale", "adapters.py", "alpha / rank**0.5 if name == \"rslora\" else alpha / rank", "alpha / rank if name == \"rslora\" else alpha / rank", "tests/test_model.py -k peft"),
     Mutant("decay is coupled", "optim.py", "shrink = 1 - rate * self.weight_decay", "shrink = 1 - rate * self.weight_decay * 0.5", "tests/test_model.py -k optimizers"),
     Mutant("bias correction is gone", "optim.py", "size, root = rate / (1 - b1**t), (1 - b2**t).sqrt()", "size, root = rate / (1 - b1**t), (1 - b2**t) ** 0", "tests/test_model.py"),
+    Mutant("rows are padded beyond the table of positions", "tasks.py", "return wide if wide <= model.longest else length", "return wide", "tests/test_tasks.py -k half"),
     # HetLoRA
     Mutant("aggregation weights by examples", "methods/hetlora.py", "return float(torch.stack(squares).sum().sqrt())", "return float(u.client.examples)", "tests/test_law_hetlora.py"),
     Mutant("clients prune in every round", "methods/hetlora.py", "out[k] = torch.where(shrunk.to(r.device), torch.minimum(g, r), r)", "out[k] = torch.minimum(g, r)", "tests/test_law_hetlora.py"),

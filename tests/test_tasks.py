@@ -17,7 +17,7 @@ import torch
 from fedlora import tasks
 from fedlora.methods import METHODS
 from fedlora.seeds import np_rng
-from fedlora.tasks import cut, stack_batches
+from fedlora.tasks import SIZES, Classification, Loss, cut, even, fitted, stack_batches
 
 
 def brute(longest: list[int], clients: int, overhead: int, most: int) -> int:
@@ -112,3 +112,35 @@ def test_a_padding_row_has_no_weight() -> None:
     assert torch.equal(loss(p, batch), loss(p, odd))
     odd["labels"][1, 3] = (odd["labels"][1, 3] + 1) % 3
     assert not torch.equal(loss(p, batch), loss(p, odd))
+
+
+def test_half_precision_meets_few_shapes() -> None:
+    """Each new shape is compiled anew in bf16, so lengths are multiples of 8 and numbers of rows come from a short list."""
+    model = tiny.adapt(tiny.bert().bfloat16())
+    loss = Loss(model, Classification(tiny.CLASSES))
+    r = np_rng("shapes")
+    for _ in range(20):
+        batches = [
+            tiny.tokens(longest=30, seed=int(r.integers(9))).collate(r.choice(100, 13, replace=False)) for _ in range(3)
+        ]
+        pieces = loss.pieces(stack_batches(batches))
+        assert all(p["input_ids"].shape[2] % 8 == 0 and p["input_ids"].shape[1] in SIZES for p in pieces)
+        tokens = sum(int(p["attention_mask"].sum()) for p in pieces)
+        assert tokens == sum(int(b["attention_mask"].sum()) for b in batches)
+    assert even(13, model) == 16
+    model.base.config.max_position_embeddings = 17
+    assert even(13, model) == 13  # a longer row would have no positions
+    assert even(13, tiny.adapt(tiny.bert())) == 13
+
+
+def test_padding_to_an_even_length_changes_nothing() -> None:
+    loss, p, batch = setting(False)
+    wide = fitted(batch, 16)
+    assert wide["input_ids"].shape[2] == 16 > batch["input_ids"].shape[2]
+    _, a = loss.gradient(lambda q: q, p, batch)
+    _, b = loss.gradient(lambda q: q, p, wide)
+    tiny.close(a, b)
+    causal, q, rows = setting(True)
+    _, a = causal.gradient(lambda q: q, q, rows)
+    _, b = causal.gradient(lambda q: q, q, fitted(rows, 24))
+    tiny.close(a, b)

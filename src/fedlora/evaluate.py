@@ -12,7 +12,7 @@ from .data.batches import batch_of
 from .data.federated import FederatedData
 from .metrics import Predictions
 from .model import Adapted
-from .tasks import Task, stack_batches
+from .tasks import Task, even, fitted, padded_right, stack_batches
 from .tree import Params, stack
 
 
@@ -91,6 +91,8 @@ def _answer(model: Adapted, task: Task, data: FederatedData, jobs: Sequence[_Job
         n = max(1, size // len(alive))
         cuts = [slice(job.done, min(job.done + n, len(job.rows))) for job in alive]
         batch = stack_batches([batch_of(data, job.owners[c], job.rows[c]) for job, c in zip(alive, cuts, strict=True)])
+        if padded_right(batch):
+            batch = fitted(batch, even(batch["attention_mask"].shape[2], model))
         moved = {name: v.to(model.device) for name, v in batch.items()}
         with torch.inference_mode():
             y = model.forward(stacked, moved).flatten(0, 1)

@@ -88,6 +88,17 @@ class Adapted:
     def device(self) -> torch.device:
         return next(self.base.parameters()).device
 
+    @property
+    def half(self) -> bool:
+        """Whether the base computes in half precision."""
+        return next(self.base.parameters()).dtype in (torch.bfloat16, torch.float16)
+
+    @property
+    def longest(self) -> float:
+        """Tokens that a row may surely have (RoBERTa's table of positions has two that are not for tokens)."""
+        config = getattr(self.base, "config", None)
+        return getattr(config, "max_position_embeddings", float("inf")) - 2
+
     def _site(self, name: str, modules: Mapping[str, nn.Module]) -> Site:
         if name not in modules:
             raise ModelError(f"model: no module {name!r} in {type(self.base).__name__}; {near(name, modules)}")

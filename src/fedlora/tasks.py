@@ -99,18 +99,23 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
 TOKENWISE = {"input_ids", "attention_mask", "token_type_ids", "labels"}  # leaves [K b L]
 OVERHEAD = {"cpu": 128}  # what a further forward and backward costs, in padded tokens
 LAUNCHES = 16_384  # the same on an accelerator, where many small kernels cost more than padding
+EVEN = 8  # in half precision lengths are multiples of this, and rows come in SIZES: see `cut`
+SIZES = sorted({a * 2**n for a in (1, 3) for n in range(12)})
 
 
-def cut(longest: Sequence[int], clients: int, overhead: int, most: int) -> list[tuple[int, int]]:
+def cut(
+    longest: Sequence[int], clients: int, overhead: int, most: int, sizes: Sequence[int] | None = None
+) -> list[tuple[int, int]]:
     """Where to cut rows that are sorted by length, so that padded tokens + overhead of every piece are fewest.
 
-    longest[j]: tokens of the longest j-th row; most: rows in a piece. Returns (first, end) of each piece.
+    longest[j]: tokens of the longest j-th row; most: rows in a piece; sizes: allowed numbers of rows, None for any.
+    Returns (first, end) of each piece.
     """
+    allowed = [n for n in sizes or range(1, most + 1) if n <= most]
     best: list[tuple[int, int]] = [(0, 0)]  # (cost, start of the last piece) of the first j rows
     for j in range(1, len(longest) + 1):
-        best.append(
-            min((best[i][0] + clients * (j - i) * longest[i] + overhead, i) for i in range(max(0, j - most), j))
-        )
+        starts = [j - n for n in allowed if n <= j]
+        best.append(min((best[i][0] + clients * (j - i) * longest[i] + overhead, i) for i in starts))
     cuts, j = [], len(longest)
     while j:
         cuts.append((best[j][1], j))
@@ -118,7 +123,7 @@ def cut(longest: Sequence[int], clients: int, overhead: int, most: int) -> list[
     return cuts[::-1]
 
 
-def _padded_right(batch: Batch) -> bool:
+def padded_right(batch: Batch) -> bool:
     """Whether the batch holds token rows that are padded on the right and nothing else of that length."""
     mask = batch.get("attention_mask")
     if mask is None or mask.ndim != 3 or any(v.ndim > 2 and n not in TOKENWISE for n, v in batch.items()):
@@ -130,8 +135,26 @@ def _rows(batch: Batch, i: int, j: int) -> Batch:
     return {n: v[:, i:j] if v.ndim > 1 else v for n, v in batch.items()}
 
 
-def _trimmed(batch: Batch, length: int) -> Batch:
-    return {n: v[:, :, :length] if v.ndim > 2 else v for n, v in batch.items()}
+def fitted(batch: Batch, length: int) -> Batch:
+    """Token rows cut or padded to `length`."""
+
+    def fit(name: str, v: Tensor) -> Tensor:
+        more = length - v.shape[2]
+        return v[:, :, :length] if more <= 0 else F.pad(v, (0, more), value=-100 if name == "labels" else 0)
+
+    return {n: fit(n, v) if v.ndim > 2 else v for n, v in batch.items()}
+
+
+def even(length: int, model: Adapted) -> int:
+    """The length that rows of `length` tokens are computed at.
+
+    Half-precision products are compiled anew for every shape on a CPU (milliseconds each, far more than the product) and
+    like multiples of 8 on a GPU, so shapes are few there; fp32 takes rows as they are.
+    """
+    if not model.half:
+        return length
+    wide = -(-length // EVEN) * EVEN
+    return wide if wide <= model.longest else length
 
 
 class Loss:
@@ -166,7 +189,7 @@ class Loss:
         """Row groups of a batch whose gradients are summed: for accumulation, and so that little of a group is padding."""
         k, b = batch["weight"].shape
         most = -(-b // self.parts)
-        if not _padded_right(batch):
+        if not padded_right(batch):
             return [_rows(batch, i, i + most) for i in range(0, b, most)] if self.parts > 1 else [batch]
         lengths = batch["attention_mask"].sum(2) * (batch["weight"] > 0)  # [K b]
         order = lengths.argsort(dim=1, descending=True, stable=True)
@@ -175,8 +198,10 @@ class Loss:
             for n, v in batch.items()
         }
         longest = lengths.gather(1, order).amax(0).tolist()  # of the j-th longest rows
-        cuts = cut(longest, k, OVERHEAD.get(batch["weight"].device.type, LAUNCHES), most)
-        return [_trimmed(_rows(batch, i, j), longest[i]) for i, j in cuts if longest[i] > 0]
+        overhead = OVERHEAD.get(batch["weight"].device.type, LAUNCHES) * (2 if self.model.half else 1)
+        wide = [even(n, self.model) for n in longest]
+        cuts = cut(wide, k, overhead, most, SIZES if self.model.half else None)
+        return [fitted(_rows(batch, i, j), wide[i]) for i, j in cuts if longest[i] > 0]
 
     def gradient(
         self, ready: Callable[[Params], Params], p: Params, batch: Batch, create_graph: bool = False
