@@ -48,7 +48,7 @@ MUTANTS = (
     Mutant("groups are averaged, not summed", "tasks.py", "value = value + part.detach()", "value = part.detach()", "tests/test_tasks.py"),
     Mutant("labels stay behind when rows are sorted", "tasks.py", "order.to(v.device)] if v.ndim > 1 else v", 'order.to(v.device)] if v.ndim > 1 and n != "labels" else v', "tests/test_tasks.py"),
     # model and optimizers
-    Mutant("the adapter forgets its scale", "adapters.py", "alpha / rank**0.5 if name == \"rslora\" else alpha / rank", "alpha / rank if name == \"rslora\" else alpha / rank", "tests/test_model.py -k peft"),
+    Mutant("the adapter forgets its scale", "adapters.py", "self.alpha / r**0.5 if self.rs else self.alpha / r", "self.alpha / r", "tests/test_model.py -k peft"),
     Mutant("decay is coupled", "optim.py", "shrink = 1 - rate * self.weight_decay", "shrink = 1 - rate * self.weight_decay * 0.5", "tests/test_model.py -k optimizers"),
     Mutant("bias correction is gone", "optim.py", "size, root = rate / (1 - b1**t), (1 - b2**t).sqrt()", "size, root = rate / (1 - b1**t), (1 - b2**t) ** 0", "tests/test_model.py"),
     Mutant("rows are padded beyond the table of positions", "tasks.py", "return wide if wide <= model.longest else length", "return wide", "tests/test_tasks.py -k half"),
@@ -61,6 +61,8 @@ MUTANTS = (
     Mutant("the upper gradient is taken at the old y", "methods/pf2lora.py", "value, h = loss.gradient(lambda q: f(q | y_new), x, xi)", "value, h = loss.gradient(lambda q: f(q | y), x, xi)", "tests/test_law_pf2lora.py"),
     Mutant("four draws are one", "methods/pf2lora.py", "pi, xi, xi_, zeta = draws if len(draws) == 4 else draws * 4", "pi, xi, xi_, zeta = (draws[0],) * 4", "tests/test_law_pf2lora.py"),
     Mutant("the mixed derivative has the wrong sign", "methods/pf2lora.py", "h = {k: g - per_client(a, g).to(g) * jv[k] for k, g in h.items()}", "h = {k: g + per_client(a, g).to(g) * jv[k] for k, g in h.items()}", "tests/test_law_pf2lora.py"),
+    Mutant("PF2LoRA on ranks forgets the pruning's penalty", "methods/pf2lora.py", "self.descend(work, self.penalised(work, h), lr)", "self.descend(work, h, lr)", "tests/test_law_compose.py"),
+    Mutant("a rank pattern keeps the scale of the common rank", "adapters.py", "r = self.rank_at(site)\n        return", "r = self.rank\n        return", "tests/test_law_compose.py"),
     # FedSA and its kin
     Mutant("FedSA shares B", "methods/average.py", "return k.part in self.form.first", "return k.part in self.form.second", f"tests/test_law_fedsa.py {CONTRACT} -k 'fedsa'"),
     Mutant("FFA trains A", "methods/average.py", "return k.part in self.form.second\n\n    def shares(self, k: Key) -> bool:\n        return True", "return True\n\n    def shares(self, k: Key) -> bool:\n        return True", f"{CONTRACT} -k ffa"),
@@ -76,8 +78,8 @@ MUTANTS = (
     # SLoRA and its baselines
     Mutant("every party draws its own mask", "adapters.py", 'torch.randperm(size, generator=rng("mask", *path))[:n]', "torch.randperm(size)[:n]", "tests/test_law_slora.py"),
     Mutant("all layers have one mask", "adapters.py", "s.out * s.in_, *seed, s.name)", "s.out * s.in_, *seed)", "tests/test_law_slora.py -k sides"),
-    Mutant("the hand-over forgets the scale", "methods/slora.py", "factor(dw / form.scale, self.rank, self.split)", "factor(dw, self.rank, self.split)", "tests/test_law_slora.py -k 'reset or keep'"),
-    Mutant("the frozen product is added, not taken away", "methods/slora.py", "a.clone(), -form.scale * b", "a.clone(), form.scale * b", "tests/test_law_slora.py -k keep"),
+    Mutant("the hand-over forgets the scale", "methods/slora.py", "factor(dw / scale, form.rank_at(s.name), self.split)", "factor(dw, form.rank_at(s.name), self.split)", "tests/test_law_slora.py -k 'reset or keep'"),
+    Mutant("the frozen product is added, not taken away", "methods/slora.py", "a.clone(), -scale * b", "a.clone(), scale * b", "tests/test_law_slora.py -k keep"),
     Mutant("a plateau is a rise", "methods/slora.py", "return min(losses[-self.patience :]) > best * (1 - self.tolerance)", "return min(losses[-self.patience :]) > best", "tests/test_law_slora.py -k plateau"),
     Mutant("Houlsby is Pfeiffer", "adapters.py", 'Bottleneck(rank, "outputs" if name == "houlsby" else "ffn_output")', 'Bottleneck(rank, "ffn_output")', "tests/test_law_slora.py -k bottlenecks"),
     # export

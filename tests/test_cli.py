@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -279,3 +280,8 @@ def test_a_closed_pipe_is_no_error(done: Path) -> None:
     )
     os.close(write)
     assert "Traceback" not in process.stderr
+
+
+def test_python_dash_m_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "fedlora", "--version"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.strip()

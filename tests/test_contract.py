@@ -85,6 +85,10 @@ TABLE = {
         METHODS["pf2lora"](rank=4, hypergradient="finite_difference", optimizer=AdamW(1e-2)),
         f"common.A common.B {HEAD}",
     ),
+    "pf2hetlora": Row(
+        METHODS["pf2hetlora"](rank=8, gamma=0.7, lam=0.5, lr_personal=0.1, moments="keep", optimizer=AdamW(1e-2)),
+        f"common.A common.B common.rank {HEAD}",
+    ),
     "slora": Row(
         METHODS["slora"](rank=4, density=0.1, sparse_rounds=2, optimizer=AdamW(1e-2)), f"sparse.values {HEAD}"
     ),

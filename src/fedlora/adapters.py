@@ -17,6 +17,7 @@ The last five have no halves: rules that share one half refuse them.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from .tree import Key, Params
 
 AdapterName = Literal["lora", "rslora", "vera", "bitfit", "houlsby", "pfeiffer", "full"]
 NAMES: tuple[str, ...] = get_args(AdapterName)
+
+
+Pattern = tuple[tuple[str, int], ...]  # (end of a layer's name or regular expression, rank), as PEFT's rank_pattern
 
 
 class Adapter(ABC):
@@ -62,18 +66,36 @@ class LoRA(Adapter):
     first: ClassVar[frozenset[str]] = frozenset({"A"})
     second: ClassVar[frozenset[str]] = frozenset({"B"})
     rank: int = 8
-    scale: float = 2.0
+    alpha: float = 16.0
+    rs: bool = False  # rsLoRA's scale
+    pattern: Pattern = ()
+
+    def rank_at(self, site: str) -> int:
+        """r of a site: of the first pattern that matches it, else `rank`."""
+        return next((r for name, r in self.pattern if re.match(rf"(.*\.)?({name})$", site)), self.rank)
+
+    def scale_at(self, site: str) -> float:
+        """s of a site: alpha / r, of rsLoRA alpha / sqrt(r)."""
+        r = self.rank_at(site)
+        return self.alpha / r**0.5 if self.rs else self.alpha / r
 
     def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
+        for pattern, _ in self.pattern:
+            if not any(re.match(rf"(.*\.)?({pattern})$", s.name) for s in sites):
+                raise ModelError(
+                    f"method.rank_pattern: {pattern!r} matches none of the {len(sites)} target layers, e.g. {sites[0].name!r}; "
+                    "write the end of a layer's name, e.g. query, or a regular expression"
+                )
         out: Params = {}
         for s in sites:
-            a = torch.rand(self.rank, s.in_, generator=rng(*seed, name, s.name))
+            r = self.rank_at(s.name)
+            a = torch.rand(r, s.in_, generator=rng(*seed, name, s.name))
             out[Key(name, s.name, "A")] = (a * 2 - 1) * s.in_**-0.5
-            out[Key(name, s.name, "B")] = torch.zeros(s.out, self.rank)
+            out[Key(name, s.name, "B")] = torch.zeros(s.out, r)
         return out
 
     def view(self, p: Params) -> Params:
-        return {k: v * self.scale if k.part == "B" else v for k, v in p.items()}
+        return {k: v * self.scale_at(k.site) if k.part == "B" else v for k, v in p.items()}
 
 
 @dataclass(frozen=True)
@@ -176,10 +198,10 @@ class Sparse(Adapter):
         return {Key(name, s.name, "index"): self.positions(name, s, *seed) for s in sites}
 
 
-def make(name: str, rank: int, alpha: float) -> Adapter:
-    """The adapter called `name`: rank is LoRA's and VeRA's rank and the bottlenecks' size; alpha is LoRA's."""
+def make(name: str, rank: int, alpha: float, pattern: Pattern = ()) -> Adapter:
+    """The adapter called `name`: rank is LoRA's and VeRA's rank and the bottlenecks' size; alpha and pattern are LoRA's."""
     if name in ("lora", "rslora"):
-        return LoRA(rank, alpha / rank**0.5 if name == "rslora" else alpha / rank)
+        return LoRA(rank, alpha, name == "rslora", pattern)
     if name in ("houlsby", "pfeiffer"):
         return Bottleneck(rank, "outputs" if name == "houlsby" else "ffn_output")
     if name == "vera":

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, AdapterName, LoRA, init_head, make
+from .adapters import Adapter, AdapterName, LoRA, Pattern, init_head, make
 from .errors import ConfigError, ModelError, Problem
 from .model import Batch, Site
 from .optim import AdamW, Optimizer, clip
@@ -159,7 +159,7 @@ def expand(p: Params, k: int) -> Params:
 class SGDMethod(Method):
     """Client side written once: descend the loss over the trainable leaves; upload the shared ones, keep the rest.
 
-    rank, alpha, adapter: the delta form (adapters.py).
+    rank, alpha, adapter: the delta form (adapters.py). rank_pattern: ranks of some layers, as PEFT has it; their alpha stays.
     head: who owns the classification head; one switch, the same for all methods of a comparison.
     weights: p_k by number of examples or uniform.
     moments: optimizer state reset at the start of each round, or kept by the client.
@@ -174,6 +174,7 @@ class SGDMethod(Method):
     moments: Literal["reset", "keep"] = "reset"
     optimizer: Optimizer = AdamW()
     clip: float | None = None
+    rank_pattern: Pattern = ()
     label: ClassVar[str] = "lora"  # the adapter's name in keys
     needs_halves: ClassVar[bool] = False  # shares or trains one half of the adapter only
     shares_head: ClassVar[bool] = True  # Local-only shares nothing, whatever the switch says
@@ -194,6 +195,11 @@ class SGDMethod(Method):
                     "or use homlora",
                 )
             )
+        for pattern, r in self.rank_pattern:
+            if not 1 <= r <= MOST_RANK:
+                bad.append(Problem("method.rank_pattern", f"{pattern}: {r}", f"ranks from 1 to {MOST_RANK:,}"))
+        if self.rank_pattern and self.adapter not in ("lora", "rslora"):
+            bad.append(Problem("method.rank_pattern", dict(self.rank_pattern), "none: it is of lora and rslora"))
         if self.clip is not None and not self.clip > 0:
             bad.append(Problem("train.clip", self.clip, "a number > 0 or null"))
         if bad:
@@ -201,7 +207,7 @@ class SGDMethod(Method):
 
     @property
     def form(self) -> Adapter:
-        return make(self.adapter, self.rank, self.alpha)
+        return make(self.adapter, self.rank, self.alpha, self.rank_pattern)
 
     @property
     def groups(self) -> Sequence[str]:  # type: ignore[override]
@@ -269,8 +275,8 @@ class SGDMethod(Method):
 
     def penalised(self, work: Work, g: Params) -> Params:
         """g plus the gradient of the penalty."""
-        leaves = {k: v.detach().requires_grad_() for k, v in work["train"].items()}
-        extra = self.penalty(work, leaves)
+        leaves = {k: work["train"][k].detach().requires_grad_() for k in g}
+        extra = self.penalty(work, work["train"] | leaves)
         if extra is None:
             return g
         more = torch.autograd.grad(extra.sum(), list(leaves.values()), materialize_grads=True)
@@ -305,12 +311,14 @@ class SGDMethod(Method):
 
 def check_ranks(method: SGDMethod, sites: Sequence[Site]) -> None:
     """A LoRA rank above a layer's size buys nothing and hides a mistake: refused. VeRA's rank may exceed it."""
-    if not isinstance(method.form, LoRA):
+    form = method.form
+    if not isinstance(form, LoRA):
         return
     for s in sites:
-        if method.rank > min(s.out, s.in_):
+        r = form.rank_at(s.name)
+        if r > min(s.out, s.in_):
             raise ModelError(
-                f"{method.title}: rank {method.rank} exceeds the layer {s.name!r} of {s.out} x {s.in_}; "
+                f"{method.title}: rank {r} exceeds the layer {s.name!r} of {s.out} x {s.in_}; "
                 f"lower method.rank to at most {min(s.out, s.in_)} or choose other targets"
             )
 

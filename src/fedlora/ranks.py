@@ -94,6 +94,15 @@ class Ranked(SGDMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         bad = []
+        if self.rank_pattern:
+            bad.append(
+                Problem(
+                    "method.rank_pattern",
+                    dict(self.rank_pattern),
+                    f"none: in {self.title} ranks differ by client",
+                    "use plan and ranks",
+                )
+            )
         if not 1 <= self.rank_min <= self.rank:
             bad.append(
                 Problem("method.rank_min", self.rank_min, f"1 to rank_max={self.rank}", "lower it or raise method.rank")

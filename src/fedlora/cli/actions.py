@@ -8,12 +8,12 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
 
-from ..errors import DataError, FedloraError, StateError, near
+from ..errors import ConfigError, DataError, FedloraError, Problem, StateError, near
 from . import tables
 from .progress import Bars, JsonLines
 
@@ -162,6 +162,45 @@ def methods(json: bool) -> None:
         sys.stdout.write(json_.dumps(rows) + "\n")
     else:
         tables.methods(out, rows)
+
+
+def cost(model: str, task: str, json: bool) -> None:
+    from dataclasses import asdict
+
+    from ..cost import costs
+
+    kind: Literal["classification", "causal-lm"]
+    if task in ("classification", "causal-lm"):
+        kind = "causal-lm" if task == "causal-lm" else "classification"
+    else:
+        raise ConfigError([Problem("--task", task, "classification or causal-lm")])
+    with err.status("measuring") as status:
+        found = costs(model, kind, on=lambda title: status.update(f"measuring {title}"))
+    if json:
+        sys.stdout.write(json_.dumps([asdict(c) for c in found]) + "\n")
+    else:
+        tables.costs(out, model, found)
+
+
+def example(output: Path, rounds: int, seed: int, json: bool) -> None:
+    from dataclasses import asdict
+
+    from .. import report as pages
+    from ..examples import courses
+
+    with err.status("training") as status:
+        found = courses(seed, rounds, on=lambda label: status.update(f"training {label}"))
+    if json:
+        sys.stdout.write(json_.dumps([asdict(c) for c in found]) + "\n")
+    else:
+        tables.example(out, found)
+    try:
+        page = pages.write_example(found, output, seed)
+    except pages.MissingPlotly as e:
+        err.print(str(e), soft_wrap=True, markup=False)
+        return
+    if not json:
+        out.print(f"report: {page}", soft_wrap=True, highlight=False)
 
 
 def report(folder: Path, output: Path | None) -> None:

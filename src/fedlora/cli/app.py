@@ -51,11 +51,36 @@ def check(recipe: Recipe, sets: Sets = None, json: Json = False) -> None:
 
 
 @app.command()
-def methods(json: Json = False) -> None:
-    """List the methods, their papers and what they share."""
+def methods(
+    cost: Annotated[
+        str | None,
+        typer.Option(
+            "--cost", metavar="MODEL", help="Measure every method on this model: a hub id, a folder, or minilm."
+        ),
+    ] = None,
+    task: Annotated[str, typer.Option(help="With --cost: classification or causal-lm.")] = "classification",
+    json: Json = False,
+) -> None:
+    """List the methods, their papers and what they share; or what they cost on a model."""
     from . import actions
 
-    actions.methods(json)
+    if cost is None:
+        actions.methods(json)
+    else:
+        actions.cost(cost, task, json)
+
+
+@app.command()
+def example(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("runs/example.html"),
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of every method.")] = 400,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    json: Json = False,
+) -> None:
+    """PF2LoRA's synthetic example: clients whose true updates have different ranks, and what each method makes of them."""
+    from . import actions
+
+    actions.example(output, rounds, seed, json)
 
 
 @app.command()

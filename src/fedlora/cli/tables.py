@@ -15,6 +15,8 @@ from rich.text import Text
 from .progress import size
 
 if TYPE_CHECKING:
+    from ..cost import Cost
+    from ..examples import Course
     from ..recipe import Recipe
 
 MOST_CLIENTS = 16  # rows of the class table before it is cut
@@ -63,6 +65,35 @@ def methods(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         grid.add_row("", Text(f"shared: {shared}; personal: {personal}", style="cyan"))
         grid.add_row("", "")
     out.print(grid)
+
+
+def costs(out: Console, model: str, found: Sequence[Cost]) -> None:
+    """What `fedlora methods --cost` shows: time and memory beside HomLoRA's, and the bytes of a message."""
+    base = next(c for c in found if c.method == "homlora")
+    table = _table(f"one local step of one client on {model}, beside HomLoRA", "method", "time", "memory", "down", "up")
+    for c in found:
+        if c.refused:
+            continue
+        times = [f"{c.seconds / base.seconds:.1f}x", f"{c.memory / base.memory:.2f}x"]
+        table.add_row(c.title, *times, size(c.down), size(c.up))
+    out.print(table)
+    out.print(
+        f"HomLoRA: {base.seconds * 1e3:.0f} ms, {size(base.memory)} of leaves and saved activations. Messages are encoded fp32."
+    )
+    for c in found:
+        if c.refused:
+            out.print(Text(f"{c.title} cannot be used here: ", style="yellow") + Text(c.refused), soft_wrap=True)
+
+
+def example(out: Console, found: Sequence[Course]) -> None:
+    """What `fedlora example` shows."""
+    clients = list(found[0].errors)
+    table = _table(
+        "relative error and effective rank of each client's update", "method", *(f"client {c}" for c in clients)
+    )
+    for c in found:
+        table.add_row(c.label, *(f"{c.errors[k][-1]:.1e}, rank {c.ranks[k]}" for k in clients))
+    out.print(table)
 
 
 def plan(out: Console, r: Recipe, facts: Mapping[str, Any]) -> None:

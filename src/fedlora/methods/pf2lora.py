@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from ..adapters import make
+from ..adapters import Adapter, Pattern, make
 from ..errors import ConfigError, Problem
 from ..method import Client, Metrics, Scene, SGDMethod, Weights, Work
 from ..model import Batch
@@ -42,7 +42,8 @@ STEP = 1e-2  # length of the finite difference along v; halfway between fp32 rou
 class PF2LoRA(SGDMethod):
     """A common adapter for all and a small personal one per client, trained as a bilevel problem.
 
-    rank, alpha: of the common adapter; rank_personal, alpha_personal: of the personal one; lr_personal: a.
+    rank, alpha, rank_pattern: of the common adapter; rank_personal, alpha_personal, rank_pattern_personal: of the
+    personal one; lr_personal: a.
 
     hypergradient: exact (double differentiation), first_order (drops J v), finite_difference (central, along v).
     batches: independent (four a step) or shared (one for all four: 4 times cheaper, a deviation from Algorithm 1).
@@ -56,6 +57,7 @@ class PF2LoRA(SGDMethod):
     weights: Weights = "uniform"
     rank_personal: int = 2
     alpha_personal: float = 2.0
+    rank_pattern_personal: Pattern = ()
     lr_personal: float = 0.01
     hypergradient: Literal["exact", "first_order", "finite_difference"] = "exact"
     batches: Literal["independent", "shared"] = "independent"
@@ -93,14 +95,19 @@ class PF2LoRA(SGDMethod):
     def shares(self, k: Key) -> bool:
         return k.adapter == "common"
 
+    @property
+    def form_personal(self) -> Adapter:
+        return make(self.adapter, max(self.rank_personal, 1), self.alpha_personal, self.rank_pattern_personal)
+
     def keep(self, scene: Scene, client: Client) -> Params:
         if not self.rank_personal:
             return super().keep(scene, client)
-        form = make(self.adapter, self.rank_personal, self.alpha_personal)
-        return super().keep(scene, client) | form.init("personal", scene.sites("target"), scene.seed, client.id)
+        return super().keep(scene, client) | self.form_personal.init(
+            "personal", scene.sites("target"), scene.seed, client.id
+        )
 
     def ready(self, p: Params, fixed: Params) -> Params:
-        mine = make(self.adapter, max(self.rank_personal, 1), self.alpha_personal)
+        mine = self.form_personal
         return self.form.view(select(p, lambda k: k.adapter != "personal")) | mine.view(
             select(p, lambda k: k.adapter == "personal")
         )
@@ -126,7 +133,7 @@ class PF2LoRA(SGDMethod):
             _, v = loss.gradient(lambda q: f(x | q), y_new, xi_)
             jv = self.mixed(loss, x, y, v, zeta)
             h = {k: g - per_client(a, g).to(g) * jv[k] for k, g in h.items()}
-        work = self.descend(work, h, lr)
+        work = self.descend(work, self.penalised(work, h), lr)
         return work | {"train": work["train"] | y_new}, {"loss": value}
 
     def mixed(self, loss: Loss, x: Params, y: Params, v: Params, zeta: Batch) -> Params:

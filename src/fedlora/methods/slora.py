@@ -35,6 +35,13 @@ from .average import HomLoRA
 from .pf2lora import PF2LoRA
 from .tuning import SFT
 
+UNPRIMED = {  # why other methods cannot be stage 2
+    "ffa": "its A stays at the seeded start, so an SVD's A cannot take that place",
+    "fedsa": "each client keeps a B of its own, and the SVD gives one B for all",
+    "share-b": "each client keeps an A of its own, and the SVD gives one A for all",
+    "hetlora": "the SVD gives one rank for all, and a client's pruning would be measured against a start it never had",
+}
+
 
 @dataclass(frozen=True)
 class SLoRA(SFT):
@@ -51,7 +58,7 @@ class SLoRA(SFT):
     tolerance: float = 0.01
     split: Literal["sqrt", "B"] = "sqrt"
     base: Literal["reset", "keep"] = "reset"
-    second: Literal["homlora", "pf2lora"] = "homlora"
+    second: str = "homlora"
     rank_personal: int = 2
     lr_personal: float = 0.01
 
@@ -64,6 +71,11 @@ class SLoRA(SFT):
             bad.append(Problem("method.patience", self.patience, "an integer >= 1"))
         if self.adapter not in ("lora", "rslora"):
             bad.append(Problem("method.adapter", self.adapter, "lora or rslora: an SVD primes low-rank factors"))
+        if self.second not in ("homlora", "pf2lora"):
+            why = UNPRIMED.get(self.second, "its start cannot be set")
+            bad.append(
+                Problem("method.second", self.second, f"homlora or pf2lora; {self.second} cannot be primed: {why}")
+            )
         if bad:
             raise ConfigError(bad)
 
@@ -144,12 +156,13 @@ class SLoRA(SFT):
                 .index_copy(0, index[Key("sparse", s.name, "index")], values)
                 .view(s.out, s.in_)
             )
-            b, a = factor(dw / form.scale, self.rank, self.split)
+            scale = form.scale_at(s.name)
+            b, a = factor(dw / scale, form.rank_at(s.name), self.split)
             p[Key(second.label, s.name, "A")], p[Key(second.label, s.name, "B")] = a, b
             total = float(dw.square().sum())
-            energy[s.name] = float((form.scale * b @ a).square().sum()) / total if total else 1.0
+            energy[s.name] = float((scale * b @ a).square().sum()) / total if total else 1.0
             if self.base == "keep":  # scale is applied by the method, so the frozen product carries it
-                p[Key("primed", s.name, "A")], p[Key("primed", s.name, "B")] = a.clone(), -form.scale * b
+                p[Key("primed", s.name, "A")], p[Key("primed", s.name, "B")] = a.clone(), -scale * b
         if self.base == "keep":
             p |= {Key("stage1", k.site, "values"): v for k, v in server.params.items() if k.adapter == "sparse"}
         notes = server.notes | {"handover": {"energy": energy}}

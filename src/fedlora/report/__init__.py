@@ -7,11 +7,14 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import FedloraError, StateError
 from .read import records
 from .tables import compare_rows
+
+if TYPE_CHECKING:
+    from ..examples import Course
 
 
 class MissingPlotly(FedloraError):
@@ -40,6 +43,15 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
         raise StateError(f"compare: the runs are scored differently: {kinds}; compare runs of one task")
     _need_plotly()
     return _write(comparison_page(runs, compare_rows(folders)), Path(out))
+
+
+def write_example(found: Sequence[Course], out: str | Path, seed: int = 0) -> Path:
+    """Write the page of PF2LoRA's synthetic example to `out`; returns it. Raises MissingPlotly."""
+    from ..examples import CLIENTS, RANKS
+    from .page import example_page
+
+    _need_plotly()
+    return _write(example_page(found, dict(zip(CLIENTS, RANKS, strict=True)), seed), Path(out))
 
 
 def _need_plotly() -> None:

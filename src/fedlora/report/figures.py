@@ -10,6 +10,8 @@ from .read import Records
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from ..examples import Course
+
 # Okabe and Ito's palette, told apart with any colour vision.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6914")
 VIEWS = {"personal": PALETTE[0], "global": PALETTE[1], "unseen": PALETTE[2]}
@@ -381,3 +383,17 @@ def client_boxes(groups: Mapping[str, Sequence[Records]]) -> go.Figure | None:
             values.setdefault(name, []).extend(s[metric] for s in e["clients"].values() if metric in s) if e else None
     values = {k: v for k, v in values.items() if v}
     return _boxes(values, metric, [PALETTE[i % len(PALETTE)] for i in range(len(values))]) if values else None
+
+
+def courses(found: Sequence[Course], client: str) -> go.Figure:
+    """Relative error of one client's update against rounds, a line a method."""
+    import plotly.graph_objects as go
+
+    fig = _figure("round", "relative error")
+    for c, colour in zip(found, PALETTE, strict=False):
+        fig.add_trace(
+            go.Scatter(x=c.rounds, y=c.errors[client], name=c.label, mode="lines", line={"color": colour, "width": 2.5})
+        )
+    fig.update_yaxes(type="log", dtick=1, exponentformat="power")
+    fig.update_layout(margin={"t": 84})
+    return fig

@@ -1,0 +1,5 @@
+"""`python -m fedlora` is the command `fedlora`."""
+
+from .cli import entry
+
+entry()
