@@ -43,7 +43,7 @@ def test_readme_commands(notes: Path) -> None:
     import shlex
 
     lines = [x for x in block(README, "test: commands").splitlines() if x.strip()]
-    assert len(lines) == 8
+    assert len(lines) == 10
     for line in lines:
         command, *arguments = shlex.split(line, comments=True)
         assert command == "fedlora"
