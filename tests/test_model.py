@@ -284,3 +284,25 @@ def test_loss_of_a_block_is_each_clients_mean() -> None:
     for j, b in enumerate(batches):
         logits = model.base(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits
         torch.testing.assert_close(got[j], nn.functional.cross_entropy(logits, b["labels"]))
+
+
+def test_t5_classifies_in_blocks(tmp_path: Path) -> None:
+    """Encoder and decoder of T5, whose classifier reads the end-of-sequence token: block equals one by one."""
+    import transformers as t
+
+    def make() -> Any:
+        config = t.T5Config(
+            vocab_size=tiny.VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, num_labels=tiny.CLASSES,
+            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+        )  # fmt: skip
+        return t.T5ForSequenceClassification(config)
+
+    data = tiny.data()
+    data.examples.flat[data.examples.offsets[1:] - 1] = 1
+    runs = []
+    for block in (1, 4):
+        f = tiny.federation(METHODS["homlora"](rank=2), tmp_path / str(block), tiny.seeded(make), data=data, block=block)
+        f.run()
+        runs.append(f.store.load_server()[1])
+    assert any("EncDecAttention" in k.site for k in runs[0]) and any(k.adapter == "head" for k in runs[0])
+    tiny.close(*runs)
