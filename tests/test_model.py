@@ -293,7 +293,7 @@ def test_t5_classifies_in_blocks(tmp_path: Path) -> None:
     def make() -> Any:
         config = t.T5Config(
             vocab_size=tiny.VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, num_labels=tiny.CLASSES,
-            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, attn_implementation="eager",
         )  # fmt: skip
         return t.T5ForSequenceClassification(config)
 
@@ -301,8 +301,22 @@ def test_t5_classifies_in_blocks(tmp_path: Path) -> None:
     data.examples.flat[data.examples.offsets[1:] - 1] = 1
     runs = []
     for block in (1, 4):
-        f = tiny.federation(METHODS["homlora"](rank=2), tmp_path / str(block), tiny.seeded(make), data=data, block=block)
+        f = tiny.federation(
+            METHODS["homlora"](rank=2), tmp_path / str(block), tiny.seeded(make), data=data, block=block
+        )
         f.run()
         runs.append(f.store.load_server()[1])
     assert any("EncDecAttention" in k.site for k in runs[0]) and any(k.adapter == "head" for k in runs[0])
     tiny.close(*runs)
+
+
+def test_dropout_inside_fused_attention_is_refused(tmp_path: Path) -> None:
+    """It would draw from torch's global generator: no run could be repeated."""
+    base = tiny.bert(dropout=0.2)
+    base.config._attn_implementation = "sdpa"
+    f = tiny.federation(METHODS["homlora"](rank=2), tmp_path, base)
+    with pytest.raises(ModelError, match="global generator"):
+        f.run()
+    f.model.close()
+    f = tiny.federation(METHODS["homlora"](rank=2), tmp_path / "without", model=tiny.adapt(base, dropout=False))
+    f.run()

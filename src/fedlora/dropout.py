@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .errors import ModelError
+
 GOLDEN = -7046029254386353131  # 2^64 / golden ratio as a signed integer: splitmix64's increment
 MIX = (-4658895280553007687, -7723592293110705685)  # splitmix64's multipliers (Steele, Lea & Flood, OOPSLA 2014)
 WIDEST = 1 << 18  # an axis is at most this long; coordinates then never collide
@@ -58,6 +60,11 @@ class ClientDropout(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is F.scaled_dot_product_attention and self.seeds is not None and _inner_dropout(args, kwargs or {}):
+            raise ModelError(
+                "model: its fused attention (sdpa) drops weights by torch's global generator, so no run could be repeated; load it "
+                'with attn_implementation="eager", or without dropout'
+            )
         if func is not F.dropout:
             return func(*args, **(kwargs or {}))
         named = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | dict(kwargs or {})
@@ -89,6 +96,11 @@ class ClientDropout(TorchFunctionMode):
                 self.call = end
 
         return nothing(), again()
+
+
+def _inner_dropout(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    """dropout_p of a call of scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, ...)."""
+    return float(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
 
 
 class _Resumed(TorchFunctionMode):
