@@ -16,7 +16,7 @@ help:
 	@echo "make format   let ruff mend what it can"
 	@echo "make docs     write docs/recipes.md from the types"
 	@echo "make mutants  plant known bugs one by one; every one must be found"
-	@echo "make bench    benchmarks"
+	@echo "make bench    speed beside plain PyTorch + PEFT, on the same work"
 	@echo "make clean    remove the virtual environment and the caches"
 
 demo: $(VENV)/.installed-demo
@@ -48,8 +48,8 @@ docs: $(VENV)/.installed-dev
 mutants: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py -j $(JOBS)
 
-bench: $(VENV)/.installed-dev
-	@if [ -f bench/run.py ]; then $(BIN)/python bench/run.py; else echo "there are no benchmarks yet" >&2; exit 1; fi
+bench: $(VENV)/.installed-demo
+	$(BIN)/fedlora bench
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build dist

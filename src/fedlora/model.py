@@ -89,9 +89,14 @@ class Adapted:
         return next(self.base.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the base."""
+        return next(self.base.parameters()).dtype
+
+    @property
     def half(self) -> bool:
         """Whether the base computes in half precision."""
-        return next(self.base.parameters()).dtype in (torch.bfloat16, torch.float16)
+        return self.dtype in (torch.bfloat16, torch.float16)
 
     @property
     def longest(self) -> float:

@@ -99,22 +99,29 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
 TOKENWISE = {"input_ids", "attention_mask", "token_type_ids", "labels"}  # leaves [K b L]
 OVERHEAD = {"cpu": 128}  # what a further forward and backward costs, in padded tokens
 LAUNCHES = 16_384  # the same on an accelerator, where many small kernels cost more than padding
+INF = float("inf")
+CACHED = {torch.float32: 2048, torch.bfloat16: 4096}  # padded tokens whose activations a CPU's caches still hold, about
 EVEN = 8  # in half precision lengths are multiples of this, and rows come in SIZES: see `cut`
 SIZES = sorted({a * 2**n for a in (1, 3) for n in range(12)})
 
 
 def cut(
-    longest: Sequence[int], clients: int, overhead: int, most: int, sizes: Sequence[int] | None = None
+    longest: Sequence[int],
+    clients: int,
+    overhead: int,
+    most: int,
+    sizes: Sequence[int] | None = None,
+    tokens: float = INF,
 ) -> list[tuple[int, int]]:
     """Where to cut rows that are sorted by length, so that padded tokens + overhead of every piece are fewest.
 
-    longest[j]: tokens of the longest j-th row; most: rows in a piece; sizes: allowed numbers of rows, None for any.
-    Returns (first, end) of each piece.
+    longest[j]: tokens of the longest j-th row; most: rows in a piece; sizes: allowed numbers of rows, None for any; tokens:
+    padded tokens in a piece of more than one row. Returns (first, end) of each piece.
     """
     allowed = [n for n in sizes or range(1, most + 1) if n <= most]
     best: list[tuple[int, int]] = [(0, 0)]  # (cost, start of the last piece) of the first j rows
     for j in range(1, len(longest) + 1):
-        starts = [j - n for n in allowed if n <= j]
+        starts = [j - n for n in allowed if n <= j and (n == 1 or clients * n * longest[j - n] <= tokens)]
         best.append(min((best[i][0] + clients * (j - i) * longest[i] + overhead, i) for i in starts))
     cuts, j = [], len(longest)
     while j:
@@ -200,7 +207,8 @@ class Loss:
         longest = lengths.gather(1, order).amax(0).tolist()  # of the j-th longest rows
         overhead = OVERHEAD.get(batch["weight"].device.type, LAUNCHES) * (2 if self.model.half else 1)
         wide = [even(n, self.model) for n in longest]
-        cuts = cut(wide, k, overhead, most, SIZES if self.model.half else None)
+        tokens = CACHED.get(self.model.dtype, INF) if batch["weight"].device.type == "cpu" else INF
+        cuts = cut(wide, k, overhead, most, SIZES if self.model.half else None, tokens)
         return [fitted(_rows(batch, i, j), wide[i]) for i, j in cuts if longest[i] > 0]
 
     def gradient(

@@ -203,6 +203,46 @@ def example(output: Path, rounds: int, seed: int, json: bool) -> None:
         out.print(f"report: {page}", soft_wrap=True, highlight=False)
 
 
+def bench(
+    regimes: Sequence[str],
+    systems: Sequence[str],
+    rounds: int,
+    model: str,
+    source: str,
+    text: str,
+    threads: int,
+    output: Path,
+) -> None:
+    from ..bench.child import SYSTEMS
+    from ..bench.run import environment, flops_per_token, measure
+    from ..bench.run import report as of
+    from ..bench.work import REGIMES, Work
+
+    odd = [Problem("--regime", r, "a regime", near(r, REGIMES)) for r in regimes if r not in REGIMES]
+    odd += [Problem("--system", x, "a system", near(x, SYSTEMS)) for x in systems if x not in SYSTEMS]
+    if odd:
+        raise ConfigError(odd)
+    flops = flops_per_token(model)
+    found = []
+    for name in regimes or REGIMES:
+        work = Work(model, source, text, regime=REGIMES[name], threads=threads)
+        assert work.rows  # bad data is said before anything is started
+        with err.status(name) as status:
+            measured = measure(
+                work,
+                systems or list(SYSTEMS),
+                rounds,
+                on=lambda s, r, name=name: status.update(f"{name}, round {r}: {SYSTEMS[s][0]}"),
+            )
+        found.append(of(work, measured, flops))
+        tables.bench(out, found[-1])
+    output.mkdir(parents=True, exist_ok=True)
+    where = environment(threads)
+    path = output / f"{where['date']}-{Path(model).name}-{Path(source).parent.name or source}.json"
+    path.write_text(json_.dumps({"environment": where, "regimes": found}, indent=1), encoding="utf-8")
+    out.print(f"results: {path}", soft_wrap=True, highlight=False)
+
+
 def report(folder: Path, output: Path | None) -> None:
     from .. import report as pages
 

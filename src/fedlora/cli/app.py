@@ -84,6 +84,26 @@ def example(
 
 
 @app.command()
+def bench(
+    regime: Annotated[
+        list[str] | None,
+        typer.Option(help="small, middle or large: many clients of few rows, or few of many. Default: all."),
+    ] = None,
+    system: Annotated[list[str] | None, typer.Option(help="Systems to measure; default: all.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of each, after one that warms up.")] = 3,
+    model: Annotated[str, typer.Option(help="A hub id, a folder, or minilm.")] = "minilm",
+    source: Annotated[str, typer.Option(help="Texts: a file, or demo for those that Python carries.")] = "demo",
+    text: Annotated[str, typer.Option(help="Column of the text.")] = "text",
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("bench/results"),
+) -> None:
+    """Measure speed beside plain PyTorch + PEFT, on the same work, in alternation."""
+    from . import actions
+
+    actions.bench(regime or [], system or [], rounds, model, source, text, threads, output)
+
+
+@app.command()
 def report(folder: Folder, output: Output = None) -> None:
     """Write the HTML report of a run."""
     from . import actions

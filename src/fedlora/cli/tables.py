@@ -96,6 +96,27 @@ def example(out: Console, found: Sequence[Course]) -> None:
     out.print(table)
 
 
+def bench(out: Console, found: Mapping[str, Any]) -> None:
+    """One regime of `fedlora bench`."""
+    r = found["work"]["regime"]
+    title = f"{r['name']}: {r['clients']} clients, {r['steps']} steps of {r['batch']} rows; real tokens, {found['work']['source']}"
+    table = _table(title, "system", "tokens/s", "x the loop", "of peak", "differs")
+    for m in found["systems"]:
+        if m["failed"]:
+            out.print(Text(f"{m['title']} failed: ", style="yellow") + Text(m["failed"]), soft_wrap=True)
+            continue
+        ratio, d = m.get("ratio"), m["difference"]
+        between = f"{ratio['median']:.2f} ({ratio['least']:.2f}-{ratio['most']:.2f})" if ratio else "-"
+        table.add_row(
+            m["title"],
+            f"{m['tokens_per_second']:,.0f}",
+            between,
+            f"{m['share_of_bf16_peak']:.0%}",
+            "-" if d is None else f"{d:.0e}",
+        )
+    out.print(table)
+
+
 def plan(out: Console, r: Recipe, facts: Mapping[str, Any]) -> None:
     """What `fedlora check` shows."""
     p, b = facts["parameters"], facts["bytes_per_round"]

@@ -1,0 +1,98 @@
+"""One system in a process of its own: `python -m fedlora.bench.child SYSTEM WORK`. Requests and answers are lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MARK = "@fedlora "  # what other lines of standard output do not start with
+
+
+def _peft(dtype: str) -> Callable[[Any], Any]:
+    def make(work: Any) -> Any:
+        from .peft_loop import PeftLoop
+
+        return PeftLoop(work, dtype)
+
+    return make
+
+
+def _fedlora(block: int | None, dtype: str) -> Callable[[Any], Any]:
+    def make(work: Any) -> Any:
+        from .systems import Fedlora
+
+        return Fedlora(work, block, dtype)
+
+    return make
+
+
+SYSTEMS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "peft": ("PyTorch + PEFT loop, fp32", _peft("fp32")),
+    "peft-bf16": ("PyTorch + PEFT loop, bf16 base", _peft("bf16")),
+    "one": ("fedlora one by one, fp32", _fedlora(1, "fp32")),
+    "blocks": ("fedlora in blocks, fp32", _fedlora(None, "fp32")),
+    "one-bf16": ("fedlora one by one, bf16 base", _fedlora(1, "bf16")),
+    "blocks-bf16": ("fedlora in blocks, bf16 base", _fedlora(None, "bf16")),
+}
+
+
+def gemm(threads: int) -> dict[str, float]:
+    """Peak of matrix products on this machine now, GFLOP/s, by dtype."""
+    import torch
+
+    torch.set_num_threads(threads)
+    out = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.randn(2048, 2048).to(dtype)
+        a @ a
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ a
+            seconds.append(time.perf_counter() - start)
+        out[name] = 2 * 2048**3 / min(seconds) / 1e9
+    return out
+
+
+def answer(**said: Any) -> None:
+    sys.stdout.write(MARK + json.dumps(said) + "\n")
+    sys.stdout.flush()
+
+
+def main(name: str, raw: str) -> None:
+    started = time.perf_counter()
+    import torch
+
+    from .work import Work, tokens
+
+    work = Work.from_json(json.loads(raw))
+    torch.set_num_threads(work.threads)
+    system = SYSTEMS[name][1](work)
+    ready = time.perf_counter() - started
+    batches = work.batches(0)  # not a system's own cost
+    answer(ready=ready)
+    leaves: Any = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "round":
+            batches = work.batches(request["round"])
+            start = time.perf_counter()
+            leaves = system.round(batches)
+            answer(seconds=time.perf_counter() - start, tokens=tokens(batches))
+        elif request["do"] == "peak":
+            answer(**gemm(work.threads))
+        elif request["do"] == "save":
+            from safetensors.torch import save_file
+
+            save_file({n: v.float().contiguous() for n, v in leaves.items()}, Path(request["path"]))
+            answer(saved=True)
+        else:
+            break
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

@@ -1,0 +1,97 @@
+"""The work that every system of a benchmark does: the same model, start, texts and minibatches, derived from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..methods import METHODS
+from ..model import Batch
+from ..optim import AdamW
+from ..seeds import np_rng
+
+LR, RANK, ALPHA, CLASSES = 1e-3, 8, 16.0, 20
+
+
+@dataclass(frozen=True)
+class Regime:
+    """K clients, local steps, rows of a minibatch."""
+
+    name: str
+    clients: int
+    steps: int
+    batch: int
+
+
+REGIMES = {r.name: r for r in (Regime("small", 32, 2, 4), Regime("middle", 16, 4, 8), Regime("large", 8, 8, 16))}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One federated round of HomLoRA (A, B of rank 8 on the model's default targets, and the head), many times over."""
+
+    model: str = "minilm"
+    source: str = "demo"
+    text: str = "text"
+    max_length: int = 64
+    regime: Regime = REGIMES["middle"]
+    threads: int = 2
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(raw: Mapping[str, Any]) -> Work:
+        return Work(**{**raw, "regime": Regime(**raw["regime"])})
+
+    @cached_property
+    def rows(self) -> list[list[int]]:
+        """Tokens of each text; labels play no part in speed and are drawn."""
+        from ..data.sources import read
+        from ..pretrained import load_tokenizer
+
+        if self.source == "demo":
+            from ..data.demo import corpus
+
+            texts = corpus().column("text").to_pylist()
+        else:
+            texts = read(self.source).column(self.text).to_pylist()
+        texts = [texts[i] for i in np_rng(self.seed, "bench texts").permutation(len(texts))[:4000]]
+        found: list[list[int]] = load_tokenizer(self.model)(texts, truncation=True, max_length=self.max_length)[
+            "input_ids"
+        ]
+        return found
+
+    def batches(self, round: int) -> list[list[Batch]]:
+        """[client][step], each batch padded to its longest row, as a collator does."""
+        r, g = self.regime, np_rng(self.seed, "bench", round)
+        out = []
+        for _ in range(r.clients):
+            mine = []
+            for _ in range(r.steps):
+                rows = [self.rows[i] for i in g.integers(0, len(self.rows), r.batch)]
+                length = max(map(len, rows))
+                ids, mask = np.zeros((r.batch, length), np.int64), np.zeros((r.batch, length), np.int64)
+                for j, row in enumerate(rows):
+                    ids[j, : len(row)], mask[j, : len(row)] = row, 1
+                labels = g.integers(0, CLASSES, r.batch)
+                named = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+                mine.append({n: torch.from_numpy(v) for n, v in named.items()})
+            out.append(mine)
+        return out
+
+    @staticmethod
+    def method() -> Any:
+        kind: Any = METHODS["homlora"]
+        return kind(rank=RANK, alpha=ALPHA, weights="uniform", optimizer=AdamW(LR))
+
+
+def tokens(batches: list[list[Batch]]) -> int:
+    """Real tokens, padding not counted."""
+    return sum(int(b["attention_mask"].sum()) for mine in batches for b in mine)
