@@ -18,6 +18,8 @@ from . import tables
 from .progress import Bars, JsonLines
 
 if TYPE_CHECKING:
+    from rich.status import Status
+
     from ..federation import Federation
     from ..recipe import Recipe
     from ..watch import Watch
@@ -228,12 +230,11 @@ def bench(
         work = Work(model, source, text, regime=REGIMES[name], threads=threads)
         assert work.rows  # bad data is said before anything is started
         with err.status(name) as status:
-            measured = measure(
-                work,
-                systems or list(SYSTEMS),
-                rounds,
-                on=lambda s, r, name=name: status.update(f"{name}, round {r}: {SYSTEMS[s][0]}"),
-            )
+
+            def say(system: str, round: int, name: str = name, status: Status = status) -> None:
+                status.update(f"{name}, round {round}: {SYSTEMS[system][0]}")
+
+            measured = measure(work, systems or list(SYSTEMS), rounds, on=say)
         found.append(of(work, measured, flops))
         tables.bench(out, found[-1])
     output.mkdir(parents=True, exist_ok=True)

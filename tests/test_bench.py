@@ -1,0 +1,107 @@
+"""The benchmark does the same work everywhere, and a block does not do more than one client: counts, not seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from cli import fedlora, model_folder
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedlora.bench.run import Measured, measure, ratios
+from fedlora.bench.work import REGIMES, Regime, Work, tokens
+from fedlora.method import Order
+from fedlora.methods import METHODS
+from fedlora.tasks import CACHED, Classification, Loss, cut, stack_batches
+from fedlora.tree import stack
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("bench") / "m")
+
+
+def test_systems_agree(folder: Path) -> None:
+    """One round of every fp32 system from one start gives the averaged leaves of the PEFT loop with torch's AdamW."""
+    work = Work(str(folder), max_length=16, regime=Regime("tiny", 3, 2, 4), threads=1)
+    found = {m.system: m for m in measure(work, ["peft", "one", "blocks"], 1)}
+    for m in found.values():
+        assert not m.failed, m.failed
+        assert m.difference is not None and m.difference < 2e-5
+        assert m.tokens == found["peft"].tokens and m.seconds[0] > 0 and m.startup > 0 and m.memory > 10_000_000
+
+
+def test_a_system_that_fails_is_named(folder: Path) -> None:
+    work = Work(str(folder / "nowhere"), threads=1)
+    [m] = measure(work, ["blocks"], 1)
+    assert "does not exist" in m.failed and not m.seconds
+
+
+def test_work_is_the_same_for_everybody(folder: Path) -> None:
+    a, b = Work(str(folder), threads=1), Work.from_json(json.loads(json.dumps(Work(str(folder), threads=1).to_json())))
+    assert a == b
+    x, y, z = a.batches(1), b.batches(1), a.batches(2)
+    assert all(
+        torch.equal(p["input_ids"], q["input_ids"])
+        for m, n in zip(x, y, strict=True)
+        for p, q in zip(m, n, strict=True)
+    )
+    assert tokens(x) != tokens(z)
+    assert [len(x), len(x[0]), len(x[0][0]["labels"])] == [16, 4, 8]
+
+
+def test_ratios_pair_rounds() -> None:
+    assert ratios(Measured("a", "", seconds=[1.0, 2.0]), Measured("b", "", seconds=[3.0, 8.0])) == [3.0, 4.0]
+
+
+def test_the_command(folder: Path, tmp_path: Path) -> None:
+    done = fedlora("bench", "--model", folder, "--regime", "small", "--system", "peft", "--system", "blocks", "--rounds", 1,
+                   "--threads", 1, "-o", tmp_path)  # fmt: skip
+    assert "fedlora in blocks" in done.stdout
+    [path] = tmp_path.glob("*.json")
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    assert result["environment"]["versions"]["torch"] == torch.__version__
+    assert {m["system"] for m in result["regimes"][0]["systems"]} == {"peft", "blocks"}
+    done = fedlora("bench", "--regime", "huge", code=2)
+    assert all(r in done.stderr for r in REGIMES)
+    fedlora("bench", "--system", "magic", code=2)
+
+
+class Count(TorchDispatchMode):
+    """Counts operators as they reach the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators(clients: int) -> int:
+    """Operators of one step of a block."""
+    f = tiny.federation(METHODS["homlora"](rank=2), Path("unused"))
+    start = stack([f.method.init(f.scene).params] * clients)
+    batch = stack_batches([tiny.tokens().collate(torch.arange(4).numpy()) for _ in range(clients)])
+    work = f.method.begin(f.scene, Order(0, 1), start, {})
+    loss = Loss(f.model, Classification(tiny.CLASSES))
+    with Count() as count:
+        f.method.step(work, loss, torch.ones(clients, dtype=torch.float64), batch)
+    return count.n
+
+
+def test_a_block_launches_no_more_than_one_client() -> None:
+    assert operators(8) <= operators(1) * 1.02
+
+
+def test_pieces_fit_the_caches() -> None:
+    """A piece of several rows has no more padded tokens than caches hold; single rows always pass."""
+    cuts = cut([64] * 8, 16, 128, 8, tokens=2048)
+    assert cuts == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    assert cut([64] * 2, 64, 128, 2, tokens=2048) == [(0, 1), (1, 2)]
+    assert CACHED[torch.float32] < CACHED[torch.bfloat16]
