@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -94,14 +95,17 @@ class Child:
             pass
 
     def close(self) -> None:
-        if self.process.poll() is None:
-            assert self.process.stdin is not None
-            try:
-                self.process.stdin.write('{"do": "stop"}\n')
-                self.process.stdin.close()
-                self.process.wait(30)
-            except (BrokenPipeError, subprocess.TimeoutExpired):
-                self.process.kill()
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write('{"do": "stop"}\n')
+            self.process.stdin.close()
+            self.process.wait(30)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            self.process.kill()
+            self.process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
         self.errors.close()
 
 
