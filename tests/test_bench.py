@@ -69,6 +69,9 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     done = fedlora("bench", "--regime", "huge", code=2)
     assert all(r in done.stderr for r in REGIMES)
     fedlora("bench", "--system", "magic", code=2)
+    (tmp_path / "n.csv").write_text("note\na\n")
+    done = fedlora("bench", "--model", folder, "--source", tmp_path / "n.csv", code=1)
+    assert "no column 'text' among the columns ['note']" in done.stderr
 
 
 class Count(TorchDispatchMode):

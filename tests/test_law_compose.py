@@ -182,3 +182,11 @@ def test_a_pattern_that_matches_nothing_is_refused() -> None:
     m = dataclasses.replace(HomLoRA(rank=4), rank_pattern=(("q_proj", 2),))
     with pytest.raises(ModelError, match=r"'q_proj' matches none of the 4 target layers"):
         m.init(Scene(model.groups, 0))
+
+
+def test_a_pattern_that_is_no_map_says_how_to_write_one() -> None:
+    from fedlora.recipe import Recipe
+
+    raw = {"name": "x", "data": {"source": "demo"}, "method": {"name": "homlora", "rank_pattern": "query:2"}}
+    with pytest.raises(ConfigError, match=r"a map of names to numbers; write rank_pattern: \{name: 4\}"):
+        Recipe.from_dict(raw)

@@ -53,6 +53,7 @@ class Work:
     @cached_property
     def rows(self) -> list[list[int]]:
         """Tokens of each text; labels play no part in speed and are drawn."""
+        from ..data.columns import strings
         from ..data.sources import read
         from ..pretrained import load_tokenizer
 
@@ -61,7 +62,7 @@ class Work:
 
             texts = corpus().column("text").to_pylist()
         else:
-            texts = read(self.source).column(self.text).to_pylist()
+            texts = strings(read(self.source), self.text, "--text")
         texts = [texts[i] for i in np_rng(self.seed, "bench texts").permutation(len(texts))[:4000]]
         found: list[list[int]] = load_tokenizer(self.model)(texts, truncation=True, max_length=self.max_length)[
             "input_ids"

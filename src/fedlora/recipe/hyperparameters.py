@@ -106,6 +106,15 @@ def _construct(cls: type[Method], given: Mapping[str, Any], train: Train | None)
             if isinstance(value, Mapping) and typing.get_origin(types[field]) is tuple:
                 value = [list(pair) for pair in value.items()]  # a frozen method holds a map as pairs
             values[field], wrong = of_value(path, types[field], value, default(cls, field))
+            if wrong and _is_map(types[field]):
+                wrong = [
+                    Problem(
+                        path,
+                        given[field],
+                        "a map of names to numbers",
+                        f"write {field}: {{name: 4}}, a space after the colon",
+                    )
+                ]
             if wrong:
                 del values[field]
                 problems += wrong
@@ -133,6 +142,12 @@ def _construct(cls: type[Method], given: Mapping[str, Any], train: Train | None)
     except (ValueError, TypeError) as e:
         return None, [*problems, Problem("method", dict(given), f"what {cls.title} takes", str(e))]
     return (None if problems else method), problems
+
+
+def _is_map(hint: Any) -> bool:
+    """Whether a hyperparameter is a tuple of pairs, which recipes write as a map."""
+    inner = typing.get_args(hint)
+    return typing.get_origin(hint) is tuple and typing.get_origin(inner[0]) is tuple
 
 
 def _renamed(p: Problem) -> Problem:
