@@ -87,8 +87,13 @@ def method_of(r: Recipe) -> Method:
     return r.method_object()
 
 
-def federation(r: Recipe, output: str | Path | None = None) -> Federation:
-    """Everything a recipe describes, ready to run. Raises ConfigError with all problems found."""
+def federation(
+    r: Recipe, output: str | Path | None = None, source: Callable[[Recipe, Any], FederatedData] = data_of
+) -> Federation:
+    """Everything a recipe describes, ready to run. Raises ConfigError with all problems found.
+
+    source: gives the data, from the recipe and a tokenizer.
+    """
     problems: list[Problem] = []
 
     def attempt(field: str, make: Callable[[], T]) -> T | None:
@@ -108,7 +113,7 @@ def federation(r: Recipe, output: str | Path | None = None) -> Federation:
         attempt("run.tensorboard", tensorboard.check)
     attention = attempt("model.attention", lambda: attention_of(r, method)) if method else None
     tokenizer = attempt("model", lambda: tokenizer_of(r))
-    data = attempt("data", lambda: data_of(r, tokenizer)) if tokenizer is not None else None
+    data = attempt("data", lambda: source(r, tokenizer)) if tokenizer is not None else None
     classes = len(data.label_names) if data is not None and data.label_names else 2
     loaded = None
     if not any(p.field.startswith("model") for p in problems):
@@ -131,7 +136,12 @@ def federation(r: Recipe, output: str | Path | None = None) -> Federation:
         plan=Plan(r.train.steps, r.train.epochs, r.train.batch_size),
         schedule=Schedule(r.train.schedule, r.train.warmup),
         sampling=Sampling(
-            r.federation.rounds, r.federation.clients_per_round, r.federation.cohort, r.federation.min_clients
+            r.federation.rounds,
+            r.federation.clients_per_round,
+            r.federation.cohort,
+            r.federation.min_clients,
+            r.federation.precision,
+            r.federation.norm_bound,
         ),
         evaluation=Evaluation(
             r.evaluation.every,
@@ -150,7 +160,8 @@ def federation(r: Recipe, output: str | Path | None = None) -> Federation:
         recipe=r.resolved(),
         recipe_hash=r.hash,
     )
-    attempt("federation.clients_per_round", lambda: fed.sampling.size(fed.training))
+    if fed.training:
+        attempt("federation.clients_per_round", lambda: fed.sampling.size(fed.training))
     attempt("method", lambda: method.init(fed.scene))
     if problems:
         raise ConfigError(problems)

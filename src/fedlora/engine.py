@@ -5,7 +5,7 @@ Equal to training them one at a time, dropout included; blocks only make it fast
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -110,6 +110,7 @@ class RoundLog:
     down: wire.Traffic = field(default_factory=wire.Traffic)
     examples: int = 0
     tokens: int = 0
+    cohort: Sequence[str] | None = None  # who was asked, where that is not who was to be asked
 
 
 @dataclass
@@ -129,7 +130,15 @@ class Engine:
     block: int = 8
     min_clients: int = 1
     norm_bound: float | None = None
+    precision: wire.Precision = "fp32"
     on_block: Callable[[int], None] = lambda n: None
+    received: Callable[[Client], Params] | None = None  # at a site: what the server has sent
+
+    def down(self, server: Server, client: Client) -> Params:
+        """What this client receives, as it arrives."""
+        if self.received is not None:
+            return self.received(client)
+        return wire.unpack(wire.pack(self.method.broadcast(self.scene, server, client), self.precision))
 
     def kept(self, client: Client, round: int) -> Params:
         """A client's personal leaves as of its last accepted upload before `round`."""
@@ -154,41 +163,63 @@ class Engine:
 
     def _uploads(self, server: Server, order: Order, cohort: Sequence[Client], log: RoundLog) -> Iterator[Upload]:
         accepted = 0
+
+        def down(c: Client) -> Params:
+            message = wire.pack(self.method.broadcast(self.scene, server, c), self.precision)
+            log.down += wire.measure(message, wire.size(message, {"round": order.round, "rounds": order.rounds}))
+            return wire.unpack(message)
+
+        for c, r, tokens in self.train(order, cohort, down):
+            log.losses[c.id] = r.metrics.get("loss", float("nan"))
+            log.tokens += tokens
+            message = wire.pack(r.upload, self.precision)
+            log.up += wire.measure(message, wire.size(message, {"round": order.round, "examples": c.examples}))
+            upload = wire.unpack(message)
+            try:
+                wire.validate(upload, wire.expect(upload), norm_bound=self.norm_bound)
+            except UploadError as e:
+                log.refused[c.id] = str(e)
+                continue
+            self.save(c.id, order.round, r.kept)
+            accepted += 1
+            log.examples += c.examples
+            yield Upload(c, upload, r.metrics)
+        enough(order.round, accepted, len(cohort), self.min_clients, log.refused)
+
+    def train(
+        self, order: Order, cohort: Sequence[Client], down: Callable[[Client], Params]
+    ) -> Iterator[tuple[Client, Trained, int]]:
+        """Every client's local work of a round, and its tokens; a block at a time."""
         for clients, work in blocks(cohort, self.block, lambda c: self.batches(c, order, self.method.draws)):
-            down = [self.method.broadcast(self.scene, server, c) for c in clients]
-            header = {"round": order.round, "rounds": order.rounds}
-            log.down = sum((wire.measure(p, wire.size(p, header)) for p in down), log.down)
+            received = [down(c) for c in clients]
             kept = [self.kept(c, order.round) for c in clients]
-            results = train_block(self.method, self.scene, self.loss, order, down, kept, work, self.pace)
+            results = train_block(self.method, self.scene, self.loss, order, received, kept, work, self.pace)
             for c, r, batches in zip(clients, results, work, strict=True):
-                log.losses[c.id] = r.metrics.get("loss", float("nan"))
-                log.tokens += sum(int(b["attention_mask"].sum()) for b in batches if "attention_mask" in b)
-                reply = {"round": order.round, "examples": c.examples}
-                log.up += wire.measure(r.upload, wire.size(r.upload, reply))
-                try:
-                    wire.validate(r.upload, wire.expect(r.upload), norm_bound=self.norm_bound)
-                except UploadError as e:
-                    log.refused[c.id] = str(e)
-                    continue
-                self.save(c.id, order.round, r.kept)
-                accepted += 1
-                log.examples += c.examples
-                yield Upload(c, r.upload, r.metrics)
+                yield c, r, sum(int(b["attention_mask"].sum()) for b in batches if "attention_mask" in b)
             self.on_block(len(clients))
-        if accepted < self.min_clients:
-            why = "; ".join(f"{c}: {e}" for c, e in list(log.refused.items())[:3])
-            raise TrainingError(
-                f"round {order.round + 1}: {accepted} acceptable uploads of {len(cohort)}, expected at least "
-                f"{self.min_clients} (federation.min_clients). {why}; lower train.lr, set train.clip, or look at the data. "
-                "The round was dropped; earlier rounds are kept"
-            )
+
+
+def enough(round: int, accepted: int, asked: int, least: int, refused: Mapping[str, str]) -> None:
+    """Raise TrainingError where a round has too few acceptable uploads."""
+    if accepted < least:
+        why = "; ".join(f"{c}: {e}" for c, e in list(refused.items())[:3])
+        raise TrainingError(
+            f"round {round + 1}: {accepted} acceptable uploads of {asked}, expected at least "
+            f"{least} (federation.min_clients). {why}; lower train.lr, set train.clip, or look at the data. "
+            "The round was dropped; earlier rounds are kept"
+        )
+
+
+def in_order(cohort: Sequence[Client]) -> list[Client]:
+    """The order in which uploads are summed: large clients first. The last bits of a sum depend on it."""
+    return sorted(cohort, key=lambda c: -c.examples)  # stable: it does not depend on the block size
 
 
 def blocks(
     cohort: Sequence[Client], size: int, batches: Callable[[Client], Sequence[Batch]]
 ) -> Iterator[tuple[Sequence[Client], Sequence[Sequence[Batch]]]]:
     """Blocks of at most `size` clients; clients of like size together, so few wait."""
-    todo = sorted(cohort, key=lambda c: -c.examples)  # stable: the order of uploads does not depend on the block size
+    todo = in_order(cohort)
     for i in range(0, len(todo), size):
         clients = todo[i : i + size]
         yield clients, [batches(c) for c in clients]

@@ -5,10 +5,11 @@ fl.Federation(model=..., task=..., data=..., method=fl.FedSALoRA(rank=8), output
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,13 +24,15 @@ from .errors import ConfigError, Problem
 from .memory import auto_block
 from .method import Client, Method, Order, Scene, Server, Upload
 from .model import Adapted, Batch
+from .runtime import InProcess, Runtime
 from .seeds import np_rng
 from .store import Store
 from .tasks import Loss, Task
 from .tensorboard import TensorBoard
 from .tree import Params, count, select
-from .views import View, evaluate
+from .views import View
 from .watch import Several, Watch
+from .wire import Precision
 
 Analysis = Literal["effective-ranks", "asymmetry"]
 POOLED = "all clients"
@@ -39,26 +42,30 @@ EXACTNESS_COHORT = 32  # the exactness meter holds a cohort's uploads; above thi
 @dataclass(frozen=True)
 class Sampling:
     """Who takes part: clients_per_round a count, a fraction in (0, 1), or None for all; a new sample each round or one
-    fixed cohort."""
+    fixed cohort. precision: of the messages. norm_bound: an upload whose leaves have a larger norm is refused."""
 
     rounds: int = 10
     clients_per_round: float | None = None
     cohort: Literal["uniform", "fixed"] = "uniform"
     min_clients: int = 1
+    precision: Precision = "fp32"
+    norm_bound: float | None = None
 
-    def size(self, clients: int) -> int:
-        """Clients in a round."""
+    def size(self, clients: int, most: bool = False) -> int:
+        """Clients in a round. most: as many as there are where fewer than that are there; an error otherwise."""
         c = self.clients_per_round
         if c is None:
             return clients
         n = max(1, round(c * clients)) if isinstance(c, float) and 0 < c < 1 else int(c)
+        if most:
+            return min(n, clients)
         if not 1 <= n <= clients:
             raise ConfigError([Problem("federation.clients_per_round", c, f"1 to {clients} (the clients that train)")])
         return n
 
-    def members(self, clients: int, seed: int, round: int) -> list[int]:
-        """Client indices of `round`, ascending."""
-        n = self.size(clients)
+    def members(self, clients: int, seed: int, round: int, over: float | None = None) -> list[int]:
+        """Client indices of `round`, ascending. over: at a server, how many are asked for each one needed."""
+        n = self.size(clients) if over is None else min(clients, math.ceil(over * self.size(clients, most=True)))
         if n == clients:
             return list(range(clients))
         draw = np_rng(seed, "cohort", 0 if self.cohort == "fixed" else round)
@@ -102,17 +109,23 @@ class Federation:
     name: str = "run"
     recipe: Mapping[str, Any] = field(default_factory=dict)
     recipe_hash: str = ""
+    runtime: Callable[[Federation, Watch], Runtime] = InProcess
 
     def __post_init__(self) -> None:
         self.scene = Scene(self.model.groups, self.seed)
         self.loss = Loss(self.model, self.task, self.accumulation)
         self.store = Store(Path(self.output), keep=self.keep)
-        self.index = _Index(self.data.ids)
-        self.training = len(self.data.ids) - self.data.unseen
+        self.enrol(self.data)
         if not self.recipe_hash:
             self.recipe_hash = _hash_of(self)
 
     # clients ----------------------------------------------------------------------------------------------------
+    def enrol(self, data: FederatedData) -> None:
+        """Take `data` as the federation's: at a server they are known when the sites have said what they hold."""
+        self.data = data
+        self.index = _Index(data.ids)
+        self.training = len(data.ids) - data.unseen
+
     def client(self, k: int) -> Client:
         """What the server knows of client number k."""
         id = self.data.ids[k]
@@ -134,12 +147,14 @@ class Federation:
         return Engine(
             self.method, self.scene, self.loss, self.batches, lambda id, r: self.store.load_client(id, r),
             lambda id, r, p: self.store.save_client(id, r, p), self.schedule, self.block_size(), self.sampling.min_clients,
-            on_block=watch.clients_done,
+            self.sampling.norm_bound, self.sampling.precision, watch.clients_done,
         )  # fmt: skip
 
     def block_size(self) -> int:
         """Clients trained at once: as set, or what memory allows; 1 for models whose clients cannot share a forward."""
         rows = self.data.splits["train"].rows[:2]
+        if not len(rows):
+            return 1  # a server has none
         batch = batch_of(self.data, np.zeros(len(rows), np.int64), rows)
         together = self.model.probe({n: v[None].to(self.model.device) for n, v in batch.items()})
         if self.block != "auto":
@@ -163,44 +178,44 @@ class Federation:
             if self.tensorboard:
                 watch = Several(watch, TensorBoard(self.store.root / "tensorboard", done))
             watch.start(self.name, done, self.sampling.rounds)
-            engine = self.engine(watch)
+            runtime = self.runtime(self, watch)
             if loaded is None:
-                describe_run(self, engine.block)
+                describe_run(self, runtime.block)
                 server = self.method.init(self.scene)
-                self._commit(server, self.evaluate(engine, server, watch), watch)
+                self._commit(server, self.evaluate(runtime, server, watch), watch)
             else:
                 server = Server(*loaded)
             while server.round < self.sampling.rounds:
-                server = self._round(engine, self._advance(engine, server, watch), watch)
+                server = self._round(runtime, self._advance(runtime, server, watch), watch)
             result = summarise(self, server)
             self.store.write_json("summary.json", result)
             watch.end(result)
             return result
 
-    def evaluate(self, engine: Engine, server: Server, watch: Watch) -> list[dict[str, Any]]:
+    def evaluate(self, runtime: Runtime, server: Server, watch: Watch) -> list[dict[str, Any]]:
         """Lines of metrics for every view and split that has rows."""
         watch.evaluating(server.round)
-        return evaluate(self, engine, server)
+        return runtime.evaluate(server)
 
-    def _advance(self, engine: Engine, server: Server, watch: Watch) -> Server:
+    def _advance(self, runtime: Runtime, server: Server, watch: Watch) -> Server:
         """Let a method with stages change its parametrisation; what that does to the scores is recorded."""
         new = self.method.advance(self.scene, server)
         if new is server:
             return server
-        lines = [{**line, "stage": "handover"} for line in self.evaluate(engine, new, watch)]
+        lines = [{**line, "stage": "handover"} for line in self.evaluate(runtime, new, watch)]
         self._commit(new, [{"kind": "handover", "round": new.round, **new.notes.get("handover", {})}, *lines], watch)
         return new
 
-    def _round(self, engine: Engine, server: Server, watch: Watch) -> Server:
+    def _round(self, runtime: Runtime, server: Server, watch: Watch) -> Server:
         start = time.perf_counter()
-        cohort = self.cohort(server.round)
+        cohort = runtime.cohort(server.round)
         watch.round_start(server.round + 1, len(cohort))
         meter = _Meter(self.method, self.scene, self.evaluation.exactness and len(cohort) <= EXACTNESS_COHORT)
-        new, log = engine.round(server, self.sampling.rounds, cohort, meter.see)
+        new, log = runtime.round(server, self.sampling.rounds, cohort, meter.see)
         trained = time.perf_counter()
         lines = [self._train_line(new, cohort, log, meter.error(new))]
         if new.round % self.evaluation.every == 0 or new.round == self.sampling.rounds:
-            lines += self.evaluate(engine, new, watch)
+            lines += self.evaluate(runtime, new, watch)
         evaluated = time.perf_counter()
         self._commit(new, lines, watch)
         facts = {
@@ -221,7 +236,7 @@ class Federation:
             "kind": "train",
             "round": new.round,
             "loss": float(np.mean(good)) if good else float("nan"),
-            "clients": [c.id for c in cohort],
+            "clients": list(log.cohort or [c.id for c in cohort]),
             "losses": log.losses,
             "examples": log.examples,
             "refused": log.refused,

@@ -25,6 +25,7 @@ from .errors import StateError, UploadError
 from .tree import Params
 
 KEPT_SERVERS = 2  # the newest, and the one before in case the newest is damaged on disk
+SERVED = "served.deltas"
 DIGEST = 32  # bytes at the end of a state file
 
 
@@ -110,13 +111,36 @@ class Store:
             raise StateError(f"{path}: holds the state of client {header.get('client')!r}, not of {id!r}; restore it")
         return params
 
-    # server -----------------------------------------------------------------------------------------------------
-    def save_server(self, round: int, params: Params, notes: Mapping[str, Any], metrics_bytes: int) -> None:
-        """Commit a round: from here on it counts."""
+    def save_served(self, id: str, params: Params) -> None:
+        """At a site: the model-ready deltas that a client serves when a run is done."""
+        with self._writing(self.root):
+            self.client_folder(id).mkdir(parents=True, exist_ok=True)
+        self._write(self.client_folder(id) / SERVED, _sealed(params, {"client": id}))
+
+    def load_served(self, id: str) -> Params | None:
+        """What save_served wrote, None if it did not."""
+        path = self.client_folder(id) / SERVED
+        return _opened(path)[0] if path.exists() else None
+
+    def forget(self, id: str, accepted: int | None) -> None:
+        """Remove what a site no longer needs of a client: all before its last accepted round but the newest of them, which
+        a server with a damaged state goes back to."""
+        folder = self.client_folder(id)
+        old = sorted(n for n in _names(folder) if n.endswith(".safetensors") and int(n.split(".")[0]) < (accepted or 0))
+        for name in old[:-1]:
+            (folder / name).unlink(missing_ok=True)
+
+    def sync(self) -> None:
+        """Have client states on the disk itself, not only in the system's memory."""
         for path in self._unsynced:
             with self._writing(path):
                 _sync(path)
         self._unsynced.clear()
+
+    # server -----------------------------------------------------------------------------------------------------
+    def save_server(self, round: int, params: Params, notes: Mapping[str, Any], metrics_bytes: int) -> None:
+        """Commit a round: from here on it counts."""
+        self.sync()
         folder = self.root / "server"
         with self._writing(folder):
             folder.mkdir(exist_ok=True)

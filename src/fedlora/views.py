@@ -29,13 +29,13 @@ def served(f: Federation, engine: Engine, server: Server, clients: Sequence[int]
     """Model-ready deltas of each client: its personal model, or the shared part with fresh personal leaves."""
     method, fresh = f.method, view == "global"
     if alike(f) and (fresh or not method.tune):
-        down = method.broadcast(f.scene, server, f.client(clients[0]))
+        down = engine.down(server, f.client(clients[0]))
         one = unstack(method.personal(f.scene, stack([down]), {}), 1)[0]
         return [one] * len(clients)
     out: list[Params] = []
     for i in range(0, len(clients), engine.block):
         part = [f.client(k) for k in clients[i : i + engine.block]]
-        down_each = [method.broadcast(f.scene, server, c) for c in part]
+        down_each = [engine.down(server, c) for c in part]
         kept = [method.keep(f.scene, c) if fresh else engine.kept(c, server.round) for c in part]
         if method.tune and not fresh:
             order, tuner = Order(server.round, max(f.sampling.rounds, server.round + 1)), method.tuner

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,8 @@ from .errors import UploadError
 from .tree import Key, Params, rank, rank_axis
 
 HEADER = "fedlora"  # the one metadata entry of a message
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+SCALE = "~scale"  # ends the part of a leaf that holds another's scales
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,43 @@ def decode(message: bytes) -> tuple[Params, dict[str, Any]]:
             f"message of {len(message)} bytes cannot be read ({e}), expected leaves written by fedlora; "
             "it was cut off, altered or sent by something else"
         ) from e
+
+
+def pack(params: Params, precision: Precision = "fp32") -> Params:
+    """Leaves as they travel. int8: each row of a float32 leaf (its last axis) becomes whole numbers from -127 to 127, rounded
+    to nearest, times a float32 scale, the row's largest magnitude / 127. Other dtypes (ranks) pass through.
+    """
+    if precision == "fp32":
+        return params
+    out: Params = {}
+    for k, v in params.items():
+        if v.dtype != torch.float32 or not v.ndim:
+            out[k] = v
+        elif precision == "int8":
+            scale = v.abs().amax(-1, keepdim=True) / 127
+            out[k] = (v / scale.masked_fill(scale == 0, 1.0)).nan_to_num().round().to(torch.int8)
+            out[k._replace(part=k.part + SCALE)] = (
+                scale  # of a row that is not finite neither is this: it stays refused
+            )
+        else:
+            out[k] = v.to(torch.float16 if precision == "fp16" else torch.bfloat16)
+    return out
+
+
+def unpack(params: Params) -> Params:
+    """Inverse of `pack`, up to its rounding: every real leaf as float32. Raises UploadError where leaf and scale do not fit."""
+    out: Params = {}
+    for k, v in params.items():
+        if k.part.endswith(SCALE):
+            continue
+        scale = params.get(k._replace(part=k.part + SCALE))
+        if scale is not None:
+            if v.dtype != torch.int8 or list(scale.shape) != [*v.shape[:-1], 1]:
+                raise UploadError(f"leaf {k} is {list(v.shape)} {v.dtype}, its scales {list(scale.shape)} do not fit")
+            out[k] = v.float() * scale.float()
+        else:
+            out[k] = v.float() if v.dtype in (torch.float16, torch.bfloat16) else v
+    return out
 
 
 def size(params: Params, header: Mapping[str, Any] | None = None) -> int:
@@ -119,8 +158,18 @@ def validate(params: Params, spec: Spec, norm_bound: float | None = None, ranks_
                 bad = int((~torch.isfinite(v)).sum())
                 raise UploadError(f"leaf {k} has {bad} non-finite values of {v.numel()}, expected finite numbers")
             total += squared
+    _one_rank(params)
     if norm_bound is not None and total**0.5 > norm_bound:
         raise UploadError(f"norm {total**0.5:.3g} exceeds the bound {norm_bound:.3g}")
+
+
+def _one_rank(params: Params) -> None:
+    """Halves of one adapter have one rank, and it is the one they state."""
+    at: dict[tuple[str, str], int] = {}
+    for k, v in params.items():
+        r = int(v) if k.part == "rank" and v.numel() == 1 else rank(k, v) if rank_axis(k) is not None else None
+        if r is not None and at.setdefault((k.adapter, k.site), r) != r:
+            raise UploadError(f"leaf {k} has rank {r}, another leaf of its site {at[k.adapter, k.site]}")
 
 
 _DTYPES = {

@@ -10,7 +10,7 @@ def main(argv: list[str] | None = None) -> int:
     import click
 
     from ..errors import FedloraError
-    from .app import app
+    from .sites import app  # the whole of it: sites.py adds to app.py
 
     code: object = 0
     try:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
     from ..watch import Watch
 
+DEPLOYMENT = "deployment.json"  # in the run folder of a server whose clients are at sites
 out = Console()
 err = Console(stderr=True)
 
@@ -78,9 +79,10 @@ class Interrupted(FedloraError):
 
     exit_code = 130
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, then: str = ""):
         super().__init__(
-            f"interrupted: the round at hand was dropped, earlier rounds are kept; go on with\n  fedlora resume {folder}"
+            "interrupted: the round at hand was dropped, earlier rounds are kept; go on with\n"
+            f"  {then or f'fedlora resume {folder}'}"
         )
 
 
@@ -117,6 +119,10 @@ def run(recipe: Path, sets: Sequence[str], output: Path | None, quiet: bool, jso
 
 def resume(folder: Path, quiet: bool, json: bool) -> None:
     recipe = recipe_of(folder)
+    if (folder / DEPLOYMENT).exists():
+        raise StateError(
+            f"{folder}: a run over sites; start fedlora server again with --output {folder}, its clients come back"
+        )
     _execute(recipe, folder, quiet, json)
     if not json:
         tables.result(out, folder)
@@ -140,6 +146,10 @@ def recipe_of(folder: Path) -> Recipe:
 def opened(folder: Path) -> tuple[Recipe, Federation]:
     """A finished or interrupted run, ready to serve."""
     recipe = recipe_of(folder)
+    if (folder / DEPLOYMENT).exists():
+        from ..deploy.coordinator import reopened
+
+        return recipe, reopened(recipe, folder)
     return recipe, _build(recipe, folder, err)
 
 

@@ -34,6 +34,33 @@ def number(x: Any, digits: int = 3) -> str:
     return "-" if x is None or x != x else f"{x:.{digits}f}"
 
 
+COLOURS = {
+    "done": "green",
+    "late": "yellow",
+    "refused": "red",
+    "failed": "red",
+    "training": "cyan",
+    "evaluating": "cyan",
+}
+
+
+def status(s: Mapping[str, Any]) -> Table:
+    """Where a server's run stands."""
+    metric = "" if not s["metric"] else f", {s['metric'][0]} {number(s['metric'][1])}"
+    moved = f"{size(s['bytes']['up'])} up, {size(s['bytes']['down'])} down"
+    head = f"{s['run']}: {s['state']}, round {s['done']} of {s['rounds']} done{metric}, {moved}, {s['age']:.0f} s ago"
+    table = _table(head, "client", "site", "state")
+    where = {c: n for n, held in s["sites"].items() for c in held}
+    for c in sorted(where):
+        state = s["clients"].get(c, "idle")
+        table.add_row(Text(c), where[c], Text(state, style=COLOURS.get(state, "")))
+    for node, reason in s["failed"].items():
+        table.add_row(Text("-"), node, Text(reason, style="red"))
+    if s["state"] == "waiting":
+        table.caption = f"waiting for clients: {s['have']} of {s['need']} are here"
+    return table
+
+
 def result(out: Console, folder: Path) -> None:
     """The summary of one run."""
     s = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

@@ -56,6 +56,9 @@ def assemble(
     fed = _divided(
         loaded.examples, loaded.groups, loaded.names, loaded.column, loaded.origin, {**partition, "kind": kind}, seed
     )
+    site = data.get("site")
+    if site is not None:
+        fed = replace(fed, ids=[site] if kind != NATURAL and len(fed.ids) == 1 else [f"{site}/{c}" for c in fed.ids])
     return replace(fed, truncated=loaded.truncated)
 
 

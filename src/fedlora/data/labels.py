@@ -40,8 +40,9 @@ def classes(
     unknown = np.flatnonzero(translated < 0)
     if len(unknown):
         label = names[ids[unknown[0]]]
-        raise DataError(f"{field}: label {label!r} (row {unknown[0] + 1}, {len(unknown)} rows in all) occurs only here and not in the training "
-                        f"data, expected one of its {len(known)} labels; {near(label, known)} or remove those rows")  # fmt: skip
+        whose = "is not in data.classes" if field == "data.label" else "occurs only here and not in the training data"
+        raise DataError(f"{field}: label {label!r} (row {unknown[0] + 1}, {len(unknown)} rows in all) {whose}, "
+                        f"expected one of its {len(known)} labels; {near(label, known)} or remove those rows")  # fmt: skip
     return translated, tuple(known)
 
 

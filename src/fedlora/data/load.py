@@ -96,7 +96,7 @@ def _targets(tables: Mapping[int, pa.Table], data: Mapping[str, Any], task: str)
         return [reals(t, label) for t in tables.values()], None, ()  # type: ignore[arg-type]
     if label is None:
         return None, None, ()
-    first, names = classes(tables[0], label)
+    first, names = classes(tables[0], label, data.get("classes"))
     ids = [first] + [classes(t, label, names, f"data.{_FIELD[o]}")[0] for o, t in tables.items() if o]
     if task == "classification" and len(names) < 2:
         raise DataError(f"data.label: column {label!r} holds only {names[0]!r}, expected two or more classes")

@@ -18,14 +18,18 @@ from .hyperparameters import MethodSection
 from .overrides import apply
 from .problems import UNTYPED, dumps, of_fields
 from .rules import Partial, broken
-from .sections import SECTIONS, Data, Evaluation, Federation, Model, Partition, Run, Section, Train
+from .sections import SECTIONS, Data, Deployment, Evaluation, Federation, Model, Partition, Run, Section, Train
 
 if TYPE_CHECKING:
     from ..method import Method
 
-ORDER = ("name", "model", "data", "partition", "method", "train", "federation", "evaluation", "run")
+ORDER = ("name", "model", "data", "partition", "method", "train", "federation", "evaluation", "deployment", "run")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 SHOWN = ("target", "bandwidth")  # fields of the section evaluation that only reports use
+LATER = {
+    "data": ("classes", "site"),
+    "federation": ("precision", "norm_bound"),
+}  # not hashed at their defaults: they came after 0.1
 RESULT = ("seed",)  # the fields of the section run that change the result; the others are not hashed
 
 
@@ -45,6 +49,7 @@ class Recipe(BaseModel):
     train: Train = Train()
     federation: Federation = Federation()
     evaluation: Evaluation = Evaluation()
+    deployment: Deployment = Deployment()
     run: Run = Run()
     _method: Any = PrivateAttr()
 
@@ -101,8 +106,11 @@ class Recipe(BaseModel):
 
     @property
     def hash(self) -> str:
-        """12 hex digits of what decides the result: all but the name and how it is run (folder, threads, block)."""
-        decisive = {k: v for k, v in self.resolved().items() if k != "name"}
+        """12 hex digits of what decides the result: all but the name and how it is run (folder, threads, block, sites)."""
+        decisive = {k: v for k, v in self.resolved().items() if k not in ("name", "deployment")}
+        for name, fields in LATER.items():
+            usual = defaults(SECTIONS[name])
+            decisive[name] = {k: v for k, v in decisive[name].items() if k not in fields or v != usual[k]}
         decisive["run"] = {k: decisive["run"][k] for k in RESULT}
         decisive["evaluation"] = {k: v for k, v in decisive["evaluation"].items() if k not in SHOWN}
         text = json.dumps(decisive, sort_keys=True, separators=(",", ":"))

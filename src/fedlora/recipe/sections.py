@@ -57,6 +57,8 @@ class Data(Section):
     text: Text | tuple[Text, Text] | None = None
     """Column of the text, or the two columns of a pair."""
     label: Text | None = None
+    classes: Annotated[tuple[Text, ...], Field(min_length=2)] | None = None
+    """Names of the classes in their order; null takes those that the data hold. Sites of a deployment cannot know each other's."""
     prompt: Text | None = None
     """Column that a causal language model reads without loss, before `completion`."""
     completion: Text | None = None
@@ -67,6 +69,8 @@ class Data(Section):
     validation: Text | None = None
     client: Text | None = None
     """Column that names the client of each row, or "file": one client per file."""
+    site: Text | None = None
+    """Name of the site that holds these data (fedlora client sets it): its one client, or the first part of its clients' names."""
     max_length: Count = 64
     """Tokens; longer texts are cut."""
     limit: Count | None = None
@@ -138,6 +142,10 @@ class Federation(Section):
     """A new uniform sample each round, or one sample for the whole run."""
     min_clients: Count = 1
     """Accepted uploads a round needs."""
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    """Of the messages; int8 has one scale per row."""
+    norm_bound: Positive | None = None
+    """An upload whose leaves together have a larger norm is refused."""
 
 
 class Evaluation(Section):
@@ -162,6 +170,21 @@ class Evaluation(Section):
     """Megabits a second of a client, down and up, for simulated seconds."""
 
 
+class Deployment(Section):
+    """Real sites (fedlora server): whom a round waits for, and how long."""
+
+    clients: Count | None = None
+    """Clients to wait for before the first round; null takes federation.min_clients."""
+    deadline: Positive = 3600.0
+    """Seconds a round waits for replies; later ones are refused."""
+    over_selection: Annotated[float, Field(ge=1)] = 1.0
+    """Clients asked for each one needed: the first to reply count, the others are late."""
+    attempts: Count = 3
+    """Times a round is tried before the run stops, to be resumed."""
+    histograms: bool = False
+    """Ask clients for their class histograms; those that do not consent send none."""
+
+
 class Run(Section):
     """How it is run; only the seed changes the result."""
 
@@ -184,5 +207,6 @@ SECTIONS: dict[str, type[Section]] = {
     "train": Train,
     "federation": Federation,
     "evaluation": Evaluation,
+    "deployment": Deployment,
     "run": Run,
 }  # in the order of the file; "method" comes after "partition"

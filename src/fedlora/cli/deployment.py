@@ -1,0 +1,215 @@
+"""What the commands for real sites do."""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..errors import ConfigError, FedloraError, Problem, StateError
+from . import tables
+from .actions import Interrupted, _report, _watch, err, out
+
+
+@contextlib.contextmanager
+def _flower() -> Iterator[None]:
+    """Say what is missing where Flower is."""
+    try:
+        yield
+    except ModuleNotFoundError as e:
+        if e.name not in ("flwr", "cryptography", "uvicorn", "httpx"):
+            raise
+        raise FedloraError(
+            f"real sites need Flower, and {e.name} is not installed: pip install 'fedlora[flower]'"
+        ) from e
+
+
+def _say(quiet: bool) -> Callable[[str], None]:
+    def say(text: str) -> None:
+        if not quiet:
+            err.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    return say
+
+
+def _one(recipe: Path, sets: Sequence[str]) -> Any:
+    from ..recipe import expand
+
+    found = expand(recipe, list(sets))
+    if len(found) > 1:
+        raise ConfigError([Problem("sweep", f"{len(found)} runs", "one run at a time", "remove the sweep")])
+    return found[0]
+
+
+def server(
+    recipe: Path, sets: Sequence[str], output: Path | None, listen: str, tls_cert: Path | None, tls_key: Path | None,
+    clients_keys: Path | None, insecure: bool, quiet: bool, json: bool,
+) -> None:  # fmt: skip
+    from ..deploy.coordinator import check
+    from ..metrics import primary
+
+    with _flower():
+        from ..flower import server as flower
+    r = _one(recipe, sets)
+    problems: list[Problem] = []
+    host, port, tls, known = "", 0, None, None
+    try:
+        check(r)
+    except ConfigError as e:
+        problems += e.problems
+    try:
+        host, port = flower.address(listen)
+    except ConfigError as e:
+        problems += e.problems
+    try:
+        tls, known = flower.security(tls_cert, tls_key, clients_keys, insecure)
+    except ConfigError as e:
+        problems += e.problems
+    if problems:
+        raise ConfigError(problems)
+    if insecure:
+        err.print(
+            "[yellow]--insecure: everybody who reaches this port can take part, and read along[/]", soft_wrap=True
+        )
+    say = _say(quiet or json)
+
+    def ready(port: int) -> None:
+        say(f"serving {r.name} on {host}:{port}")
+
+    folder = output or r.output_folder()
+    _finish(
+        folder,
+        r,
+        quiet,
+        json,
+        lambda watch: flower.run(r, folder, host, port, tls, known, watch, say, ready),
+        primary(r.model.task),
+    )
+
+
+def try_out(
+    recipe: Path, clients: int | None, sets: Sequence[str], output: Path | None, quiet: bool, json: bool
+) -> None:
+    from ..deploy.coordinator import check
+    from ..metrics import primary
+
+    with _flower():
+        from ..flower import trial
+    r = _one(recipe, sets)
+    with err.status("partitioning the data"):
+        r = trial.prepared(r, clients)
+    check(r)
+    folder = output or r.output_folder()
+    _finish(
+        folder,
+        r,
+        quiet,
+        json,
+        lambda watch: trial.try_out(r, folder, watch, _say(quiet or json)),
+        primary(r.model.task),
+    )
+
+
+def _finish(folder: Path, recipe: Any, quiet: bool, json: bool, run: Callable[[Any], Any], metric: str) -> None:
+    """Run under a progress display, then the result and the report, as for a simulation."""
+    try:
+        with _watch(metric, quiet, json) as watch:
+            run(watch)
+    except KeyboardInterrupt:
+        raise Interrupted(folder, "start the same command again") from None
+    _report(folder, quiet or json)
+    if not json:
+        tables.result(out, folder)
+
+
+def client(
+    id: str, server: str, data: Sequence[str], ca: Path | None, key: Path | None, insecure: bool,
+    columns: Mapping[str, Any], clients: str | None, state: Path, model: str | None, device: str, block: int | None,
+    threads: int | None, share_histogram: bool,
+) -> None:  # fmt: skip
+    with _flower():
+        from ..flower import client as flower
+        from ..flower.keys import check_id, private_key
+    from ..deploy.site import Holding, Site
+
+    check_id(id)
+    problems = []
+    if insecure and (ca or key):
+        problems.append(Problem("--insecure", "beside --ca or --key", "alone", "drop it, or drop those"))
+    if not insecure and key is None:
+        problems.append(Problem("--key", None, "this site's private key", "or --insecure for a trial on one machine"))
+    if ca is not None and not ca.is_file():
+        problems.append(Problem("--ca", str(ca), "a PEM file that exists"))
+    problems += [
+        Problem("--data", d, "a file that exists") for d in data if "*" not in d and not Path(d).expanduser().exists()
+    ]
+    if ":" not in server:
+        problems.append(Problem("--server", server, "host:port", "for example fl.example.org:8443"))
+    if problems:
+        raise ConfigError(problems)
+    said = {k: v for k, v in columns.items() if v}
+    if "text" in said:
+        said["text"] = said["text"][0] if len(said["text"]) == 1 else list(said["text"])
+    holding = Holding(id, data[0] if len(data) == 1 else list(data), said, clients, model, device, block, threads)
+    keys = None if key is None else private_key(key)
+    state.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(state / ".lock", timeout=0)
+    say = _say(False)
+    try:
+        with lock:
+            site = Site(holding.federation, state, share_histogram, say)
+            flower.serve(flower.Uplink(server, ca, keys, insecure), site, say)
+    except Timeout:
+        raise StateError(f"--state {state}: another client uses it; give each client a folder of its own") from None
+    except KeyboardInterrupt:
+        say("stopped; what the server has accepted is kept here")
+
+
+def keys(ids: Sequence[str], output: Path, hosts: Sequence[str]) -> None:
+    with _flower():
+        from ..flower.keys import make
+    for path in make(output, hosts, ids):
+        out.print(str(path), soft_wrap=True, highlight=False, markup=False)
+
+
+def status(folder: Path, watch: bool, json: bool) -> None:
+    if json:
+        sys.stdout.write(json_.dumps(_status(folder)) + "\n")
+        return
+    if not watch:
+        out.print(tables.status(_status(folder)))
+        return
+    from rich.live import Live
+
+    with Live(tables.status(_status(folder)), console=out, auto_refresh=False) as live:
+        while True:
+            found = _status(folder)
+            live.update(tables.status(found), refresh=True)
+            if found["state"] == "done":
+                return
+            time.sleep(1.0)
+
+
+def _status(folder: Path) -> dict[str, Any]:
+    """status.json with what the run's records add. Raises StateError."""
+    path = folder / "status.json"
+    try:
+        found: dict[str, Any] = json_.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StateError(f"{folder}: no status.json: give the run folder of a fedlora server") from None
+    except ValueError as e:
+        raise StateError(f"{path}: cannot be read ({e})") from e
+    records = folder / "metrics.jsonl"
+    lines = [json_.loads(x) for x in records.read_text(encoding="utf-8").splitlines()] if records.exists() else []
+    sent = {d: sum(sum(x["bytes"][d].values()) for x in lines if x["kind"] == "train") for d in ("up", "down")}
+    return found | {
+        "bytes": sent,
+        "done": max((x["round"] for x in lines), default=0),
+        "age": time.time() - found["updated"],
+    }

@@ -1,0 +1,126 @@
+"""Commands for real sites: server, client, status, and the group federation; what they do is in deployment.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import Json, Output, Quiet, Recipe, Sets, app
+
+__all__ = ["app"]
+
+federation = typer.Typer(help="Keys and trials of a federation of real sites.", no_args_is_help=True)
+app.add_typer(federation, name="federation")
+
+Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS and no keys. For trials on one machine.")]
+
+
+@app.command()
+def server(
+    recipe: Recipe,
+    listen: Annotated[str, typer.Option(help="Address and port for clients.")] = "0.0.0.0:8443",
+    tls_cert: Annotated[Path | None, typer.Option(help="The server's certificate, PEM.", show_default=False)] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.", show_default=False)] = None,
+    clients_keys: Annotated[
+        Path | None, typer.Option(help="Folder of <id>.pub: who may connect.", show_default=False)
+    ] = None,
+    insecure: Insecure = False,
+    sets: Sets = None,
+    output: Output = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Serve a recipe to clients at their sites, to its end. Started again with the same output, it goes on."""
+    from . import deployment
+
+    deployment.server(recipe, sets or [], output, listen, tls_cert, tls_key, clients_keys, insecure, quiet, json)
+
+
+@app.command()
+def client(
+    id: Annotated[str, typer.Option("--id", help="This site, as the server knows its key.", show_default=False)],
+    server: Annotated[str, typer.Option(help="host:port of the server.", show_default=False)],
+    data: Annotated[list[str], typer.Option(help="File of rows; repeat for more.", show_default=False)],
+    ca: Annotated[
+        Path | None,
+        typer.Option(help="Authority of the server's certificate, PEM; else the system's.", show_default=False),
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="This site's private key.", show_default=False)] = None,
+    insecure: Insecure = False,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of the text, if not the recipe's; twice for pairs.", show_default=False),
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the label.", show_default=False)] = None,
+    template: Annotated[str | None, typer.Option(help="Text made of columns.", show_default=False)] = None,
+    prompt: Annotated[str | None, typer.Option(help="Column of the prompt.", show_default=False)] = None,
+    completion: Annotated[str | None, typer.Option(help="Column of the completion.", show_default=False)] = None,
+    clients: Annotated[
+        str | None,
+        typer.Option(help="Column that names a client for each row: many clients at one site.", show_default=False),
+    ] = None,
+    state: Annotated[Path, typer.Option(help="Folder for personal adapters.")] = Path("fedlora-state"),
+    model: Annotated[
+        str | None, typer.Option(help="Load the base from here instead of by the recipe's name.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option()] = "auto",
+    block: Annotated[int | None, typer.Option(min=1, help="Clients trained at once.", show_default=False)] = None,
+    threads: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
+    share_histogram: Annotated[
+        bool,
+        typer.Option("--share-histogram", help="Tell the server how many rows of each class there are, if it asks."),
+    ] = False,
+) -> None:
+    """Train at this site for a server. Data and personal adapters stay here."""
+    from . import deployment
+
+    columns = {"text": text, "label": label, "template": template, "prompt": prompt, "completion": completion}
+    deployment.client(
+        id, server, data, ca, key, insecure, columns, clients, state, model, device, block, threads, share_histogram
+    )
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="Run folder of a server.", show_default=False)],
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on showing it.")] = False,
+    json: Json = False,
+) -> None:
+    """Show where a server's run stands: round, clients, who is late, bytes, score."""
+    from . import deployment
+
+    deployment.status(folder, watch, json)
+
+
+@federation.command()
+def keys(
+    ids: Annotated[list[str], typer.Argument(help="Ids of the sites.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("keys"),
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="Names and addresses by which clients reach the server.", show_default=False),
+    ] = None,
+) -> None:
+    """Make an authority, the server's certificate, and a key pair for each site."""
+    from . import deployment
+
+    deployment.keys(ids, output, host or ["localhost", "127.0.0.1"])
+
+
+@federation.command(name="try")
+def try_(
+    recipe: Recipe,
+    clients: Annotated[
+        int | None, typer.Option(min=2, help="Clients, if the data do not say.", show_default=False)
+    ] = None,
+    sets: Sets = None,
+    output: Output = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """A whole federation of real processes with TLS on this machine, cleaned up afterwards."""
+    from . import deployment
+
+    deployment.try_out(recipe, clients, sets or [], output, quiet, json)

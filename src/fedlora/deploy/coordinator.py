@@ -1,0 +1,94 @@
+"""A recipe as the server of a deployment sees it: model and method, and no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import build, wire
+from ..data.examples import Arrays, Rows
+from ..data.federated import FederatedData
+from ..errors import ConfigError, Problem, StateError
+from ..federation import Federation
+from ..method import Client, Server
+from ..recipe import Recipe
+from .remote import Link, Remote, Terms
+from .site import SHOWN, recipe_facts
+
+SLACK = 2**20  # bytes of a request beside its leaves
+
+
+def check(recipe: Recipe) -> None:
+    """Raise ConfigError with everything in a recipe that sites cannot do."""
+    bad: list[Problem] = []
+    if recipe.model.task == "classification" and recipe.data.classes is None:
+        bad.append(
+            Problem(
+                "data.classes", None, "the names of the classes",
+                "list them: a site knows its own labels only, and does not tell others which it holds",
+            )
+        )  # fmt: skip
+    if recipe.method_object().pooled:
+        bad.append(
+            Problem("method.name", recipe.method.name, "a method whose data stay with their clients", "choose another")
+        )
+    if odd := [v for v in recipe.evaluation.views if v not in SHOWN]:
+        bad.append(
+            Problem("evaluation.views", odd, f"{' or '.join(SHOWN)}", "the others need data of several sites at once")
+        )
+    if recipe.evaluation.analyses:
+        bad.append(
+            Problem("evaluation.analyses", list(recipe.evaluation.analyses), "none", "they look into personal leaves")
+        )
+    if recipe.partition.permute_labels or recipe.partition.unseen:
+        bad.append(Problem("partition", "permute_labels or unseen", "neither", "sites are as they are"))
+    if bad:
+        raise ConfigError(bad)
+
+
+def coordinator(
+    recipe: Recipe, output: str | Path | None, link: Callable[[], Link], say: Callable[[str], None] = lambda text: None
+) -> Federation:
+    """The server's federation: its clients are those that come. link: opened when the run starts. Raises ConfigError."""
+    check(recipe)
+    nobody = {"train": Rows(np.zeros(1, np.int64), np.zeros(0, np.int64))}
+    names = tuple(recipe.data.classes or ())
+    empty = FederatedData(Arrays({"labels": np.zeros(0, np.int64)}), [], nobody, names)
+    d = recipe.deployment
+    terms = Terms(d.clients or recipe.federation.min_clients, d.deadline, d.over_selection, d.attempts)
+    fed = build.federation(recipe, output, lambda r, tokenizer: empty)
+    told = recipe_facts(recipe)
+
+    def runtime(fed: Federation, watch: Any) -> Remote:
+        return Remote(fed, watch, link(), terms, told, say)
+
+    fed.runtime = runtime
+    return fed
+
+
+def largest_message(fed: Federation) -> int:
+    """Bytes that no request of an honest site exceeds, with room for framing."""
+    server: Server = fed.method.init(fed.scene)
+    down = fed.method.broadcast(fed.scene, server, Client("probe", 1))
+    return 4 * wire.size(down) + SLACK
+
+
+def reopened(recipe: Recipe, folder: Path) -> Federation:
+    """A server's run from its folder, to serve or export its shared model."""
+
+    def no_link() -> Link:
+        raise StateError(f"{folder}: this run is not being served")
+
+    fed = coordinator(recipe, folder, no_link)
+    known = fed.store.read_json("partition.json")
+    splits = {
+        s: Rows(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), np.zeros(0, np.int64))
+        for s, sizes in known.get("sizes", {}).items()
+    }
+    if not splits:
+        raise StateError(f"{folder}: no client has joined this run yet")
+    fed.enrol(FederatedData(fed.data.examples, known["ids"], splits, fed.data.label_names))
+    return fed

@@ -1,0 +1,215 @@
+"""One site: its clients' data, their personal leaves on its own disk, and what it does when the server asks.
+
+A site is stateless between orders but for those leaves: every order carries the recipe, so a site that was killed goes on
+with the next one. Only the declared shared leaves, scores and row counts leave it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import build, wire
+from ..engine import Engine
+from ..errors import ConfigError, FedloraError, Problem, StateError, UploadError
+from ..federation import Federation
+from ..method import Client, Order, Server
+from ..recipe import Recipe
+from ..tree import Params
+from ..views import evaluate, served
+from ..watch import Watch
+from .packets import EVERYBODY, KINDS, PROTOCOL, Packet
+
+SHOWN = ("personal", "global")  # the views that need nobody else's data
+COLUMNS = ("text", "label", "template", "prompt", "completion")
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a site holds and grants; none of it comes from the server.
+
+    id: the site. data: a file, or several. columns: of the recipe's section data, where they are called otherwise here.
+    clients: a column that names the client of each row, or None for one client that is the site. model: a folder to load
+    the base from instead of the recipe's name. block: clients trained at once.
+    """
+
+    id: str
+    data: str | Sequence[str]
+    columns: Mapping[str, Any]
+    clients: str | None = None
+    model: str | None = None
+    device: str = "auto"
+    block: int | None = None
+    threads: int | None = None
+
+    def recipe(self, given: Mapping[str, Any]) -> Recipe:
+        """The server's recipe over this site's data. Raises ConfigError."""
+        raw = {k: dict(v) if isinstance(v, Mapping) else v for k, v in given.items()}
+        unknown = [
+            Problem(f"data.{k}", v, f"one of {', '.join(COLUMNS)}") for k, v in self.columns.items() if k not in COLUMNS
+        ]
+        if unknown:
+            raise ConfigError(unknown)
+        elsewhere = {
+            "client": self.clients,
+            "site": self.id,
+            "test": None,
+            "validation": None,
+            "split": None,
+            "subset": None,
+            "limit": None,
+        }
+        raw["data"] |= {"source": self.data, "format": "auto", **elsewhere, **self.columns}
+        shares = {k: raw["partition"][k] for k in ("validation", "test")}
+        raw["partition"] = {"kind": "column" if self.clients else "iid", "clients": 1, "column": self.clients, **shares}
+        raw["federation"] |= {"clients_per_round": None, "min_clients": 1}
+        views = [v for v in raw["evaluation"]["views"] if v in SHOWN]
+        raw["evaluation"] |= {"views": views or ["personal"], "analyses": []}
+        raw["model"] |= {"device": self.device, **({"name": self.model} if self.model else {})}
+        raw["run"] |= {"threads": self.threads, "block": self.block or "auto", "keep": "all", "tensorboard": False}
+        return Recipe.from_dict(raw)
+
+    def federation(self, recipe: Mapping[str, Any], folder: Path) -> Federation:
+        """The run's model and method over this site's data; personal leaves are kept in `folder`."""
+        return build.federation(self.recipe(recipe), folder)
+
+
+class Site:
+    """Answers packets. make: a run's federation over this site's data (`Holding.federation`). folder: where personal leaves
+    are kept, a subfolder for each run. histograms: consent to send class histograms."""
+
+    def __init__(
+        self, make: Callable[[Mapping[str, Any], Path], Federation], folder: str | Path, histograms: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ):  # fmt: skip
+        self.make, self.folder, self.histograms, self.say = make, Path(folder), histograms, say
+        self._run: str | None = None
+        self._fed: Federation | None = None
+
+    def answer(self, packet: Packet) -> Packet:
+        """The reply to an order. What goes wrong comes back as the reply's header field `error`, never as an exception."""
+        run, round = packet.header.get("run"), packet.header.get("round")
+        head = {"run": run, "round": round, "protocol": PROTOCOL}
+        try:
+            return self._answer(packet, head)
+        except FedloraError as e:
+            reason = str(e)
+        except MemoryError:
+            reason = "out of memory; give this site fewer clients at once (fedlora client --block), or more memory"
+        except OSError as e:
+            reason = f"{e.strerror or e} ({e.filename})" if e.filename else str(e)
+        self.say(f"failed: {reason}")
+        return Packet(packet.kind, head | {"error": reason})
+
+    def _answer(self, packet: Packet, head: dict[str, Any]) -> Packet:
+        h = packet.header
+        if packet.kind not in KINDS or h.get("protocol") != PROTOCOL:
+            raise UploadError(
+                f"order {packet.kind!r} of protocol {h.get('protocol')!r}, this site speaks {PROTOCOL}; "
+                "install the same version of fedlora on both sides"
+            )
+        fed = self.federation(str(h["run"]), h["recipe"])
+        if packet.kind == "join":
+            return Packet("join", head | {"clients": self._facts(fed, bool(h.get("histograms")))})
+        accepted: dict[str, int | None] = dict(h["clients"])
+        foreign = sorted(set(accepted) - set(fed.data.ids))
+        if foreign:
+            raise UploadError(
+                f"order names clients that are not here: {foreign[:3]}, expected {list(fed.data.ids)[:3]}"
+            )
+        down = {c: wire.unpack(wire.decode(packet.parts.get(c, packet.parts.get(EVERYBODY, b"")))[0]) for c in accepted}
+        work = self._train if packet.kind == "train" else self._evaluate
+        return work(fed, Order(h["round"], h["rounds"]), accepted, down, head)
+
+    def federation(self, run: str, recipe: Mapping[str, Any]) -> Federation:
+        """The run's model, method and this site's data, loaded once and kept for the next order."""
+        if self._fed is None or self._run != run:
+            self.say(f"run {run}: loading model and data")
+            fed = self.make(recipe, self.folder / _name(run))
+            fed.store.root.mkdir(parents=True, exist_ok=True)
+            fed.store.claim(fed.recipe_hash, dict(fed.recipe))
+            self._fed, self._run = fed, run
+        return self._fed
+
+    def _facts(self, fed: Federation, asked: bool) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            c: {s: int(rows.sizes[k]) for s, rows in fed.data.splits.items()} for k, c in enumerate(fed.data.ids)
+        }
+        if asked and self.histograms and fed.data.label_names:
+            counts = {s: fed.data.histogram(s) for s in fed.data.splits}
+            for k, c in enumerate(fed.data.ids):
+                facts[c]["histogram"] = {s: v[k].tolist() for s, v in counts.items()}
+        return facts
+
+    def _engine(self, fed: Federation, accepted: Mapping[str, int | None], down: Mapping[str, Params]) -> Engine:
+        """The engine of a simulation, whose broadcasts have come by post and whose stored leaves follow accepted uploads."""
+
+        def load(id: str, before: int) -> Params | None:
+            round = accepted[id]
+            if round is None:
+                return None
+            found = fed.store.load_client(id, round + 1)
+            if found is None and fed.method.keep(fed.scene, Client(id, 1)):
+                raise StateError(
+                    f"client {id!r}: its personal leaves of round {round + 1} are gone from {fed.store.root}; restore that "
+                    "folder: the server has accepted what they belong to"
+                )
+            return found
+
+        engine = fed.engine(Watch())
+        return replace(engine, load=load, received=lambda client: down[client.id])
+
+    def _train(
+        self, fed: Federation, order: Order, accepted: Mapping[str, int | None], down: Mapping[str, Params], head: dict[str, Any]
+    ) -> Packet:  # fmt: skip
+        engine = self._engine(fed, accepted, down)
+        cohort = [fed.client(fed.index[c]) for c in accepted]
+        parts: dict[str, bytes] = {}
+        facts: dict[str, Any] = {}
+        for client, done, tokens in engine.train(order, cohort, lambda c: down[c.id]):
+            fed.store.save_client(client.id, order.round, done.kept)
+            fed.store.sync()
+            fed.store.forget(client.id, accepted[client.id])
+            message = wire.pack(done.upload, fed.sampling.precision)
+            parts[client.id] = wire.encode(message, {"round": order.round, "examples": client.examples})
+            facts[client.id] = {"examples": client.examples, "metrics": done.metrics, "tokens": tokens}
+        losses = ", ".join(f"{f['metrics'].get('loss', float('nan')):.3f}" for f in list(facts.values())[:4])
+        self.say(f"round {order.round + 1} of {order.rounds}: trained {len(parts)} client(s), loss {losses}")
+        return Packet("train", head | {"clients": facts}, parts)
+
+    def _evaluate(
+        self, fed: Federation, order: Order, accepted: Mapping[str, int | None], down: Mapping[str, Params], head: dict[str, Any]
+    ) -> Packet:  # fmt: skip
+        if set(accepted) != set(fed.data.ids):
+            raise UploadError(
+                f"order evaluates {len(accepted)} clients, expected all {len(fed.data.ids)} that are here"
+            )
+        engine = self._engine(fed, accepted, down)
+        server = Server(order.round, {})
+        if order.round == order.rounds:
+            for k, client in enumerate(fed.data.ids):
+                fed.store.save_served(client, served(fed, engine, server, [k], "personal")[0])
+            self.say(
+                f"run {fed.store.root.name} is done; the models of {len(accepted)} client(s) are in {fed.store.root}"
+            )
+        lines = evaluate(fed, engine, server)
+        kept = [{k: x[k] for k in ("view", "split", "clients")} for x in lines if x["kind"] == "eval"]
+        return Packet("evaluate", head | {"lines": kept})
+
+
+def _name(run: str) -> str:
+    """A run's id as a folder. Raises UploadError for one that a server of ours has not made."""
+    if not run.replace("-", "").isalnum() or len(run) > 64:
+        raise UploadError(f"run {run[:64]!r} is no run id, expected letters, digits and dashes")
+    return run
+
+
+def recipe_facts(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe a site is told: all but where the server's own files are."""
+    raw: dict[str, Any] = json.loads(json.dumps(recipe.resolved()))
+    raw["data"]["source"] = "(of the site)"
+    raw["run"]["output"] = "."
+    return raw

@@ -1,0 +1,169 @@
+"""Certificates and node keys: made for a first federation, read for every one.
+
+A node key is an elliptic-curve key in OpenSSH's format, as `ssh-keygen -t ecdsa -b 384` and Flower make it.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import ipaddress
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+from ..errors import ConfigError, DataError, Problem
+
+DAYS = 825  # that browsers and Apple's libraries accept of a certificate
+PRIVATE = 0o600
+ALLOWED = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+def check_id(id: str) -> str:
+    """A site's id, which becomes a file's name. Raises ConfigError."""
+    if not id or not set(id) <= ALLOWED or id.startswith(".") or len(id) > 64:
+        raise ConfigError([Problem("--id", id, "1 to 64 letters, digits, '.', '_' or '-'", "for example hospital-a")])
+    return id
+
+
+def make(folder: Path, hosts: Sequence[str], ids: Sequence[str]) -> list[Path]:
+    """Write an authority, a server certificate for `hosts`, and a key pair for each id; returns the files.
+
+    Files that are there are kept, so that a client can be added later; keys are readable by their owner alone.
+    """
+    for id in ids:
+        check_id(id)
+    clients = folder / "clients"
+    clients.mkdir(parents=True, exist_ok=True)
+    ca_key, ca = _authority(folder)
+    written = [folder / "ca.pem"]
+    if not (folder / "server.pem").exists():
+        key = ec.generate_private_key(ec.SECP384R1())
+        names = [_alternative(h) for h in hosts]
+        server = (
+            _certificate("fedlora server", key.public_key(), ca.subject)
+            .add_extension(x509.SubjectAlternativeName(names), False)
+            .add_extension(x509.BasicConstraints(False, None), True)
+            .sign(ca_key, hashes.SHA384())
+        )
+        _write(folder / "server.key", _pem(key))
+        (folder / "server.pem").write_bytes(server.public_bytes(serialization.Encoding.PEM))
+    written += [folder / "server.pem", folder / "server.key"]
+    for id in ids:
+        private, public = clients / f"{id}.key", clients / f"{id}.pub"
+        if not private.exists():
+            key = ec.generate_private_key(ec.SECP384R1())
+            ssh = key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+            )
+            _write(private, ssh)
+            text = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+            public.write_bytes(text + f" {id}\n".encode())
+        written += [private, public]
+    return written
+
+
+def _authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    key_file, cert_file = folder / "ca.key", folder / "ca.pem"
+    if key_file.exists() and cert_file.exists():
+        key = serialization.load_pem_private_key(key_file.read_bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        return key, x509.load_pem_x509_certificate(cert_file.read_bytes())
+    key = ec.generate_private_key(ec.SECP384R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedlora authority")])
+    usage = {n: n in ("key_cert_sign", "crl_sign") for n in (
+        "digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "key_cert_sign",
+        "crl_sign", "encipher_only", "decipher_only")}  # fmt: skip
+    cert = (
+        _certificate("fedlora authority", key.public_key(), name)
+        .add_extension(x509.BasicConstraints(True, 0), True)
+        .add_extension(x509.KeyUsage(**usage), True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
+        .sign(key, hashes.SHA384())
+    )
+    _write(key_file, _pem(key))
+    cert_file.write_bytes(cert.public_bytes(serialization.Encoding.PEM))
+    return key, cert
+
+
+def _certificate(name: str, key: ec.EllipticCurvePublicKey, issuer: x509.Name) -> x509.CertificateBuilder:
+    now = dt.datetime.now(dt.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(hours=1))
+        .not_valid_after(now + dt.timedelta(days=DAYS))
+    )
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE)
+    with os.fdopen(fd, "wb") as f:
+        f.write(data)
+
+
+def public_keys(folder: Path) -> dict[str, bytes]:
+    """Site id -> its public key as Flower sends it, from <id>.pub files. Raises ConfigError with every file that is wrong."""
+    bad: list[Problem] = []
+    found: dict[str, bytes] = {}
+    files = sorted(folder.glob("*.pub")) if folder.is_dir() else []
+    if not files:
+        bad.append(
+            Problem("--clients-keys", str(folder), "a folder of <id>.pub files", "make them: fedlora federation keys")
+        )
+    for file in files:
+        try:
+            key = serialization.load_ssh_public_key(file.read_bytes())
+            if not isinstance(key, ec.EllipticCurvePublicKey):
+                raise ValueError("not an elliptic-curve key")
+            text = public_key_to_bytes(key)
+        except (ValueError, OSError, UnsupportedAlgorithm) as e:
+            bad.append(
+                Problem("--clients-keys", file.name, f"an OpenSSH ecdsa public key ({e})", "ssh-keygen -t ecdsa -b 384")
+            )
+            continue
+        twin = next((i for i, k in found.items() if k == text), None)
+        if twin is not None:
+            bad.append(
+                Problem("--clients-keys", file.name, f"a key of its own, not that of {twin}", "make one per site")
+            )
+        found[file.stem] = text
+    if bad:
+        raise ConfigError(bad)
+    return found
+
+
+def private_key(file: Path) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:
+    """A node's key pair. Raises DataError."""
+    try:
+        key = serialization.load_ssh_private_key(file.read_bytes(), None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise ValueError("not an elliptic-curve key")
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise DataError(
+            f"--key {file}: {reason}; expected an OpenSSH ecdsa key without passphrase, as fedlora federation keys makes it"
+        ) from e
+    return key, key.public_key()

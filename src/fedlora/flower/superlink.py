@@ -1,0 +1,178 @@
+"""Flower's SuperLink inside the server's process.
+
+Of its three APIs only the fleet's faces the network: the control API has no authentication of its own, and whoever reaches
+it can start a run or register a key. The run's token, which the runtime API asks for, never leaves this process.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
+from flwr.superlink.grid import HttpGrid
+from flwr.superlink.main import create_app
+
+from ..errors import StateError
+from .link import Session
+
+FLEET, RUNTIME = ("/v1/fleet/",), ("/v1/runtime/",)
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class TLS:
+    """Files of the server's certificate (with its chain) and key, PEM."""
+
+    cert: Path
+    key: Path
+
+
+class SuperLink:
+    """A context: while it is open, nodes can connect to host:port and `grid` reaches them.
+
+    keys: name -> public key (compressed point as Flower sends it) of the nodes that may connect; None lets everybody in.
+    limit: largest request, bytes. say: hears of refusals.
+    """
+
+    def __init__(
+        self, host: str, port: int, tls: TLS | None, keys: Mapping[str, bytes] | None, limit: int,
+        say: Callable[[str], None] = lambda text: None,
+    ):  # fmt: skip
+        self.host, self.port, self.tls, self.limit, self.say = host, port, tls, limit, say
+        self.names = {key: name for name, key in (keys or {}).items()}
+        self.open_to_all = keys is None
+        self._stop = threading.Event()
+
+    def __enter__(self) -> SuperLink:
+        logging.getLogger("flwr").setLevel(logging.WARNING)
+        app = create_app(self._config(), SuperLinkLifespan)
+        self.state: Any = app.state.linkstate_factory.state()
+        for key, name in self.names.items():
+            self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, heartbeat_interval=0, name=name)
+        run = self.state.create_run("", "", "", {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
+        (info,) = self.state.get_run_info(run_ids=[run])
+        self.task = info.primary_task_id
+        token = self.state.claim_task(self.task)
+        self.state.activate_task(self.task)
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run, self.task, SUPERLINK_NODE_ID
+        tls = {} if self.tls is None else {"ssl_certfile": self.tls.cert, "ssl_keyfile": self.tls.key}
+        sockets = [_bound(LOOPBACK, 0), _bound(self.host, self.port)]
+        self.port = sockets[1].getsockname()[1]
+        self._servers = [
+            _serve(guarded(app, RUNTIME, None, lambda text: None), sockets[0], lifespan="on"),
+            _serve(guarded(app, FLEET, self.limit, self.say), sockets[1], lifespan="off", **tls),
+        ]
+        self._beat = threading.Thread(target=self._heartbeat, daemon=True)
+        self._beat.start()
+        inside = sockets[0].getsockname()[1]
+        self.grid = HttpGrid(f"{LOOPBACK}:{inside}", insecure=True, token=token)
+        self.grid.set_run(info)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self.grid.close()
+        for server, thread in reversed(self._servers):
+            server.should_exit = True
+            thread.join(5)
+            server.force_exit = True
+        self._beat.join(5)
+
+    def online(self) -> dict[int, tuple[str | None, Session]]:
+        """Nodes that are connected: the name that its key proves, and its session."""
+        found = self.state.get_node_info(statuses=["online"])
+        return {n.node_id: (self.names.get(n.public_key), str(n.last_activated_at)) for n in found}
+
+    def _config(self) -> SuperLinkLifespanConfig:
+        return SuperLinkLifespanConfig(
+            control_address="", health_server_address=None, host=self.host, port=self.port, insecure=self.tls is None,
+            certificates=None, superexec_auth_secret=secrets.token_bytes(32), authn_plugin=load_control_authn_plugin(),
+            event_log_plugin=None, fleet_event_log_plugin=None, enable_event_log=False, artifact_provider=None,
+            enable_supernode_auth=not self.open_to_all, fleet_api_type="grpc-rere", fleet_api_address=None, simulation=False,
+            ssl_ca_certfile=None, ssl_certfile=None, ssl_keyfile=None, database=FLWR_IN_MEMORY_DB_NAME, isolation="process",
+            runtime_dependency_install=False,
+        )  # fmt: skip
+
+    def _heartbeat(self) -> None:
+        """The run's task counts as dead, and its token as void, without this."""
+        while not self._stop.wait(5):
+            self.state.acknowledge_task_heartbeat(self.task)
+
+
+def guarded(app: Any, prefixes: tuple[str, ...], limit: int | None, say: Callable[[str], None]) -> Any:
+    """The ASGI app, for paths below `prefixes` and bodies up to `limit` bytes; refusals are said."""
+
+    async def refuse(send: Any, status: int, text: bytes) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+        await send({"type": "http.response.body", "body": text})
+
+    async def guard(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        who = scope["client"][0] if scope.get("client") else "?"
+        if not scope["path"].startswith(prefixes):
+            say(f"refused: {who} asked for {scope['path'][:80]}, which is not served here")
+            await refuse(send, 404, b"not served here")
+            return
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        if limit is not None and (not length.isdigit() or int(length) > limit):
+            say(
+                f"refused: {who} sends {length.decode(errors='replace') or 'no stated number of'} bytes, expected at most {limit}"
+            )
+            await refuse(send, 413, b"too large")
+            return
+
+        async def told(event: Any) -> None:
+            if event["type"] == "http.response.start" and event["status"] in (400, 401, 403):
+                say(f"refused: {who} at {scope['path'].rsplit('/', 1)[-1]}: unknown key, wrong signature or clock")
+            await send(event)
+
+        await app(scope, receive, told)
+
+    return guard
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises StateError where the address cannot be had."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        s = socket.socket(found[0], found[1])
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind(found[4])
+        s.listen(128)
+        return s
+    except OSError as e:
+        raise StateError(
+            f"--listen {host}:{port}: {e.strerror or e}; choose an address of this machine and a free port"
+        ) from e
+
+
+def _serve(app: Any, sock: socket.socket, **options: Any) -> tuple[uvicorn.Server, threading.Thread]:
+    """A uvicorn server in a thread, once it listens. Raises StateError."""
+    try:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, **options))
+        server.config.load()
+    except (OSError, ValueError) as e:
+        raise StateError(f"--tls-cert, --tls-key: {e}; give a certificate and its key as PEM files") from e
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    end = time.monotonic() + 30
+    while not server.started:
+        if not thread.is_alive() or time.monotonic() > end:
+            raise StateError("the server's network part did not start; look at the lines above")
+        time.sleep(0.01)
+    return server, thread

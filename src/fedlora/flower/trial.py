@@ -1,0 +1,121 @@
+"""`fedlora federation try`: a whole federation of real processes with real TLS on this machine, for a first look.
+
+Each client process holds the rows that the recipe's partition gives it, so the result is that of `fedlora run`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import build
+from ..data.examples import Rows
+from ..data.federated import FederatedData
+from ..deploy.site import Site
+from ..errors import ConfigError, DataError, Problem
+from ..federation import Federation
+from ..recipe import Recipe
+from ..watch import Watch
+from . import client, keys, server
+
+LOOPBACK = "127.0.0.1"
+
+
+def prepared(recipe: Recipe, clients: int | None) -> Recipe:
+    """The recipe for so many clients, with the names of its classes. Raises ConfigError."""
+    data = build.data_of(recipe, build.tokenizer_of(recipe))
+    if clients is not None and len(data.ids) != clients:
+        if recipe.data.client is not None or recipe.partition.kind == "column":
+            raise ConfigError([Problem("--clients", clients, f"{len(data.ids)}, as the data say", "leave it out")])
+        recipe = recipe.override(f"partition.clients={clients}")
+        data = build.data_of(recipe, build.tokenizer_of(recipe))
+    bad = [c for c in data.ids if not set(c) <= keys.ALLOWED]
+    if bad:
+        raise DataError(
+            f"federation try: client {bad[0]!r} cannot name a key file, expected letters, digits, '.', '_' and '-'"
+        )
+    if data.label_names and recipe.model.task == "classification":
+        recipe = recipe.override(f"data.classes={list(data.label_names)!r}")
+    return recipe.override(f"deployment.clients={len(data.ids)}")
+
+
+def part_of(data: FederatedData, k: int) -> FederatedData:
+    """Client k and its rows alone."""
+    splits = {s: Rows(np.array([0, r.sizes[k]]), r[k]) for s, r in data.splits.items()}
+    return dataclasses.replace(data, ids=[data.ids[k]], splits=splits)
+
+
+def try_out(
+    recipe: Recipe, output: Path | None, watch: Watch, say: Callable[[str], None], block: int | None = None
+) -> tuple[Federation, dict[str, Any]]:
+    """Run a prepared recipe with one process per client; whatever happens, they and their keys are gone afterwards."""
+    ids = build.data_of(recipe, build.tokenizer_of(recipe)).ids
+    with tempfile.TemporaryDirectory(prefix="fedlora-") as folder, contextlib.ExitStack() as stack:
+        root = Path(folder)
+        keys.make(root / "keys", [LOOPBACK, "localhost"], list(ids))
+        (root / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        tls, known = server.security(
+            root / "keys" / "server.pem", root / "keys" / "server.key", root / "keys" / "clients", False
+        )
+
+        def start(port: int) -> None:
+            for k in range(len(ids)):
+                stack.enter_context(_process(root, k, ids[k], port))
+
+        return server.run(recipe, output, LOOPBACK, 0, tls, known, watch, say, start)
+
+
+@contextlib.contextmanager
+def _process(root: Path, k: int, id: str, port: int) -> Iterator[None]:
+    """One client. It ends when its standard input does, so it outlives nobody."""
+    command = [sys.executable, "-m", "fedlora.flower.trial", str(root), str(k), id, str(port)]
+    with open(root / f"{k}.log", "wb") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    try:
+        yield
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def main(root: Path, k: int, id: str, port: int) -> None:
+    """A client process of a trial."""
+    stop = threading.Event()
+
+    def until_closed() -> None:
+        sys.stdin.buffer.read()
+        stop.set()
+
+    threading.Thread(target=until_closed, daemon=True).start()
+    recipe = Recipe.load(root / "recipe.yaml")
+
+    def make(_: Mapping[str, Any], folder: Path) -> Federation:
+        mine = recipe.override("run.keep=all", "federation.clients_per_round=null", "federation.min_clients=1")
+        return build.federation(mine, folder, lambda r, tokenizer: part_of(build.data_of(r, tokenizer), k))
+
+    site = Site(make, root / "state" / str(k), say=print)
+    uplink = client.Uplink(
+        f"{LOOPBACK}:{port}", root / "keys" / "ca.pem", keys.private_key(root / "keys" / "clients" / f"{id}.key")
+    )
+    client.serve(uplink, site, print, stop)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
