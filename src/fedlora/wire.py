@@ -164,12 +164,15 @@ def validate(params: Params, spec: Spec, norm_bound: float | None = None, ranks_
 
 
 def _one_rank(params: Params) -> None:
-    """Halves of one adapter have one rank, and it is the one they state."""
-    at: dict[tuple[str, str], int] = {}
+    """Halves of one adapter have one rank, and it is the one they state; a stated rank without a site is all sites'."""
+    stated = {(k.adapter, k.site): int(v) for k, v in params.items() if k.part == "rank" and v.numel() == 1}
+    at: dict[tuple[str, str], int] = dict(stated)
     for k, v in params.items():
-        r = int(v) if k.part == "rank" and v.numel() == 1 else rank(k, v) if rank_axis(k) is not None else None
-        if r is not None and at.setdefault((k.adapter, k.site), r) != r:
-            raise UploadError(f"leaf {k} has rank {r}, another leaf of its site {at[k.adapter, k.site]}")
+        if rank_axis(k) is None:
+            continue
+        r, want = rank(k, v), stated.get((k.adapter, ""), at.setdefault((k.adapter, k.site), rank(k, v)))
+        if r != want:
+            raise UploadError(f"leaf {k} has rank {r}, expected {want}: that of another leaf of its site, or the stated one")
 
 
 _DTYPES = {

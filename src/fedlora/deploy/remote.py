@@ -147,7 +147,6 @@ class Remote:
                 "histogram": {s: [known[c]["histogram"].get(s, [0] * len(names)) for c in ids] for s in splits},
             }
         self.described = shown | {"truncated": 0, "recipe": {}}
-        self.fed.store.write_json("partition.json", self.described)
 
     # a round ------------------------------------------------------------------------------------------------------
     def cohort(self, round: int) -> Sequence[Client]:
@@ -279,13 +278,15 @@ class Remote:
         message, header = wire.decode(text)
         same(header, round=reply.header["round"])
         params = wire.unpack(message)
-        wire.validate(params, spec, self.fed.sampling.norm_bound, ranks_may_shrink=True)
+        ranked = any(k.part == "rank" for k in spec)  # the method lets clients prune
+        wire.validate(params, spec, self.fed.sampling.norm_bound, ranks_may_shrink=ranked)
         return params, wire.measure(message, text)
 
     # evaluation ---------------------------------------------------------------------------------------------------
     def evaluate(self, server: Server) -> list[dict[str, Any]]:
         """Scores that sites measure on their own rows; a site that is not online is missing from the lines."""
         online = self.wait(1)
+        self.fed.store.write_json("partition.json", self.described)
         cohort = [self.fed.client(self.fed.index[c]) for c in online]
         order = Order(server.round, self.fed.sampling.rounds)
         self.status("evaluating", server, clients=dict.fromkeys(online, "evaluating"))

@@ -1,0 +1,69 @@
+"""ServerApp and ClientApp: the project as a plain Flower app, for those who run Flower already (`flwr run`).
+
+Run config: recipe (path at the server), output. Node config of a SuperNode: id, data; and text, label, template, prompt,
+completion, clients, model, state, block as `fedlora client` has them. Flower starts a process per message: it imports torch
+and loads the model each time; `fedlora client` does not.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from ..deploy.coordinator import coordinator
+from ..deploy.packets import Packet
+from ..deploy.site import COLUMNS, Holding, Site
+from ..errors import ConfigError, Problem, UploadError
+from ..recipe import Recipe
+from ..watch import Watch
+from . import records
+from .link import GridLink, Session
+
+server_app = ServerApp()
+client_app = ClientApp()
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the recipe to its end, or on from where its folder stands."""
+    said = context.run_config
+    if "recipe" not in said:
+        raise ConfigError([Problem("run config: recipe", None, "path of a recipe at the server", "--run-config 'recipe=\"r.yaml\"'")])
+
+    def online() -> dict[int, tuple[str | None, Session]]:
+        return {n: (None, "") for n in grid.get_node_ids()}
+
+    recipe = Recipe.load(str(said["recipe"]))
+    output = str(said["output"]) if said.get("output") else None
+    coordinator(recipe, output, lambda: GridLink(grid, online, poll=1.0), print).run(Watch())
+
+
+@client_app.query("fedlora")
+def answer(message: Message, context: Context) -> Message:
+    """One order of the server's."""
+    try:
+        reply = site(tuple(sorted(context.node_config.items()))).answer(records.unpack(message.content))
+    except (ConfigError, UploadError) as e:
+        reply = Packet("join", {"error": str(e)})
+    return Message(records.pack(reply), reply_to=message)
+
+
+@cache
+def site(node_config: tuple[tuple[str, Any], ...]) -> Site:
+    """The site that a SuperNode's config describes; one per process. Raises ConfigError."""
+    said = dict(node_config)
+    if lacking := [k for k in ("id", "data") if k not in said]:
+        raise ConfigError([Problem(f"node config: {k}", None, "given", "--node-config 'id=\"a\" data=\"a.csv\"'") for k in lacking])
+    columns = {k: said[k] for k in COLUMNS if k in said}
+    if "," in str(columns.get("text", "")):
+        columns["text"] = [c.strip() for c in str(columns["text"]).split(",")]
+    holding = Holding(
+        str(said["id"]), str(said["data"]), columns, said.get("clients"), said.get("model"), block=said.get("block")
+    )
+    folder = Path(str(said.get("state", "fedlora-state"))) / str(said["id"])
+    return Site(holding.federation, folder, bool(said.get("share-histogram", False)), print)
