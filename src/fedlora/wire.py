@@ -172,7 +172,9 @@ def _one_rank(params: Params) -> None:
             continue
         r, want = rank(k, v), stated.get((k.adapter, ""), at.setdefault((k.adapter, k.site), rank(k, v)))
         if r != want:
-            raise UploadError(f"leaf {k} has rank {r}, expected {want}: that of another leaf of its site, or the stated one")
+            raise UploadError(
+                f"leaf {k} has rank {r}, expected {want}: that of another leaf of its site, or the stated one"
+            )
 
 
 _DTYPES = {

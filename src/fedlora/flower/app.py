@@ -33,7 +33,9 @@ def main(grid: Grid, context: Context) -> None:
     """Run the recipe to its end, or on from where its folder stands."""
     said = context.run_config
     if "recipe" not in said:
-        raise ConfigError([Problem("run config: recipe", None, "path of a recipe at the server", "--run-config 'recipe=\"r.yaml\"'")])
+        raise ConfigError(
+            [Problem("run config: recipe", None, "path of a recipe at the server", "--run-config 'recipe=\"r.yaml\"'")]
+        )
 
     def online() -> dict[int, tuple[str | None, Session]]:
         return {n: (None, "") for n in grid.get_node_ids()}
@@ -58,7 +60,9 @@ def site(node_config: tuple[tuple[str, Any], ...]) -> Site:
     """The site that a SuperNode's config describes; one per process. Raises ConfigError."""
     said = dict(node_config)
     if lacking := [k for k in ("id", "data") if k not in said]:
-        raise ConfigError([Problem(f"node config: {k}", None, "given", "--node-config 'id=\"a\" data=\"a.csv\"'") for k in lacking])
+        raise ConfigError(
+            [Problem(f"node config: {k}", None, "given", '--node-config \'id="a" data="a.csv"\'') for k in lacking]
+        )
     columns = {k: said[k] for k in COLUMNS if k in said}
     if "," in str(columns.get("text", "")):
         columns["text"] = [c.strip() for c in str(columns["text"]).split(",")]

@@ -7,12 +7,14 @@ code that the server sends. Here the model is loaded once, and no code ever come
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -51,7 +53,10 @@ from . import records
 
 Keys = tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]
 POLL = 0.5  # seconds between questions for work
-LONGEST_WAIT = 30.0  # between attempts to reach a server that is away
+LONGEST_WAIT = 30.0  # seconds between attempts to reach a server that is away
+PATIENCE = 60.0  # seconds with a server that says no; a session that ended without a word blocks its key for twenty
+AWAY = (502, 503, 504)  # answers of a proxy before a server that is away
+T = TypeVar("T")
 
 
 class Refused(FedloraError):
@@ -71,18 +76,22 @@ class Uplink:
 
 def serve(uplink: Uplink, site: Site, say: Callable[[str], None], stop: threading.Event | None = None) -> None:
     """Answer the server's messages until `stop`; a server that is away is waited for. Raises Refused."""
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what goes wrong is said here, once
     stop = stop or threading.Event()
-    pause = 1.0
+    pause, turned_away = 1.0, 0.0
     while not stop.is_set():
         try:
-            with _connected(uplink) as node:
+            with _connected(uplink, say, stop) as node:
                 say(f"connected to {uplink.address}")
-                pause = 1.0
+                pause, turned_away = 1.0, 0.0
                 while not stop.is_set():
                     if not node.work(site):
                         stop.wait(POLL)
-        except (httpx.TransportError, httpx.HTTPStatusError, _Lost) as e:
-            _explain(e, uplink)
+        except _Lost as e:
+            say(f"{uplink.address}: {e}; connecting again")
+        except (httpx.TransportError, httpx.HTTPStatusError) as e:
+            turned_away = turned_away + pause if isinstance(e, httpx.HTTPStatusError) else 0.0
+            _explain(e, uplink, turned_away)
             say(f"{uplink.address}: {_short(e)}; trying again in {pause:.0f} s")
             stop.wait(
                 pause * random.Random(time.monotonic_ns()).uniform(0.8, 1.2)
@@ -91,7 +100,7 @@ def serve(uplink: Uplink, site: Site, say: Callable[[str], None], stop: threadin
 
 
 class _Lost(Exception):
-    """The server no longer knows this node."""
+    """The session is over: the server was started again, or does not know this node any more."""
 
 
 def _short(e: Exception) -> str:
@@ -100,8 +109,8 @@ def _short(e: Exception) -> str:
     return str(e) or type(e).__name__
 
 
-def _explain(e: Exception, uplink: Uplink) -> None:
-    """Raise Refused for what waiting does not mend."""
+def _explain(e: Exception, uplink: Uplink, turned_away: float) -> None:
+    """Raise Refused for what waiting does not mend. turned_away: seconds for which the server has answered and said no."""
     if "CERTIFICATE_VERIFY_FAILED" in str(e) or "certificate verify failed" in str(e):
         raise Refused(
             f"{uplink.address}: its certificate is not trusted ({e}); give the authority that signed it with --ca, and connect "
@@ -109,32 +118,33 @@ def _explain(e: Exception, uplink: Uplink) -> None:
         ) from e
     if isinstance(e, httpx.HTTPStatusError) and e.response.status_code == 401:
         raise Refused(
-            f"{uplink.address}: the server refused our signature; is the public key in its --clients-keys, and is this "
-            "machine's clock right (it may be off by five minutes at most)?"
+            f"{uplink.address}: the server refused our signature: is this machine's clock right? It may be off by five "
+            "minutes at most"
         ) from e
-    if isinstance(e, httpx.HTTPStatusError) and e.response.status_code == 413:
+    if turned_away > PATIENCE:
         raise Refused(
-            f"{uplink.address}: the server refused a message as too large; are both sides of one version?"
+            f"{uplink.address}: the server does not let us in: our public key is not in its --clients-keys, or another client "
+            "is connected with it; send the .pub file to whoever runs the server"
         ) from e
 
 
 @contextlib.contextmanager
-def _connected(uplink: Uplink) -> Iterator[_Node]:
+def _connected(uplink: Uplink, say: Callable[[str], None], stop: threading.Event) -> Iterator[_Node]:
     keys = uplink.keys or generate_key_pairs()
-    ca = None if uplink.ca is None else str(uplink.ca)
     try:
+        ca = None if uplink.ca is None else uplink.ca.read_bytes()
         client = FleetHttpClient.from_server_address(
             uplink.address, uplink.insecure, ca,
             interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(*keys)],
         )  # fmt: skip
-    except OSError as e:
-        raise Refused(f"--ca {uplink.ca}: {e.strerror or e}; give the PEM file of the server's authority") from e
+    except (OSError, ValueError) as e:  # ssl.SSLError is an OSError
+        raise Refused(f"--ca {uplink.ca}: {e}; give the PEM file of the server's authority") from e
     with client:
         public = public_key_to_bytes(keys[1])
         if uplink.keys is None:
             client.RegisterNode(RegisterNodeFleetRequest(public_key=public))
         request = ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
-        node = _Node(client, client.ActivateNode(request).node_id)
+        node = _Node(client, client.ActivateNode(request).node_id, say, stop)
         try:
             yield node
         finally:
@@ -144,17 +154,38 @@ def _connected(uplink: Uplink) -> Iterator[_Node]:
 class _Node:
     """One session with the server: heartbeats in the background, messages in the foreground."""
 
-    def __init__(self, client: FleetHttpClient, id: int):
-        self.client, self.node = client, Node(node_id=id)
+    def __init__(self, client: FleetHttpClient, id: int, say: Callable[[str], None], stop: threading.Event):
+        self.client, self.node, self.say, self.stop = client, Node(node_id=id), say, stop
         self._stop, self._lost = threading.Event(), threading.Event()
         self._beat = threading.Thread(target=self._heartbeat, daemon=True)
         self._beat.start()
 
+    def _call(self, request: Callable[[Any], T]) -> Callable[[Any], T]:
+        """The request, sent again while the connection is down: what was taken or done is not lost by a cut cable."""
+
+        def call(message: Any) -> T:
+            pause = 0.5
+            while True:
+                if self._lost.is_set() or self.stop.is_set():
+                    raise _Lost("the server does not know us any more")
+                try:
+                    return request(message)
+                except httpx.HTTPStatusError as e:
+                    if e.response.status_code not in AWAY:
+                        raise _Lost(_short(e)) from e
+                    reason = _short(e)
+                except httpx.TransportError as e:
+                    reason = _short(e)
+                if pause == 0.5:
+                    self.say(f"connection lost ({reason}); trying again")
+                self.stop.wait(pause)
+                pause = min(2 * pause, LONGEST_WAIT)
+
+        return call
+
     def work(self, site: Site) -> bool:
         """Take one message and answer it; False if there is none."""
-        if self._lost.is_set():
-            raise _Lost("the server does not know us any more (was it started again?)")
-        response = self.client.PullMessages(PullMessagesRequest(node=self.node))
+        response = self._call(self.client.PullMessages)(PullMessagesRequest(node=self.node))
         if not response.messages_list:
             return False
         message = self._pull(response.messages_list[0], response.message_object_trees[0])
@@ -169,8 +200,8 @@ class _Node:
         run = told.metadata.run_id
         message: Message = pull_and_inflate_object_from_tree(
             tree,
-            make_pull_object_fn_protobuf(self.client.PullObject, self.node, run),
-            make_confirm_message_received_fn_protobuf(self.client.ConfirmMessageReceived, self.node, run),
+            make_pull_object_fn_protobuf(self._call(self.client.PullObject), self.node, run),
+            make_confirm_message_received_fn_protobuf(self._call(self.client.ConfirmMessageReceived), self.node, run),
             return_type=Message,
         )
         message.metadata.__dict__["_message_id"] = tree.object_id
@@ -180,7 +211,7 @@ class _Node:
         reply.metadata.__dict__["_message_id"] = reply.object_id
         run = reply.metadata.run_id
         with no_object_id_recompute():
-            response = self.client.PushMessages(
+            response = self._call(self.client.PushMessages)(
                 PushMessagesRequest(
                     node=self.node,
                     messages_list=[message_to_proto(remove_content_from_message(reply))],
@@ -190,7 +221,7 @@ class _Node:
             )
             push_objects(
                 get_all_nested_objects(reply),
-                make_push_object_fn_protobuf(self.client.PushObject, self.node, run, response.session_id),
+                make_push_object_fn_protobuf(self._call(self.client.PushObject), self.node, run, response.session_id),
                 object_ids_to_push=set(response.objects_to_push),
             )
 

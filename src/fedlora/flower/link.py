@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
 
@@ -12,6 +15,7 @@ from ..deploy.packets import Packet
 from ..errors import UploadError
 from . import records
 
+PULLERS = 16  # threads that wait for replies
 Session = str  # of a node: when it was last activated
 
 
@@ -31,18 +35,52 @@ class GridLink:
         end = time.monotonic() + deadline
         session = {n: s for n, (_, s) in self.online().items()}
         asked = {self._send(node, packet, deadline): node for node, packet in packets.items()}
-        while asked and time.monotonic() < end:
-            for message in self.grid.pull_messages(list(asked)):
+        arrived: queue.Queue[Message] = queue.Queue()
+        over = threading.Event()
+        pullers = [
+            threading.Thread(target=self._pull, args=(asked, i, arrived, over), daemon=True)
+            for i in range(min(PULLERS, len(asked)))
+        ]
+        for thread in pullers:
+            thread.start()
+        try:
+            while asked and time.monotonic() < end:
+                try:
+                    message = arrived.get(timeout=min(1.0, max(end - time.monotonic(), 0.0)))
+                except queue.Empty:
+                    self._again(asked, packets, session, end)
+                    continue
                 node = asked.pop(message.metadata.reply_to_message_id, None)
                 if node is not None:
                     yield node, self._reply(message, node)
-            for node, (_, now) in self.online().items():
-                waiting = [m for m, n in asked.items() if n == node]
-                if waiting and now != session.get(node):  # it was restarted: what it had taken is lost
-                    session[node] = now
-                    del asked[waiting[0]]
-                    asked[self._send(node, packets[node], end - time.monotonic())] = node
-            time.sleep(self.poll)
+        finally:
+            over.set()
+
+    def _pull(self, asked: dict[str, int], i: int, arrived: queue.Queue[Message], over: threading.Event) -> None:
+        """Ask for the replies of every PULLERS-th node. Flower waits minutes inside a pull for the rest of a reply that was
+        cut off: that must not hold up the others."""
+        place = {node: k for k, node in enumerate(sorted(asked.values()))}
+        while not over.is_set():
+            for id, node in list(asked.items()):
+                if place[node] % PULLERS == i:
+                    try:
+                        for message in self.grid.pull_messages([id]):
+                            arrived.put(message)
+                    except (httpx.HTTPError, RuntimeError):  # closed under our hands, or asked too much: the next time
+                        if over.is_set():
+                            return
+            over.wait(self.poll)
+
+    def _again(
+        self, asked: dict[str, int], packets: Mapping[int, Packet], session: dict[int, Session], end: float
+    ) -> None:
+        """Send again to nodes that were restarted: what they had taken is lost."""
+        for node, (_, now) in self.online().items():
+            waiting = [m for m, n in asked.items() if n == node]
+            if waiting and now != session.get(node):
+                session[node] = now
+                del asked[waiting[0]]
+                asked[self._send(node, packets[node], end - time.monotonic())] = node
 
     def _send(self, node: int, packet: Packet, seconds: float) -> str:
         message = Message(records.pack(packet), dst_node_id=node, message_type=records.TYPE, ttl=max(seconds, 1.0))

@@ -39,14 +39,16 @@ def params_of(arrays: ArrayRecord) -> Params:
         raise UploadError(str(e)) from e
 
 
-class MethodStrategy(Strategy):  # type: ignore[misc]
+class MethodStrategy(Strategy):
     """fraction: of the nodes, asked each round; min_nodes: replies that a round needs. rounds: of the whole run.
 
     Replies hold an ArrayRecord of the method's uploaded leaves and a MetricRecord with `num-examples` (and `loss`, if there
     is one). Messages carry the config entries round and rounds.
     """
 
-    def __init__(self, method: Method, scene: Scene, rounds: int, fraction: float = 1.0, min_nodes: int = 1, seed: int = 0):
+    def __init__(
+        self, method: Method, scene: Scene, rounds: int, fraction: float = 1.0, min_nodes: int = 1, seed: int = 0
+    ):
         self.method, self.scene, self.rounds = method, scene, rounds
         self.fraction, self.min_nodes, self.seed = fraction, min_nodes, seed
         self.server: Server = method.init(scene)
@@ -56,7 +58,9 @@ class MethodStrategy(Strategy):  # type: ignore[misc]
         """What `start` asks for as initial_arrays."""
         return arrays_of(self.server.params)
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         nodes = sorted(grid.get_node_ids())
         n = max(self.min_nodes, round(self.fraction * len(nodes)))
         draw = np_rng(self.seed, "cohort", server_round).choice(len(nodes), min(n, len(nodes)), replace=False)
@@ -71,7 +75,9 @@ class MethodStrategy(Strategy):  # type: ignore[misc]
     def _client(self, node: int) -> Client:
         return Client(str(node), self.examples.get(node, 1))
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         found: dict[str, Upload] = {}
         for reply in replies:
             node = reply.metadata.src_node_id
@@ -83,21 +89,27 @@ class MethodStrategy(Strategy):  # type: ignore[misc]
                 (metrics,) = reply.content.metric_records.values()
                 params = params_of(arrays)
                 wire.validate(params, wire.expect(params))
-                self.examples[node] = int(metrics[CLIENT])  # type: ignore[arg-type]
+                self.examples[node] = int(metrics[CLIENT])
             except (UploadError, ValueError, KeyError, TypeError) as e:
                 log(WARNING, "fedlora: reply of node %s refused: %s", node, e)
                 continue
             client = self._client(node)
-            found[client.id] = Upload(client, params, {"loss": float(metrics.get("loss", float("nan")))})  # type: ignore[arg-type]
+            found[client.id] = Upload(client, params, {"loss": float(metrics.get("loss", float("nan")))})
         if len(found) < self.min_nodes:
-            log(WARNING, "fedlora: %d acceptable replies, expected %d: the round is dropped", len(found), self.min_nodes)
+            log(
+                WARNING, "fedlora: %d acceptable replies, expected %d: the round is dropped", len(found), self.min_nodes
+            )
             return None, None
         ordered = [found[c.id] for c in in_order(sorted((u.client for u in found.values()), key=lambda c: c.id))]
         self.server = self.method.advance(self.scene, self.method.aggregate(self.scene, self.server, iter(ordered)))
         losses = [u.metrics["loss"] for u in ordered]
-        return arrays_of(self.server.params), MetricRecord({"loss": float(torch.tensor(losses).mean()), "clients": len(ordered)})
+        return arrays_of(self.server.params), MetricRecord(
+            {"loss": float(torch.tensor(losses).mean()), "clients": len(ordered)}
+        )
 
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         return [self._message(n, "evaluate", server_round, config) for n in sorted(grid.get_node_ids())]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -108,7 +120,7 @@ class MethodStrategy(Strategy):  # type: ignore[misc]
             if reply.has_error():
                 continue
             (metrics,) = reply.content.metric_records.values()
-            n = float(metrics.get(CLIENT, 1))  # type: ignore[arg-type]
+            n = float(metrics.get(CLIENT, 1))
             weight += n
             for k, v in metrics.items():
                 if k != CLIENT and isinstance(v, (int, float)):
@@ -122,4 +134,4 @@ class MethodStrategy(Strategy):  # type: ignore[misc]
 def order_of(message: Message) -> Order:
     """At a client: the round that a message of this strategy asks for."""
     (config,) = message.content.config_records.values()
-    return Order(int(config["round"]), int(config["rounds"]))  # type: ignore[arg-type]
+    return Order(int(config["round"]), int(config["rounds"]))

@@ -57,7 +57,7 @@ class SuperLink:
         self._stop = threading.Event()
 
     def __enter__(self) -> SuperLink:
-        logging.getLogger("flwr").setLevel(logging.WARNING)
+        logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what is refused is said by the guard
         app = create_app(self._config(), SuperLinkLifespan)
         self.state: Any = app.state.linkstate_factory.state()
         for key, name in self.names.items():
@@ -69,15 +69,19 @@ class SuperLink:
         self.state.activate_task(self.task)
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run, self.task, SUPERLINK_NODE_ID
         tls = {} if self.tls is None else {"ssl_certfile": self.tls.cert, "ssl_keyfile": self.tls.key}
-        sockets = [_bound(LOOPBACK, 0), _bound(self.host, self.port)]
-        self.port = sockets[1].getsockname()[1]
-        self._servers = [
-            _serve(guarded(app, RUNTIME, None, lambda text: None), sockets[0], lifespan="on"),
-            _serve(guarded(app, FLEET, self.limit, self.say), sockets[1], lifespan="off", **tls),
-        ]
+        self._servers: list[tuple[uvicorn.Server, threading.Thread]] = []
+        private, public = _bound(LOOPBACK, 0), _bound(self.host, self.port)
+        self.port, inside = public.getsockname()[1], private.getsockname()[1]
+        try:
+            self._servers.append(_serve(guarded(app, RUNTIME, None, lambda text: None), private, lifespan="on"))
+            self._servers.append(_serve(guarded(app, FLEET, self.limit, self.say), public, lifespan="off", **tls))
+        except BaseException:
+            self._close()
+            private.close()
+            public.close()
+            raise
         self._beat = threading.Thread(target=self._heartbeat, daemon=True)
         self._beat.start()
-        inside = sockets[0].getsockname()[1]
         self.grid = HttpGrid(f"{LOOPBACK}:{inside}", insecure=True, token=token)
         self.grid.set_run(info)
         return self
@@ -85,11 +89,14 @@ class SuperLink:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self.grid.close()
+        self._close()
+        self._beat.join(5)
+
+    def _close(self) -> None:
         for server, thread in reversed(self._servers):
             server.should_exit = True
             thread.join(5)
             server.force_exit = True
-        self._beat.join(5)
 
     def online(self) -> dict[int, tuple[str | None, Session]]:
         """Nodes that are connected: the name that its key proves, and its session."""
@@ -164,7 +171,7 @@ def _bound(host: str, port: int) -> socket.socket:
 def _serve(app: Any, sock: socket.socket, **options: Any) -> tuple[uvicorn.Server, threading.Thread]:
     """A uvicorn server in a thread, once it listens. Raises StateError."""
     try:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, **options))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, ws="none", loop="asyncio", timeout_graceful_shutdown=1, **options))
         server.config.load()
     except (OSError, ValueError) as e:
         raise StateError(f"--tls-cert, --tls-key: {e}; give a certificate and its key as PEM files") from e

@@ -100,7 +100,8 @@ def main(root: Path, k: int, id: str, port: int) -> None:
     stop = threading.Event()
 
     def until_closed() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 4096):  # not sys.stdin, whose lock a thread must not hold when the process ends
+            pass
         stop.set()
 
     threading.Thread(target=until_closed, daemon=True).start()
