@@ -31,6 +31,7 @@ class Mutant:
 
 
 CONTRACT = "tests/test_contract.py"
+DEPLOY = "tests/test_deploy.py"
 MUTANTS = (
     # engine: blocks, resume, ownership
     Mutant("a client out of batches goes on training", "engine.py", "work = where(alive[-1], new, work)", "work = new", f"{CONTRACT} -k block_equals"),
@@ -85,6 +86,22 @@ MUTANTS = (
     # export
     Mutant("Conv1D is merged like Linear", "merge.py", 'change.mT if type(module).__name__ == "Conv1D" else change', "change", "tests/test_export.py -k conv1d"),
     Mutant("a tied output moves with its table", "merge.py", "module.weight = nn.Parameter(module.weight.detach() + turned.to(module.weight), requires_grad=False)", "module.weight.data += turned.to(module.weight)", "tests/test_export.py -k conv1d"),
+    # sites
+    Mutant("uploads are summed as they arrive", "engine.py", "return sorted(cohort, key=lambda c: -c.examples)", "return list(cohort)[::-1]", f"{DEPLOY} -k 'equals_simulation and homlora'"),
+    Mutant("any upload may have a lower rank", "deploy/remote.py", 'ranked = any(k.part == "rank" for k in spec)', "ranked = True", f"{DEPLOY} -k bad_upload"),
+    Mutant("stated ranks are believed", "wire.py", "        if r != want:", "        if False:", f"{DEPLOY} -k prunes"),
+    Mutant("a refused client goes on from what was refused", "deploy/remote.py", 'accepted = server.notes.get("accepted", {}) | dict.fromkeys(arrived, order.round)', 'accepted = server.notes.get("accepted", {}) | dict.fromkeys(clients, order.round)', f"{DEPLOY} -k bad_upload"),
+    Mutant("a site takes its newest leaves, accepted or not", "deploy/site.py", "found = fed.store.load_client(id, round + 1)", "found = fed.store.load_client(id, 10**6)", f"{DEPLOY} -k 'killed or lost or bad_upload'"),
+    Mutant("a site forgets what it may need again", "store.py", "for name in old[:-1]:\n            (folder", "for name in _names(folder)[:-1]:\n            (folder", f"{DEPLOY} -k 'bad_upload or killed'"),
+    Mutant("a reply of an earlier round counts", "deploy/remote.py", "kind=kind, run=self.run, round=round, protocol=PROTOCOL)", "kind=kind, run=self.run, protocol=PROTOCOL)", f"{DEPLOY} -k 'sent_again or bad_upload'"),
+    Mutant("histograms are sent unasked", "deploy/site.py", "if asked and self.histograms and", "if self.histograms and", f"{DEPLOY} -k histograms"),
+    Mutant("histograms are sent without consent", "deploy/site.py", "if asked and self.histograms and", "if asked and", f"{DEPLOY} -k histograms"),
+    Mutant("a site may speak for another", "deploy/remote.py", 'if name is not None and id != name and not id.startswith(f"{name}/"):', "if False:", f"{DEPLOY} -k speaks"),
+    Mutant("the norm is not bounded", "deploy/remote.py", "wire.validate(params, spec, self.fed.sampling.norm_bound,", "wire.validate(params, spec, None,", f"{DEPLOY} -k bad_upload"),
+    Mutant("all that answered in time counts, however many were asked", "deploy/remote.py", "if len(arrived) >= needed and self.terms.over_selection > 1:", "if False:", f"{DEPLOY} -k over_selection"),
+    Mutant("int8 has one scale for a whole leaf", "wire.py", "scale = v.abs().amax(-1, keepdim=True) / 127", "scale = v.abs().amax().expand(*v.shape[:-1], 1) / 127", "tests/test_wire.py"),
+    Mutant("the network reaches the control API", "flower/superlink.py", 'if not scope["path"].startswith(prefixes):', "if False:", "tests/test_flower.py -k strangers"),
+    Mutant("nodes need no key", "flower/superlink.py", "self.open_to_all = keys is None", "self.open_to_all = True", "tests/test_flower.py -k strangers"),
     # data
     Mutant("a stale token cache", "data/load.py", "for texts in (first, second or ()):", "for texts in ():", "tests/test_tokenize.py -k cache"),
     Mutant("splits ignore labels", "data/split.py", "labels[rows.rows], clients))", "clients))", "tests/test_partition.py -k splits_of"),

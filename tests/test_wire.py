@@ -93,3 +93,39 @@ def test_ranks_may_shrink_but_not_grow() -> None:
         wire.validate(p | {A: torch.zeros(5, 5)}, spec, ranks_may_shrink=True)
     with pytest.raises(UploadError, match="head/cls/weight"):
         wire.validate(p | {H: p[H][:2]}, spec, ranks_may_shrink=True)
+
+
+@pytest.mark.parametrize("shape", [(7, 33), (5,), (2, 3, 4)])
+def test_int8_is_within_half_a_step_of_each_row(shape: tuple[int, ...]) -> None:
+    """|x - x'| <= max|row| / 254, row by row; zero rows stay zero; what is no float32 passes through."""
+    g = torch.Generator().manual_seed(0)
+    v = torch.randn(shape, generator=g) * torch.logspace(-6, 3, shape[0])[(...,) + (None,) * (len(shape) - 1)]
+    v[0] = 0.0
+    p = {Key("lora", "s", "A"): v, Key("lora", "", "rank"): torch.tensor(3), Key("lora", "s", "t"): torch.tensor(1.5)}
+    sent = wire.pack(p, "int8")
+    assert sent[Key("lora", "s", "A")].dtype == torch.int8
+    back = wire.unpack(wire.decode(wire.encode(sent))[0])
+    assert back.keys() == p.keys()
+    error = (back[Key("lora", "s", "A")] - v).abs()
+    assert (error <= v.abs().amax(-1, keepdim=True) / 254 * 1.001).all()
+    assert torch.equal(back[Key("lora", "", "rank")], p[Key("lora", "", "rank")])
+    assert torch.equal(back[Key("lora", "s", "t")], p[Key("lora", "s", "t")])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+def test_what_is_not_finite_stays_so(bad: float, precision: wire.Precision) -> None:
+    v = torch.ones(3, 4)
+    v[1, 2] = bad
+    back = wire.unpack(wire.pack({Key("lora", "s", "A"): v}, precision))[Key("lora", "s", "A")]
+    assert not torch.isfinite(back[1]).all()
+    assert torch.isfinite(back[0]).all()
+
+
+def test_scales_that_do_not_fit_are_refused() -> None:
+    p = wire.pack({Key("lora", "s", "A"): torch.ones(3, 4)}, "int8")
+    scale = Key("lora", "s", "A~scale")
+    with pytest.raises(UploadError, match="do not fit"):
+        wire.unpack(p | {scale: torch.ones(2, 1)})
+    with pytest.raises(UploadError, match="do not fit"):
+        wire.unpack(p | {Key("lora", "s", "A"): torch.ones(3, 4)})
