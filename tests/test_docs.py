@@ -52,6 +52,13 @@ def test_readme_commands(notes: Path) -> None:
     assert {p.name for p in (notes / "adapters").iterdir()} == {"north", "south", "east"}
 
 
+def test_readme_sites(notes: Path) -> None:
+    pytest.importorskip("flwr")
+    for line in block(README, "test: sites").splitlines():
+        fedlora(*line.split()[1:], cwd=notes)
+    assert (notes / "runs/sites/report.html").exists()
+
+
 def test_readme_python(notes: Path) -> None:
     code = block(README, "test: python")
     assert len([x for x in code.split("\n\n")[1].splitlines() if x]) <= 15

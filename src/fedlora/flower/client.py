@@ -52,7 +52,7 @@ from ..errors import FedloraError, UploadError
 from . import records
 
 Keys = tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]
-POLL = 0.5  # seconds between questions for work
+POLL, SOON = 0.5, 0.05  # seconds between questions for work, at most and right after some
 LONGEST_WAIT = 30.0  # seconds between attempts to reach a server that is away
 PATIENCE = 60.0  # seconds with a server that says no; a session that ended without a word blocks its key for twenty
 AWAY = (502, 503, 504)  # answers of a proxy before a server that is away
@@ -84,9 +84,13 @@ def serve(uplink: Uplink, site: Site, say: Callable[[str], None], stop: threadin
             with _connected(uplink, say, stop) as node:
                 say(f"connected to {uplink.address}")
                 pause, turned_away = 1.0, 0.0
+                idle = SOON
                 while not stop.is_set():
-                    if not node.work(site):
-                        stop.wait(POLL)
+                    if node.work(site):
+                        idle = SOON
+                    else:
+                        stop.wait(idle)
+                        idle = min(2 * idle, POLL)
         except _Lost as e:
             say(f"{uplink.address}: {e}; connecting again")
         except (httpx.TransportError, httpx.HTTPStatusError) as e:
