@@ -66,11 +66,19 @@ def measure(source: str, method: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     source = sys.argv[1]
-    found = [measure(source, m) for m in ({"name": "homlora", "rank": 8}, {"name": "homlora", "rank": 64}, {"name": "fft"})]
+    found = [
+        measure(source, m) for m in ({"name": "homlora", "rank": 8}, {"name": "homlora", "rank": 64}, {"name": "fft"})
+    ]
     for f in found:
-        print(f["method"], size(f["message_bytes"]), f"{f['deployed']['median']:.2f} s, in one process {f['in_process']['median']:.2f} s")
+        print(
+            f["method"],
+            size(f["message_bytes"]),
+            f"{f['deployed']['median']:.2f} s, in one process {f['in_process']['median']:.2f} s",
+        )
     out = Path(__file__).parent / "results" / "deployment.json"
-    out.write_text(json.dumps({"environment": environment(1), "rounds": ROUNDS, "found": found}, indent=1) + "\n", encoding="utf-8")
+    out.write_text(
+        json.dumps({"environment": environment(1), "rounds": ROUNDS, "found": found}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def local(f: Federation, k: int, round: int = 0, server: Server | None = None) -
     m, c, order = f.method, f.client(k), Order(round, 10)
     server = server or m.init(f.scene)
     down, kept = m.broadcast(f.scene, server, c), m.keep(f.scene, c)
-    [done] = train_block(m, f.scene, f.loss, order, [down], [kept], [f.batches(c, order, m.draws)], f.schedule)
+    [done] = train_block(
+        m, f.scene, f.loss, order, [down], [kept], [f.batches(c, order, m.draws)], f.schedule, serve=True
+    )
     return done
 
 

@@ -59,6 +59,12 @@ class Adapter(ABC):
         return p
 
 
+@lru_cache(maxsize=1024)
+def _uniform(r: int, in_: int, *path: object) -> Tensor:
+    """A at its start, [r i]. Kept: every client of a round asks for it, and nothing writes into leaves."""
+    return (torch.rand(r, in_, generator=rng(*path)) * 2 - 1) * in_**-0.5
+
+
 @dataclass(frozen=True)
 class LoRA(Adapter):
     """h = W0 x + s B (A x)."""
@@ -89,8 +95,7 @@ class LoRA(Adapter):
         out: Params = {}
         for s in sites:
             r = self.rank_at(s.name)
-            a = torch.rand(r, s.in_, generator=rng(*seed, name, s.name))
-            out[Key(name, s.name, "A")] = (a * 2 - 1) * s.in_**-0.5
+            out[Key(name, s.name, "A")] = _uniform(r, s.in_, *seed, name, s.name)
             out[Key(name, s.name, "B")] = torch.zeros(s.out, r)
         return out
 

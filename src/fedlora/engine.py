@@ -38,8 +38,8 @@ class Trained:
 
     upload: Params
     kept: Params
-    served: Params
     metrics: dict[str, float]
+    served: Params = field(default_factory=dict)  # if it was asked for
 
 
 def train_block(
@@ -51,10 +51,12 @@ def train_block(
     kept: Sequence[Params],
     batches: Sequence[Sequence[Batch]],
     pace: Pace,
+    serve: bool = False,
 ) -> list[Trained]:
     """Train K clients in lockstep; a client that runs out of batches waits unchanged.
 
     down, kept: one tree per client, no client axis. batches: per client, `method.draws` of them a step.
+    serve: also give what each client serves from where it stands.
     """
     if clash := down[0].keys() & kept[0].keys():
         raise ValueError(
@@ -76,13 +78,13 @@ def train_block(
             seen.setdefault(name, []).append(v)
     live = torch.stack(alive).double()  # [steps K]
     means = {n: _mean(torch.stack(v).double().cpu(), live) for n, v in seen.items()}
-    served = method.served(work)
+    served = method.served(work) if serve else {}
     up, mine = method.finish(work)
     k = len(down)
     out = []
     for j, (p, s) in enumerate(zip(unstack(_to(up | mine, "cpu"), k), unstack(_to(served, "cpu"), k), strict=True)):
         upload, kept_ = {key: p[key] for key in up}, {key: p[key] for key in mine}  # cut to one rank, then apart
-        out.append(Trained(upload, kept_, s, {n: float(v[j]) for n, v in means.items()}))
+        out.append(Trained(upload, kept_, {n: float(v[j]) for n, v in means.items()}, s))
     return out
 
 
@@ -163,11 +165,16 @@ class Engine:
 
     def _uploads(self, server: Server, order: Order, cohort: Sequence[Client], log: RoundLog) -> Iterator[Upload]:
         accepted = 0
+        sent: tuple[Params, wire.Traffic] | None = None  # what all clients receive is encoded once
 
         def down(c: Client) -> Params:
-            message = wire.pack(self.method.broadcast(self.scene, server, c), self.precision)
-            log.down += wire.measure(message, wire.size(message, {"round": order.round, "rounds": order.rounds}))
-            return wire.unpack(message)
+            nonlocal sent
+            if sent is None or self.method.per_client:
+                message = wire.pack(self.method.broadcast(self.scene, server, c), self.precision)
+                size = wire.size(message, {"round": order.round, "rounds": order.rounds})
+                sent = wire.unpack(message), wire.measure(message, size)
+            log.down += sent[1]
+            return sent[0]
 
         for c, r, tokens in self.train(order, cohort, down):
             log.losses[c.id] = r.metrics.get("loss", float("nan"))

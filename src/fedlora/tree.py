@@ -114,8 +114,17 @@ def stack(ps: Sequence[Params]) -> Params:
     Leaves come out in the order of their names, whatever order a file or a message gave them: sums over leaves (the norm
     that clips) must not depend on it.
     """
-    top = {k: max(rank(k, p[k]) for p in ps) for k in sorted(ps[0])}
-    return {k: torch.stack([pad_rank(k, p[k], top[k]) for p in ps]) for k in top}
+    out: Params = {}
+    for k in sorted(ps[0]):
+        leaves = [p[k] for p in ps]
+        if all(v is leaves[0] for v in leaves):  # what all clients received: not copied
+            out[k] = leaves[0][None].expand(len(leaves), *leaves[0].shape)
+            continue
+        if len({v.shape for v in leaves}) > 1:
+            top = max(rank(k, v) for v in leaves)
+            leaves = [pad_rank(k, v, top) for v in leaves]
+        out[k] = torch.stack(leaves)
+    return out
 
 
 def unstack(p: Params, k: int) -> list[Params]:
@@ -123,12 +132,18 @@ def unstack(p: Params, k: int) -> list[Params]:
     own rank."""
     live = {(key.adapter, key.site): v.tolist() for key, v in p.items() if key.part == "rank"}
 
-    def cut(key: Key, v: Tensor, j: int) -> Tensor:
+    def cut(key: Key, v: Tensor) -> Sequence[Tensor]:
         adapter = key.adapter.split("~")[0]  # "lora~m" holds the moments of "lora"
         ranks = live.get((adapter, key.site)) or live.get((adapter, ""))
-        return v if ranks is None or v.ndim == 0 else cut_rank(key, v, ranks[j])
+        each = v.unbind()  # nothing writes into leaves, so views will do
+        return (
+            each
+            if ranks is None or v.ndim == 1
+            else [cut_rank(key, w, r).clone() for w, r in zip(each, ranks, strict=True)]
+        )
 
-    return [{key: cut(key, v[j], j).clone() for key, v in p.items()} for j in range(k)]
+    cuts = {key: cut(key, v) for key, v in p.items()}
+    return [{key: each[j] for key, each in cuts.items()} for j in range(k)]
 
 
 def per_client(v: Tensor, like: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def served(f: Federation, engine: Engine, server: Server, clients: Sequence[int]
             kept = [
                 select(p, lambda k: "~" not in k.adapter) for p in kept
             ]  # fresh moments, and the full learning rate
-            done = train_block(tuner, f.scene, f.loss, order, down_each, kept, work, Schedule())
+            done = train_block(tuner, f.scene, f.loss, order, down_each, kept, work, Schedule(), serve=True)
             out += [r.served for r in done]
         else:
             out += unstack(method.personal(f.scene, stack(down_each), stack(kept)), len(part))

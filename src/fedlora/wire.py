@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -84,6 +85,8 @@ def pack(params: Params, precision: Precision = "fp32") -> Params:
 
 def unpack(params: Params) -> Params:
     """Inverse of `pack`, up to its rounding: every real leaf as float32. Raises UploadError where leaf and scale do not fit."""
+    if all(v.dtype in (torch.float32, torch.int64) for v in params.values()):
+        return params
     out: Params = {}
     for k, v in params.items():
         if k.part.endswith(SCALE):
@@ -100,11 +103,16 @@ def unpack(params: Params) -> Params:
 
 def size(params: Params, header: Mapping[str, Any] | None = None) -> int:
     """Bytes of `encode(params, header)`, without making them."""
+    return _size(tuple((k, v.dtype, v.shape) for k, v in params.items()), _json(header))
+
+
+@lru_cache(maxsize=512)  # clients of a run send the same leaves round after round
+def _size(leaves: tuple[tuple[Key, torch.dtype, torch.Size], ...], header: str) -> int:
     at = 0
-    described: dict[str, Any] = {"__metadata__": {HEADER: _json(header)}}
-    for k, v in sorted(params.items(), key=lambda x: (-_ORDER[x[1].dtype], str(x[0]))):  # safetensors' own order
-        end = at + v.numel() * v.element_size()
-        described[str(k)] = {"dtype": _DTYPES[v.dtype], "shape": list(v.shape), "data_offsets": [at, end]}
+    described: dict[str, Any] = {"__metadata__": {HEADER: header}}
+    for k, dtype, shape in sorted(leaves, key=lambda x: (-_ORDER[x[1]], str(x[0]))):  # safetensors' own order
+        end = at + shape.numel() * dtype.itemsize
+        described[str(k)] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = len(json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-text // 8) * 8 + at
@@ -143,7 +151,6 @@ def validate(params: Params, spec: Spec, norm_bound: float | None = None, ranks_
     if params.keys() != spec.keys():
         extra, lost = (sorted(map(str, a.keys() - b.keys())) for a, b in ((params, spec), (spec, params)))
         raise UploadError(f"leaves differ from the declared ones: unexpected {extra[:3]}, missing {lost[:3]}")
-    total = 0.0
     for k, v in params.items():
         want = spec[k]
         axis = rank_axis(k)
@@ -152,15 +159,26 @@ def validate(params: Params, spec: Spec, norm_bound: float | None = None, ranks_
             shape[axis] = rank(k, v)
         if list(v.shape) != shape or v.dtype != want.dtype:
             raise UploadError(f"leaf {k} is {list(v.shape)} {v.dtype}, expected {list(want.shape)} {want.dtype}")
-        if v.is_floating_point():
-            squared = float(v.double().square().sum())
-            if squared != squared or squared == float("inf"):
-                bad = int((~torch.isfinite(v)).sum())
+    norm = _norm(params)
+    if ranks_may_shrink:
+        _one_rank(params)
+    if norm_bound is not None and norm > norm_bound:
+        raise UploadError(f"norm {norm:.3g} exceeds the bound {norm_bound:.3g}")
+
+
+def _norm(params: Params) -> float:
+    """Frobenius norm of all leaves together. Raises UploadError for values that are not finite."""
+    floats = {k: v for k, v in params.items() if v.is_floating_point() and v.numel()}
+    if not floats:
+        return 0.0
+    norms = torch.stack([n.float() for n in torch._foreach_norm(list(floats.values()))]).double()
+    if not torch.isfinite(norms).all():  # too large for float32, or not finite: leaf by leaf, exactly
+        for k, v in floats.items():
+            bad = int((~torch.isfinite(v)).sum())
+            if bad:
                 raise UploadError(f"leaf {k} has {bad} non-finite values of {v.numel()}, expected finite numbers")
-            total += squared
-    _one_rank(params)
-    if norm_bound is not None and total**0.5 > norm_bound:
-        raise UploadError(f"norm {total**0.5:.3g} exceeds the bound {norm_bound:.3g}")
+        norms = torch.stack([v.double().norm() for v in floats.values()])
+    return float(norms.norm())
 
 
 def _one_rank(params: Params) -> None:

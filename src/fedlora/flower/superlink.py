@@ -171,7 +171,17 @@ def _bound(host: str, port: int) -> socket.socket:
 def _serve(app: Any, sock: socket.socket, **options: Any) -> tuple[uvicorn.Server, threading.Thread]:
     """A uvicorn server in a thread, once it listens. Raises StateError."""
     try:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, ws="none", loop="asyncio", timeout_graceful_shutdown=1, **options))
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_level="error",
+                access_log=False,
+                ws="none",
+                loop="asyncio",
+                timeout_graceful_shutdown=1,
+                **options,
+            )
+        )
         server.config.load()
     except (OSError, ValueError) as e:
         raise StateError(f"--tls-cert, --tls-key: {e}; give a certificate and its key as PEM files") from e
