@@ -5,6 +5,7 @@ python bench/scale.py: trains nothing (a step returns what it got). Writes bench
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -96,10 +97,8 @@ class Timer(Watch):
 
 def rounds(fed: Federation, n: int) -> list[float]:
     timer = Timer(n + 1)
-    try:
+    with contextlib.suppress(Stop):
         fed.run(timer)
-    except Stop:
-        pass
     return timer.seconds[1:]
 
 

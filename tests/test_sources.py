@@ -177,7 +177,7 @@ def test_labels() -> None:
     assert (list(ids), names) == ([1, 0, 1], ("2", "10"))  # numbers in the order of numbers
     ids, _ = classes(pa.table({"y": ["b"]}), "y", ("a", "b"))
     assert list(ids) == [1]
-    with pytest.raises(DataError, match=r"label 'z' \(row 2, 1 rows in all\) occurs only here and not in the training"):
+    with pytest.raises(DataError, match=r"label 'z' \(row 2, 1 rows in all\) is not in data.classes"):
         classes(pa.table({"y": ["a", "z"]}), "y", ("a", "b"))
     with pytest.raises(DataError, match=r"holds 0.5 in row 2, expected classes"):
         classes(pa.table({"y": [1.0, 0.5]}), "y")

@@ -115,7 +115,8 @@ class Store:
         """At a site: the model-ready deltas that a client serves when a run is done."""
         with self._writing(self.root):
             self.client_folder(id).mkdir(parents=True, exist_ok=True)
-        self._write(self.client_folder(id) / SERVED, _sealed(params, {"client": id}))
+        apart = {k: v.clone() for k, v in params.items()}  # VeRA's layers share their matrices
+        self._write(self.client_folder(id) / SERVED, _sealed(apart, {"client": id}))
 
     def load_served(self, id: str) -> Params | None:
         """What save_served wrote, None if it did not."""

@@ -118,7 +118,9 @@ def stack(ps: Sequence[Params]) -> Params:
     for k in sorted(ps[0]):
         leaves = [p[k] for p in ps]
         if all(v is leaves[0] for v in leaves):  # what all clients received: not copied
-            out[k] = leaves[0][None].expand(len(leaves), *leaves[0].shape)
+            out[k] = (
+                leaves[0].contiguous()[None].expand(len(leaves), *leaves[0].shape)
+            )  # one layout: a product's last bits follow it
             continue
         if len({v.shape for v in leaves}) > 1:
             top = max(rank(k, v) for v in leaves)

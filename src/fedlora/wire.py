@@ -85,7 +85,7 @@ def pack(params: Params, precision: Precision = "fp32") -> Params:
 
 def unpack(params: Params) -> Params:
     """Inverse of `pack`, up to its rounding: every real leaf as float32. Raises UploadError where leaf and scale do not fit."""
-    if all(v.dtype in (torch.float32, torch.int64) for v in params.values()):
+    if all(v.dtype in (torch.float32, torch.int64) and not k.part.endswith(SCALE) for k, v in params.items()):
         return params
     out: Params = {}
     for k, v in params.items():

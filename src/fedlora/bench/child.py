@@ -30,9 +30,20 @@ def _fedlora(block: int | None, dtype: str) -> Callable[[Any], Any]:
     return make
 
 
+def _flower(cached: bool) -> Callable[[Any], Any]:
+    def make(work: Any) -> Any:
+        from .flower_sim import FlowerSimulation
+
+        return FlowerSimulation(work, cached)
+
+    return make
+
+
 SYSTEMS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "peft": ("PyTorch + PEFT loop, fp32", _peft("fp32")),
     "peft-bf16": ("PyTorch + PEFT loop, bf16 base", _peft("bf16")),
+    "flower": ("Flower on Ray, model built per call, fp32", _flower(False)),
+    "flower-cached": ("Flower on Ray, model kept by its worker, fp32", _flower(True)),
     "one": ("fedlora one by one, fp32", _fedlora(1, "fp32")),
     "blocks": ("fedlora in blocks, fp32", _fedlora(None, "fp32")),
     "one-bf16": ("fedlora one by one, bf16 base", _fedlora(1, "bf16")),

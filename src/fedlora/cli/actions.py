@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json as json_
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import ConfigError, DataError, FedloraError, Problem, StateError, near
+from ..watch import Several, Watch
 from . import tables
 from .progress import Bars, JsonLines
 
@@ -22,7 +25,6 @@ if TYPE_CHECKING:
 
     from ..federation import Federation
     from ..recipe import Recipe
-    from ..watch import Watch
 
 DEPLOYMENT = "deployment.json"  # in the run folder of a server whose clients are at sites
 out = Console()
@@ -36,8 +38,6 @@ def _console(quiet: bool, json: bool) -> Console:
 
 @contextlib.contextmanager
 def _watch(metric: str, quiet: bool, json: bool) -> Iterator[Watch]:
-    from ..watch import Watch
-
     if json:
         yield JsonLines()
     elif quiet:
@@ -60,14 +60,40 @@ def _build(recipe: Recipe, output: Path | None, console: Console) -> Federation:
     return fed
 
 
+class Pressed(Watch):
+    """Ctrl-C, remembered: an interrupt that a library swallows (in a callback of its own) still ends the run at the next
+    round."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def __enter__(self) -> Pressed:
+        self.before = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _press(self, *_: object) -> None:
+        self.pressed = True
+        raise KeyboardInterrupt
+
+    def round_start(self, round: int, clients: int) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+
+
 def _execute(recipe: Recipe, output: Path | None, quiet: bool, json: bool) -> Path:
     """Run one recipe to its end; returns its folder."""
     from ..metrics import primary
 
     fed = _build(recipe, output, _console(quiet, json))
     try:
-        with _watch(primary(recipe.model.task), quiet, json) as watch:
-            fed.run(watch)
+        with Pressed() as pressed, _watch(primary(recipe.model.task), quiet, json) as watch:
+            fed.run(Several(watch, pressed))
     except KeyboardInterrupt:
         raise Interrupted(fed.store.root) from None
     _report(fed.store.root, quiet or json)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json as json_
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +15,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import ConfigError, FedloraError, Problem, StateError
+from ..watch import Several
 from . import tables
-from .actions import Interrupted, _report, _watch, err, out
+from .actions import Interrupted, Pressed, _report, _watch, err, out
 
 
 @contextlib.contextmanager
@@ -119,8 +122,8 @@ def try_out(
 def _finish(folder: Path, recipe: Any, quiet: bool, json: bool, run: Callable[[Any], Any], metric: str) -> None:
     """Run under a progress display, then the result and the report, as for a simulation."""
     try:
-        with _watch(metric, quiet, json) as watch:
-            run(watch)
+        with Pressed() as pressed, _watch(metric, quiet, json) as watch:
+            run(Several(watch, pressed))
     except KeyboardInterrupt:
         raise Interrupted(folder, "start the same command again") from None
     _report(folder, quiet or json)
@@ -162,13 +165,35 @@ def client(
     lock = FileLock(state / ".lock", timeout=0)
     say = _say(False)
     try:
-        with lock:
+        with lock, _stopping() as stop:
             site = Site(holding.federation, state, share_histogram, say)
-            flower.serve(flower.Uplink(server, ca, keys, insecure), site, say)
+            flower.serve(flower.Uplink(server, ca, keys, insecure), site, say, stop)
     except Timeout:
         raise StateError(f"--state {state}: another client uses it; give each client a folder of its own") from None
     except KeyboardInterrupt:
-        say("stopped; what the server has accepted is kept here")
+        pass
+    say("stopped; what the server has accepted is kept here")
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; either also interrupts what is being done."""
+    stop = threading.Event()
+
+    def end(*_: object) -> None:
+        stop.set()
+        raise KeyboardInterrupt
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is threading.main_thread():
+        for s in before:
+            signal.signal(s, end)
+    try:
+        yield stop
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for s, handler in before.items():
+                signal.signal(s, handler)
 
 
 def keys(ids: Sequence[str], output: Path, hosts: Sequence[str]) -> None:
