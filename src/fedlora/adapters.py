@@ -65,6 +65,12 @@ def _uniform(r: int, in_: int, *path: object) -> Tensor:
     return (torch.rand(r, in_, generator=rng(*path)) * 2 - 1) * in_**-0.5
 
 
+@lru_cache(maxsize=1024)
+def _zeros(out: int, r: int, site: Key) -> Tensor:
+    """B at its start, [o r]; kept likewise, one for each leaf: a file cannot hold two names of one memory."""
+    return torch.zeros(out, r)
+
+
 @dataclass(frozen=True)
 class LoRA(Adapter):
     """h = W0 x + s B (A x)."""
@@ -78,6 +84,8 @@ class LoRA(Adapter):
 
     def rank_at(self, site: str) -> int:
         """r of a site: of the first pattern that matches it, else `rank`."""
+        if not self.pattern:
+            return self.rank
         return next((r for name, r in self.pattern if re.match(rf"(.*\.)?({name})$", site)), self.rank)
 
     def scale_at(self, site: str) -> float:
@@ -96,7 +104,7 @@ class LoRA(Adapter):
         for s in sites:
             r = self.rank_at(s.name)
             out[Key(name, s.name, "A")] = _uniform(r, s.in_, *seed, name, s.name)
-            out[Key(name, s.name, "B")] = torch.zeros(s.out, r)
+            out[Key(name, s.name, "B")] = _zeros(s.out, r, Key(name, s.name, "B"))
         return out
 
     def view(self, p: Params) -> Params:

@@ -121,10 +121,9 @@ def _size(leaves: tuple[tuple[Key, torch.dtype, torch.Size], ...], header: str) 
 def measure(params: Params, message: bytes | int) -> Traffic:
     """Split the bytes of a message (or their number) into adapters, head and framing."""
     total = message if isinstance(message, int) else len(message)
-    part = {True: 0, False: 0}
-    for k, v in params.items():
-        part[k.adapter == "head"] += v.numel() * v.element_size()
-    return Traffic(part[False], part[True], total - part[False] - part[True])
+    head = sum(v.nbytes for k, v in params.items() if k.adapter == "head")
+    payload = sum(v.nbytes for v in params.values())
+    return Traffic(payload - head, head, total - payload)
 
 
 class Leaf(NamedTuple):
