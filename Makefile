@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint types imports pytest format docs mutants bench clean
+.PHONY: help demo test slow lint types imports pytest format docs mutants bench clean
 
 help:
 	@echo "make demo     compare four methods on real text, with a report (about five minutes after installation)"
 	@echo "make test     lint, types, import rules and tests"
+	@echo "make slow     the slower tests: every method over real processes"
 	@echo "make lint     ruff and its formatter, without changing anything"
 	@echo "make format   let ruff mend what it can"
 	@echo "make docs     write docs/recipes.md from the types"
@@ -36,7 +37,11 @@ imports: $(VENV)/.installed-dev
 
 # One torch thread a process: two processes of one thread each are faster than two that fight over the cores.
 pytest: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow"
+
+# Every method over real processes, and the app under Flower's own commands: minutes more.
+slow: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m slow
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

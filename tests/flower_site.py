@@ -42,7 +42,7 @@ class Troubled(Site):
 
 
 def main(id: str, port: str, data: str, folder: str, state: str, trouble: str = "") -> None:
-    client.LONGEST_WAIT, client.PATIENCE = 1.0, 5.0
+    client.LONGEST_WAIT, client.PATIENCE = 1.0, 5.0 if Path(folder).name == "half" else 60.0
     holding = Holding(id, data, {} if id != "c" else {"text": "note", "label": "outcome"}, threads=1)
     site = Troubled(holding.federation, Path(state) / id, say=lambda text: print(text, flush=True))
     site.trouble = trouble

@@ -110,7 +110,7 @@ MUTANTS = (
     Mutant("no checksum", "store.py", "whole = _digest(wire.encode(params, header)).hex() == digest", "whole = True", "tests/test_store.py -k damaged"),
     Mutant("metrics are not cut back", "store.py", "f.truncate(length)", "pass", "tests/test_store.py -k 'dropped or committed'"),
     Mutant("states are pruned too early", "store.py", "if p.stem < path.stem)[:-1]:", "if p.stem < path.stem):", "tests/test_store.py"),
-    Mutant("framing is free", "wire.py", "return Traffic(part[False], part[True], total - part[False] - part[True])", "return Traffic(part[False], part[True], 0)", "tests/test_wire.py"),
+    Mutant("framing is free", "wire.py", "return Traffic(payload - head, head, total - payload)", "return Traffic(payload - head, head, 0)", "tests/test_wire.py"),
     Mutant("NaN is let in", "wire.py", "if not torch.isfinite(norms).all():", "if (norms == float('inf')).any():", "tests/test_wire.py"),
     # evaluation
     Mutant("the round is chosen on test", "summary.py", 'for split in ("validation", "test"):\n        for view', 'for split in ("test", "validation"):\n        for view', "tests/test_federation.py -k chosen"),
