@@ -49,8 +49,8 @@ def seconds(folder: Path) -> list[float]:
 def measure(source: str, method: dict[str, Any]) -> dict[str, Any]:
     """Deployed and in one process, on the same work."""
     with tempfile.TemporaryDirectory() as folder:
-        r = trial.prepared(recipe(source, method), 3)
-        there, summary = trial.try_out(r, Path(folder) / "there", Watch(), lambda text: None)
+        r, ids = trial.prepared(recipe(source, method), 3)
+        there, summary = trial.try_out(r, ids, Path(folder) / "there", Watch(), lambda text: None)
         here = build.federation(r, Path(folder) / "here")
         here.run()
         a, b = seconds(there.store.root), seconds(here.store.root)

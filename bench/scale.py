@@ -83,7 +83,8 @@ class Timer(Watch):
     """Seconds of each round; ends the run after `rounds`."""
 
     def __init__(self, rounds: int):
-        self.rounds, self.seconds, self.start_ = rounds, [], 0.0
+        self.rounds = rounds
+        self.seconds: list[float] = []
         self.last = time.perf_counter()
 
     def round_start(self, round: int, clients: int) -> None:

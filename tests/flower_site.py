@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import os
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import fedlora.flower  # noqa: F401
 from fedlora import wire
 from fedlora.deploy.packets import Packet
 from fedlora.deploy.site import Holding, Site
-from fedlora.flower import client, keys
+from fedlora.flower import client, keys, trial
 
 
 class Troubled(Site):
@@ -61,17 +60,9 @@ def main(id: str, port: str, data: str, folder: str, state: str, trouble: str = 
             push(objects, push_object_fn, **more)
 
         client.push_objects = half
-    stop = threading.Event()
-
-    def until_closed() -> None:
-        while os.read(0, 4096):  # not sys.stdin, whose lock a thread must not hold when the process ends
-            pass
-        stop.set()
-
-    threading.Thread(target=until_closed, daemon=True).start()
     pair = keys.private_key(Path(folder) / "clients" / f"{id}.key")
     uplink = client.Uplink(f"127.0.0.1:{port}", Path(folder) / "ca.pem", pair)
-    client.serve(uplink, site, lambda text: print(text, flush=True), stop)
+    client.serve(uplink, site, lambda text: print(text, flush=True), trial.input_closed())
 
 
 if __name__ == "__main__":

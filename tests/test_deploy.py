@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
 from test_contract import TABLE
 
 from fedlora import wire
-from fedlora.data.examples import Arrays, Rows
-from fedlora.data.federated import FederatedData
+from fedlora.data.federated import roster
 from fedlora.deploy.packets import Packet
 from fedlora.deploy.remote import Remote, Terms
 from fedlora.deploy.site import Site
@@ -27,12 +24,6 @@ from fedlora.tree import Key, Params
 
 RECIPE = {"data": {}, "deployment": {}}
 DEPLOYED = [n for n, row in TABLE.items() if not row.method.pooled]
-
-
-def part_of(data: FederatedData, k: int) -> FederatedData:
-    """One client's rows alone."""
-    splits = {s: Rows(np.array([0, r.sizes[k]]), r[k]) for s, r in data.splits.items()}
-    return dataclasses.replace(data, ids=[data.ids[k]], splits=splits)
 
 
 class Loop:
@@ -63,19 +54,20 @@ class Loop:
 def sites(method: Method, folder: Path, count: int = 4, **more: Any) -> Loop:
     def make(k: int) -> Callable[[Mapping[str, Any], Path], Federation]:
         return lambda recipe, where: tiny.federation(
-            method, where, data=part_of(tiny.data(), k), block=1, keep="all", **more
+            method, where, data=tiny.data().only(k), block=1, keep="all", **more
         )
 
     return Loop({k: Site(make(k), folder / f"site{k}") for k in range(count)})
 
 
 def server(method: Method, folder: Path, link: Loop, terms: Terms | None = None, **more: Any) -> Federation:
-    nobody = FederatedData(
-        Arrays({"labels": np.zeros(0)}), [], {"train": Rows(np.zeros(1, np.int64), np.zeros(0, np.int64))}
-    )
     terms = terms or Terms(clients=len(link.sites), poll=0.0)
     return tiny.federation(
-        method, folder, data=nobody, runtime=lambda f, watch: Remote(f, watch, link, terms, RECIPE), **more
+        method,
+        folder,
+        data=roster([], {"train": []}),
+        runtime=lambda f, watch: Remote(f, watch, link, terms, RECIPE),
+        **more,
     )
 
 
@@ -422,7 +414,7 @@ def test_message_precision_is_that_of_the_simulation(precision: Any, tmp_path: P
 
     def lossy(k: int) -> Callable[[Mapping[str, Any], Path], Federation]:
         return lambda recipe, where: tiny.federation(
-            METHOD, where, data=part_of(tiny.data(), k), block=1, keep="all", sampling=sampling
+            METHOD, where, data=tiny.data().only(k), block=1, keep="all", sampling=sampling
         )
 
     link = Loop({k: Site(lossy(k), tmp_path / f"site{k}") for k in range(4)})

@@ -28,10 +28,12 @@ import fedlora.flower  # noqa: F401  (switches Flower's telemetry off)
 from fedlora import build
 from fedlora.data.examples import Rows, Tokens
 from fedlora.data.federated import FederatedData
+from fedlora.deploy import remote
+from fedlora.deploy.packets import Packet
 from fedlora.deploy.site import Holding
 from fedlora.errors import ConfigError
 from fedlora.federation import Federation
-from fedlora.flower import client, keys, server, superlink
+from fedlora.flower import client, keys, records, server, superlink
 from fedlora.recipe import Recipe
 from fedlora.watch import Watch
 
@@ -400,6 +402,37 @@ def test_a_cut_connection_is_taken_up_again(alone: Place) -> None:
     tiny.close(state(here), state(there), tol=0)
     assert b"bert.encoder" not in cable.carried
     assert b"good" not in cable.carried
+
+
+def test_no_request_of_ours_is_larger_than_the_server_takes() -> None:
+    """The largest site's answer with a large model: Flower cuts leaves into chunks, and what is said of clients is small."""
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+
+    ids = [f"a-hospital-of-some-length/ward-{i:05d}" for i in range(remote.MOST_CLIENTS)]
+    scores = {c: {"loss": 0.123456789012345, "accuracy": 0.123456789012345, "f1": 0.123456789012345} for c in ids}
+    lines = [{"view": v, "split": s, "clients": scores} for v in ("personal", "global") for s in ("validation", "test")]
+    small = Packet("evaluate", {"lines": lines}, dict.fromkeys(ids, b"x"))
+    large = Packet("train", {}, {"a": bytes(3 * records.LARGEST)})
+    for packet in (small, large):
+        content = records.pack(packet)
+        sizes = [len(x.deflate()) for x in get_all_nested_objects(content).values()]
+        assert max(*sizes, get_object_tree(content).ByteSize()) < records.LARGEST
+    assert len(sizes) > 3
+
+
+def test_a_request_that_is_too_large_ends_the_client() -> None:
+    """A proxy with a small limit: trying again would never help."""
+    import httpx
+
+    response = httpx.Response(413, request=httpx.Request("POST", "https://fl.example.org"))
+
+    def refuse(message: Any) -> None:
+        response.raise_for_status()
+
+    node = client._Node.__new__(client._Node)
+    node._lost, node.stop, node.say = threading.Event(), threading.Event(), lambda text: None
+    with pytest.raises(client.Refused, match="client_max_body_size"):
+        node._call(refuse)(None)
 
 
 def test_keys_are_made_once_and_read_back(tmp_path: Path) -> None:

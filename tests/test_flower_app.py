@@ -59,6 +59,13 @@ def finished(folder: Path, seconds: float) -> dict[str, object]:
     return found
 
 
+def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A fedlora command in the background."""
+    return subprocess.Popen(
+        command(*arguments), cwd=place, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
 @pytest.mark.slow
 def test_the_flower_app_runs_under_flower(place: Path) -> None:
     """flower-superlink, two flower-supernodes, flwr run: Flower's processes, our app."""
@@ -74,13 +81,13 @@ def test_the_flower_app_runs_under_flower(place: Path) -> None:
     logs = open(place / "log", "w")  # noqa: SIM115 - closed below
     processes = []
 
-    def start(*arguments: str) -> None:
+    def begin(*arguments: str) -> None:
         processes.append(
             subprocess.Popen([*arguments], cwd=place, env=env, stdout=logs, stderr=logs, start_new_session=True)
         )
 
     try:
-        start(
+        begin(
             str(bin_ / "flower-superlink"),
             "--insecure",
             "--port",
@@ -90,7 +97,7 @@ def test_the_flower_app_runs_under_flower(place: Path) -> None:
         time.sleep(5)
         for id, port in zip("ab", ports, strict=True):
             config = f'id="{id}" data="{place}/{id}.csv" state="{place}/state"'
-            start(str(bin_ / "flower-supernode"), "--insecure", "--superlink", f"127.0.0.1:{link}", "--port", str(port),
+            begin(str(bin_ / "flower-supernode"), "--insecure", "--superlink", f"127.0.0.1:{link}", "--port", str(port),
                   "--node-config", config)  # fmt: skip
         time.sleep(4)
         done = subprocess.run(
@@ -122,20 +129,11 @@ def test_without_tls_it_must_be_said_on_both_sides(place: Path) -> None:
     assert said.returncode == 2
     assert "--insecure" in said.stderr
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            command(*arguments),
-            cwd=place,
-            env=environment(),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
     wards = [(text, label, f"ward{i % 2}") for i, (text, label, _) in enumerate(rows(80))]
     wards = [(text, ("calm", "urgent")[int(label == "sea")], ward) for text, label, ward in wards]
     write_csv(place / "b.csv", wards, ("text", "label", "ward"))
     server = start(
+        place,
         "server",
         "recipe.yaml",
         "--listen",
@@ -148,8 +146,8 @@ def test_without_tls_it_must_be_said_on_both_sides(place: Path) -> None:
     )
     here = ("--server", f"127.0.0.1:{port}", "--insecure")
     sites = [
-        start("client", "--id", "a", *here, "--data", "a.csv", "--state", "state-a"),
-        start("client", "--id", "b", *here, "--data", "b.csv", "--clients", "ward", "--state", "state-b"),
+        start(place, "client", "--id", "a", *here, "--data", "a.csv", "--state", "state-a"),
+        start(place, "client", "--id", "b", *here, "--data", "b.csv", "--clients", "ward", "--state", "state-b"),
     ]
     try:
         text, _ = server.communicate(timeout=240)
@@ -169,21 +167,11 @@ def test_a_server_killed_by_the_system_goes_on(place: Path) -> None:
     """SIGKILL between rounds, the same command again: clients come back by themselves, no round is lost or doubled."""
     port = free_port()
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            command(*arguments),
-            cwd=place,
-            env=environment(),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
     here = ("--server", f"127.0.0.1:{port}", "--insecure")
     line = ("server", "recipe.yaml", "--listen", f"127.0.0.1:{port}", "--insecure", "-o", "run", "--quiet",
             "--set", "federation.rounds=12", "--set", "evaluation.every=12")  # fmt: skip
-    sites = [start("client", "--id", id, *here, "--data", f"{id}.csv", "--state", f"state-{id}") for id in "ab"]
-    first = start(*line)
+    sites = [start(place, "client", "--id", id, *here, "--data", f"{id}.csv", "--state", f"state-{id}") for id in "ab"]
+    first = start(place, *line)
     second = None
     try:
         end = time.monotonic() + 120
@@ -194,7 +182,7 @@ def test_a_server_killed_by_the_system_goes_on(place: Path) -> None:
             time.sleep(0.05)
         first.kill()
         first.communicate()
-        second = start(*line)
+        second = start(place, *line)
         text, _ = second.communicate(timeout=240)
         assert second.returncode == 0, text
     finally:

@@ -117,10 +117,12 @@ def stack(ps: Sequence[Params]) -> Params:
     out: Params = {}
     for k in sorted(ps[0]):
         leaves = [p[k] for p in ps]
-        if all(v is leaves[0] for v in leaves):  # what all clients received: not copied
+        if all(
+            v is leaves[0] for v in leaves
+        ):  # what all clients received is not copied, but has the layout of a copy:
             out[k] = (
                 leaves[0].contiguous()[None].expand(len(leaves), *leaves[0].shape)
-            )  # one layout: a product's last bits follow it
+            )  # last bits of products follow it
             continue
         if len({v.shape for v in leaves}) > 1:
             top = max(rank(k, v) for v in leaves)
@@ -138,11 +140,9 @@ def unstack(p: Params, k: int) -> list[Params]:
         adapter = key.adapter.split("~")[0]  # "lora~m" holds the moments of "lora"
         ranks = live.get((adapter, key.site)) or live.get((adapter, ""))
         each = v.unbind()  # nothing writes into leaves, so views will do
-        return (
-            each
-            if ranks is None or v.ndim == 1
-            else [cut_rank(key, w, r).clone() for w, r in zip(each, ranks, strict=True)]
-        )
+        if ranks is None or v.ndim == 1:
+            return each
+        return [cut_rank(key, w, r).clone() for w, r in zip(each, ranks, strict=True)]
 
     cuts = {key: cut(key, v) for key, v in p.items()}
     return [{key: each[j] for key, each in cuts.items()} for j in range(k)]

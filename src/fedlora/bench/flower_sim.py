@@ -23,7 +23,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from ..model import Batch
 from .peft_loop import PeftLoop
-from .systems import Leaves, System
+from .systems import Leaves, System, averaged
 from .work import Work
 
 
@@ -109,13 +109,10 @@ class FlowerSimulation(System):
             Message(RecordDict({"work": w}), dst_node_id=n, message_type="train")
             for n, w in zip(nodes, work, strict=True)
         ]
-        total: Leaves = {}
-        for reply in grid.send_and_receive(sent):
-            if reply.has_error():
-                return RuntimeError(reply.error.reason)
-            for n, v in reply.content.array_records["leaves"].to_torch_state_dict().items():
-                total[n] = total[n] + v if n in total else v
-        return {n: v / len(nodes) for n, v in total.items()}
+        replies = list(grid.send_and_receive(sent))
+        if failed := [r for r in replies if r.has_error()]:
+            return RuntimeError(failed[0].error.reason)
+        return averaged(r.content.array_records["leaves"].to_torch_state_dict() for r in replies)
 
     def round(self, batches: list[list[Batch]]) -> Leaves:
         """Actors make the minibatches of the round themselves, from its number."""

@@ -9,7 +9,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 
 from .. import pretrained
 from ..model import Batch
-from .systems import Leaves, System, start
+from .systems import Leaves, System, averaged, start
 from .work import ALPHA, CLASSES, LR, RANK, Work
 
 
@@ -64,8 +64,4 @@ class PeftLoop(System):
         return {n: p.detach() - base[n] if n in base else p.detach().clone() for n, p in self.leaves.items()}
 
     def round(self, batches: list[list[Batch]]) -> Leaves:
-        total: Leaves = {}
-        for mine in batches:
-            for n, v in self.train(mine).items():
-                total[n] = total[n] + v if n in total else v
-        return {n: v / len(batches) for n, v in total.items()}
+        return averaged(self.train(mine) for mine in batches)

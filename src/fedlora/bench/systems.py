@@ -4,6 +4,7 @@ the averaged leaves, keyed site/part."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -27,6 +28,15 @@ class System(ABC):
 
     @abstractmethod
     def round(self, batches: list[list[Batch]]) -> Leaves: ...
+
+
+def averaged(clients: Iterable[Leaves]) -> Leaves:
+    """The plain mean over clients, as each arrives."""
+    total: Leaves = {}
+    n = 0
+    for n, leaves in enumerate(clients, 1):
+        total = {k: total[k] + v if n > 1 else v for k, v in leaves.items()}
+    return {k: v / n for k, v in total.items()}
 
 
 class Fedlora(System):

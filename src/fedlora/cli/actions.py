@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json as json_
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
-from ..errors import ConfigError, DataError, FedloraError, Problem, StateError, near
+from ..errors import ConfigError, DataError, Problem, StateError, near
 from ..watch import Several, Watch
 from . import tables
+from .interrupts import Interrupted, Pressed
 from .progress import Bars, JsonLines
 
 if TYPE_CHECKING:
@@ -60,32 +59,6 @@ def _build(recipe: Recipe, output: Path | None, console: Console) -> Federation:
     return fed
 
 
-class Pressed(Watch):
-    """Ctrl-C, remembered: an interrupt that a library swallows (in a callback of its own) still ends the run at the next
-    round."""
-
-    def __init__(self) -> None:
-        self.pressed = False
-
-    def __enter__(self) -> Pressed:
-        self.before = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-
-    def _press(self, *_: object) -> None:
-        self.pressed = True
-        raise KeyboardInterrupt
-
-    def round_start(self, round: int, clients: int) -> None:
-        if self.pressed:
-            raise KeyboardInterrupt
-
-
 def _execute(recipe: Recipe, output: Path | None, quiet: bool, json: bool) -> Path:
     """Run one recipe to its end; returns its folder."""
     from ..metrics import primary
@@ -98,18 +71,6 @@ def _execute(recipe: Recipe, output: Path | None, quiet: bool, json: bool) -> Pa
         raise Interrupted(fed.store.root) from None
     _report(fed.store.root, quiet or json)
     return fed.store.root
-
-
-class Interrupted(FedloraError):
-    """Ctrl-C: the round at hand was dropped, everything before it is on disk."""
-
-    exit_code = 130
-
-    def __init__(self, folder: Path, then: str = ""):
-        super().__init__(
-            "interrupted: the round at hand was dropped, earlier rounds are kept; go on with\n"
-            f"  {then or f'fedlora resume {folder}'}"
-        )
 
 
 def _report(folder: Path, quiet: bool) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json as json_
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +15,8 @@ from filelock import FileLock, Timeout
 from ..errors import ConfigError, FedloraError, Problem, StateError
 from ..watch import Several
 from . import tables
-from .actions import Interrupted, Pressed, _report, _watch, err, out
+from .actions import _report, _watch, err, out
+from .interrupts import Interrupted, Pressed
 
 
 @contextlib.contextmanager
@@ -106,7 +105,7 @@ def try_out(
         from ..flower import trial
     r = _one(recipe, sets)
     with err.status("partitioning the data"):
-        r = trial.prepared(r, clients)
+        r, ids = trial.prepared(r, clients)
     check(r)
     folder = output or r.output_folder()
     _finish(
@@ -114,7 +113,7 @@ def try_out(
         r,
         quiet,
         json,
-        lambda watch: trial.try_out(r, folder, watch, _say(quiet or json)),
+        lambda watch: trial.try_out(r, ids, folder, watch, _say(quiet or json)),
         primary(r.model.task),
     )
 
@@ -165,35 +164,14 @@ def client(
     lock = FileLock(state / ".lock", timeout=0)
     say = _say(False)
     try:
-        with lock, _stopping() as stop:
+        with lock, Pressed() as pressed:
             site = Site(holding.federation, state, share_histogram, say)
-            flower.serve(flower.Uplink(server, ca, keys, insecure), site, say, stop)
+            flower.serve(flower.Uplink(server, ca, keys, insecure), site, say, pressed.stop)
     except Timeout:
         raise StateError(f"--state {state}: another client uses it; give each client a folder of its own") from None
     except KeyboardInterrupt:
         pass
     say("stopped; what the server has accepted is kept here")
-
-
-@contextlib.contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; either also interrupts what is being done."""
-    stop = threading.Event()
-
-    def end(*_: object) -> None:
-        stop.set()
-        raise KeyboardInterrupt
-
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    if threading.current_thread() is threading.main_thread():
-        for s in before:
-            signal.signal(s, end)
-    try:
-        yield stop
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for s, handler in before.items():
-                signal.signal(s, handler)
 
 
 def keys(ids: Sequence[str], output: Path, hosts: Sequence[str]) -> None:

@@ -38,6 +38,20 @@ class FederatedData:
             raise DataError(f"histogram: these data have no classes, expected labels for split {split!r}")
         return histograms(self.splits[split], labels, len(self.label_names))
 
+    def only(self, k: int) -> FederatedData:
+        """Client k and its rows alone."""
+        splits = {s: Rows(np.array([0, r.sizes[k]]), r[k]) for s, r in self.splits.items()}
+        maps = None if self.label_maps is None else self.label_maps[k : k + 1]
+        return replace(self, ids=[self.ids[k]], splits=splits, label_maps=maps, unseen=0)
+
+
+def roster(ids: Sequence[str], sizes: Mapping[str, Sequence[int]], label_names: Sequence[str] = ()) -> FederatedData:
+    """Clients whose rows are elsewhere: only how many each has of a split is known, sizes[split][client]."""
+    splits = {
+        s: Rows(np.concatenate([[0], np.cumsum(n)]).astype(np.int64), np.zeros(0, np.int64)) for s, n in sizes.items()
+    }
+    return FederatedData(Arrays({"labels": np.zeros(0, np.int64)}), ids, splits, tuple(label_names))
+
 
 def assemble(
     tokenizer: Any,

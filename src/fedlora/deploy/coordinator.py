@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .. import build, wire
-from ..data.examples import Arrays, Rows
-from ..data.federated import FederatedData
+from .. import build
+from ..data.federated import roster
 from ..errors import ConfigError, Problem, StateError
 from ..federation import Federation
-from ..method import Client, Server
 from ..recipe import Recipe
 from .remote import Link, Remote, Terms
-from .site import SHOWN, recipe_facts
-
-SLACK = 2**20  # bytes of a request beside its leaves
+from .site import SHOWN
 
 
 def check(recipe: Recipe) -> None:
@@ -54,13 +49,11 @@ def coordinator(
 ) -> Federation:
     """The server's federation: its clients are those that come. link: opened when the run starts. Raises ConfigError."""
     check(recipe)
-    nobody = {"train": Rows(np.zeros(1, np.int64), np.zeros(0, np.int64))}
-    names = tuple(recipe.data.classes or ())
-    empty = FederatedData(Arrays({"labels": np.zeros(0, np.int64)}), [], nobody, names)
+    nobody = roster([], {"train": []}, recipe.data.classes or ())
     d = recipe.deployment
     terms = Terms(d.clients or recipe.federation.min_clients, d.deadline, d.over_selection, d.attempts)
-    fed = build.federation(recipe, output, lambda r, tokenizer: empty)
-    told = recipe_facts(recipe)
+    fed = build.federation(recipe, output, lambda r, tokenizer: nobody)
+    told = _told(recipe)
 
     def runtime(fed: Federation, watch: Any) -> Remote:
         return Remote(fed, watch, link(), terms, told, say)
@@ -69,11 +62,12 @@ def coordinator(
     return fed
 
 
-def largest_message(fed: Federation) -> int:
-    """Bytes that no request of an honest site exceeds, with room for framing."""
-    server: Server = fed.method.init(fed.scene)
-    down = fed.method.broadcast(fed.scene, server, Client("probe", 1))
-    return 4 * wire.size(down) + SLACK
+def _told(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe a site is told: all but where the server's own files are."""
+    raw: dict[str, Any] = json.loads(json.dumps(recipe.resolved()))
+    raw["data"]["source"] = "(of the site)"
+    raw["run"]["output"] = "."
+    return raw
 
 
 def reopened(recipe: Recipe, folder: Path) -> Federation:
@@ -84,11 +78,7 @@ def reopened(recipe: Recipe, folder: Path) -> Federation:
 
     fed = coordinator(recipe, folder, no_link)
     known = fed.store.read_json("partition.json")
-    splits = {
-        s: Rows(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), np.zeros(0, np.int64))
-        for s, sizes in known.get("sizes", {}).items()
-    }
-    if not splits:
+    if not known.get("sizes"):
         raise StateError(f"{folder}: no client has joined this run yet")
-    fed.enrol(FederatedData(fed.data.examples, known["ids"], splits, fed.data.label_names))
+    fed.enrol(roster(known["ids"], known["sizes"], fed.data.label_names))
     return fed

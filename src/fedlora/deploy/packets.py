@@ -22,17 +22,12 @@ class Packet:
     """header: JSON. parts: bytes of `wire.encode` by client id.
 
     A server's header: run, protocol, recipe, round, rounds, clients (id -> round of its last accepted upload, or null).
-    A site's: run, round, clients (id -> facts), failed (id -> reason), and what the kind asks for.
+    A site's: run, round, clients (id -> facts), and what the kind asks for; or error, why it cannot answer.
     """
 
     kind: Kind
     header: Mapping[str, Any] = field(default_factory=dict)
     parts: Mapping[str, bytes] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        """Of all parts."""
-        return sum(len(p) for p in self.parts.values())
 
 
 def same(header: Mapping[str, Any], **expected: Any) -> None:

@@ -13,11 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
-
 from .. import wire
-from ..data.examples import Arrays, Rows
-from ..data.federated import FederatedData
+from ..data.federated import roster
 from ..engine import RoundLog, enough, in_order
 from ..errors import TrainingError, UploadError
 from ..federation import Federation
@@ -28,7 +25,7 @@ from ..watch import Watch
 from .packets import EVERYBODY, PROTOCOL, Kind, Packet, same
 
 SPLITS = ("train", "validation", "test")
-MOST_CLIENTS = 100_000  # of one site
+MOST_CLIENTS = 10_000  # of one site
 
 
 class Link(Protocol):
@@ -64,6 +61,7 @@ class Remote:
         self.fed, self.watch, self.link, self.terms, self.recipe, self.say = fed, watch, link, terms, recipe, say
         self.sites: dict[int, dict[str, dict[str, Any]]] = {}  # node -> client id -> rows of each split
         self.failed: dict[int, str] = {}
+        self.needed = 0  # uploads that end a round early, where more clients than that were asked
         self.metric: tuple[str, float] | None = None
         known = fed.store.read_json("deployment.json")
         self.run: str = known.get("run") or f"{fed.recipe_hash}-{secrets.token_hex(4)}"
@@ -133,18 +131,15 @@ class Remote:
         """Let the federation know its clients."""
         known = {c: sizes for held in self.sites.values() for c, sizes in held.items()}
         ids = sorted(known)
-        splits = {}
-        for s in SPLITS:
-            sizes = np.array([known[c][s] for c in ids], np.int64)
-            if s == "train" or sizes.any():
-                splits[s] = Rows(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), np.zeros(0, np.int64))
-        self.fed.enrol(FederatedData(Arrays({"labels": np.zeros(0, np.int64)}), ids, splits))
-        shown = {"ids": ids, "label_names": [], "unseen": 0, "sizes": {s: r.sizes.tolist() for s, r in splits.items()}}
+        sizes = {s: [known[c][s] for c in ids] for s in SPLITS}
+        sizes = {s: n for s, n in sizes.items() if s == "train" or any(n)}
+        self.fed.enrol(roster(ids, sizes))
+        shown: dict[str, Any] = {"ids": ids, "label_names": [], "unseen": 0, "sizes": sizes}
         names = list(self.recipe["data"].get("classes") or ())
         if names and all("histogram" in known[c] for c in ids):
             shown |= {
                 "label_names": names,
-                "histogram": {s: [known[c]["histogram"].get(s, [0] * len(names)) for c in ids] for s in splits},
+                "histogram": {s: [known[c]["histogram"].get(s, [0] * len(names)) for c in ids] for s in sizes},
             }
         self.described = shown | {"truncated": 0, "recipe": {}}
 
@@ -152,6 +147,7 @@ class Remote:
     def cohort(self, round: int) -> Sequence[Client]:
         """Clients asked in a round: a sample of those online, more than needed where the terms say so."""
         online = self.wait(max(self.fed.sampling.min_clients, 1))
+        self.needed = self.fed.sampling.size(len(online), most=True)
         chosen = self.fed.sampling.members(len(online), self.fed.seed, round, self.terms.over_selection)
         return [self.fed.client(self.fed.index[online[i]]) for i in chosen]
 
@@ -174,7 +170,6 @@ class Remote:
     ) -> tuple[Server, RoundLog]:
         fed, order = self.fed, Order(server.round, rounds)
         log = RoundLog(cohort=[c.id for c in cohort])
-        needed = fed.sampling.size(len(self.wait(1)), most=True)
         declared, packets = self._orders("train", server, order, cohort, log)
         arrived: dict[str, tuple[Params, dict[str, float]]] = {}
         state = {c.id: "training" for c in cohort}
@@ -205,7 +200,7 @@ class Remote:
                 arrived[c] = params, metrics
             self.watch.clients_done(len(mine))
             self.status("training", server, clients=state)
-            if len(arrived) >= needed and self.terms.over_selection > 1:
+            if len(arrived) >= self.needed and self.terms.over_selection > 1:
                 break
         late = [c for c in clients if state[c] == "training"]
         log.refused |= dict.fromkeys(late, "late: no reply in time")

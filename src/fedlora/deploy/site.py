@@ -6,7 +6,6 @@ with the next one. Only the declared shared leaves, scores and row counts leave 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -205,11 +204,3 @@ def _name(run: str) -> str:
     if not run.replace("-", "").isalnum() or len(run) > 64:
         raise UploadError(f"run {run[:64]!r} is no run id, expected letters, digits and dashes")
     return run
-
-
-def recipe_facts(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe a site is told: all but where the server's own files are."""
-    raw: dict[str, Any] = json.loads(json.dumps(recipe.resolved()))
-    raw["data"]["source"] = "(of the site)"
-    raw["run"]["output"] = "."
-    return raw

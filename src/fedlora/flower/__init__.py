@@ -3,7 +3,7 @@ a `Strategy` for those who have an app already.
 
     server.py    `fedlora server`: SuperLink, run and rounds in one process
     client.py    `fedlora client`: a resident SuperNode, which loads its model once
-    federation.py `fedlora federation try`: all of it on this machine
+    trial.py     `fedlora federation try`: all of it on this machine
     keys.py      certificates and node keys
     app.py       ServerApp and ClientApp for `flwr run`
     strategy.py  a method as a Flower Strategy

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 
 from ..deploy.packets import KINDS, Packet
 from ..errors import UploadError
 
 TYPE = "query.fedlora"  # of all our messages: what they ask for stands in the header
 STYPE = "fedlora"  # of an Array whose data are an encoded message
+LARGEST = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE + 2**24  # bytes of a request: a chunk, or what is said of a site's clients
 
 
 def pack(packet: Packet) -> RecordDict:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..deploy.coordinator import coordinator, largest_message
+from ..deploy.coordinator import coordinator
 from ..errors import ConfigError, Problem
 from ..federation import Federation
 from ..recipe import Recipe
 from ..watch import Watch
 from .keys import public_keys
 from .link import GridLink
+from .records import LARGEST
 from .superlink import TLS, SuperLink
 
 
@@ -61,7 +62,7 @@ def run(
     with contextlib.ExitStack() as stack:
 
         def link() -> GridLink:
-            superlink = stack.enter_context(SuperLink(host, port, tls, keys, largest_message(fed), say))
+            superlink = stack.enter_context(SuperLink(host, port, tls, keys, LARGEST, say))
             ready(superlink.port)
             return GridLink(superlink.grid, superlink.online)
 

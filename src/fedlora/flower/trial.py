@@ -6,21 +6,16 @@ Each client process holds the rows that the recipe's partition gives it, so the 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .. import build
-from ..data.examples import Rows
-from ..data.federated import FederatedData
 from ..deploy.site import Site
 from ..errors import ConfigError, DataError, Problem
 from ..federation import Federation
@@ -31,8 +26,8 @@ from . import client, keys, server
 LOOPBACK = "127.0.0.1"
 
 
-def prepared(recipe: Recipe, clients: int | None) -> Recipe:
-    """The recipe for so many clients, with the names of its classes. Raises ConfigError."""
+def prepared(recipe: Recipe, clients: int | None) -> tuple[Recipe, list[str]]:
+    """The recipe for so many clients, with the names of its classes; and the clients' ids. Raises ConfigError."""
     data = build.data_of(recipe, build.tokenizer_of(recipe))
     if clients is not None and len(data.ids) != clients:
         if recipe.data.client is not None or recipe.partition.kind == "column":
@@ -46,23 +41,16 @@ def prepared(recipe: Recipe, clients: int | None) -> Recipe:
         )
     if data.label_names and recipe.model.task == "classification":
         recipe = recipe.override(f"data.classes={list(data.label_names)!r}")
-    return recipe.override(f"deployment.clients={len(data.ids)}")
-
-
-def part_of(data: FederatedData, k: int) -> FederatedData:
-    """Client k and its rows alone."""
-    splits = {s: Rows(np.array([0, r.sizes[k]]), r[k]) for s, r in data.splits.items()}
-    return dataclasses.replace(data, ids=[data.ids[k]], splits=splits)
+    return recipe.override(f"deployment.clients={len(data.ids)}"), list(data.ids)
 
 
 def try_out(
-    recipe: Recipe, output: Path | None, watch: Watch, say: Callable[[str], None], block: int | None = None
+    recipe: Recipe, ids: Sequence[str], output: Path | None, watch: Watch, say: Callable[[str], None]
 ) -> tuple[Federation, dict[str, Any]]:
-    """Run a prepared recipe with one process per client; whatever happens, they and their keys are gone afterwards."""
-    ids = build.data_of(recipe, build.tokenizer_of(recipe)).ids
+    """Run what `prepared` returned with one process per client; whatever happens, they and their keys are gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="fedlora-") as folder, contextlib.ExitStack() as stack:
         root = Path(folder)
-        keys.make(root / "keys", [LOOPBACK, "localhost"], list(ids))
+        keys.make(root / "keys", [LOOPBACK, "localhost"], ids)
         (root / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         tls, known = server.security(
             root / "keys" / "server.pem", root / "keys" / "server.key", root / "keys" / "clients", False
@@ -95,21 +83,27 @@ def _process(root: Path, k: int, id: str, port: int) -> Iterator[None]:
             process.wait()
 
 
-def main(root: Path, k: int, id: str, port: int) -> None:
-    """A client process of a trial."""
-    stop = threading.Event()
+def input_closed() -> threading.Event:
+    """An event that is set once whoever holds this process's standard input lets go of it."""
+    closed = threading.Event()
 
-    def until_closed() -> None:
+    def wait() -> None:
         while os.read(0, 4096):  # not sys.stdin, whose lock a thread must not hold when the process ends
             pass
-        stop.set()
+        closed.set()
 
-    threading.Thread(target=until_closed, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
+    return closed
+
+
+def main(root: Path, k: int, id: str, port: int) -> None:
+    """A client process of a trial."""
+    stop = input_closed()
     recipe = Recipe.load(root / "recipe.yaml")
 
     def make(_: Mapping[str, Any], folder: Path) -> Federation:
         mine = recipe.override("run.keep=all", "federation.clients_per_round=null", "federation.min_clients=1")
-        return build.federation(mine, folder, lambda r, tokenizer: part_of(build.data_of(r, tokenizer), k))
+        return build.federation(mine, folder, lambda r, tokenizer: build.data_of(r, tokenizer).only(k))
 
     site = Site(make, root / "state" / str(k), say=print)
     uplink = client.Uplink(
