@@ -87,7 +87,8 @@ MUTANTS = (
     Mutant("Conv1D is merged like Linear", "merge.py", 'change.mT if type(module).__name__ == "Conv1D" else change', "change", "tests/test_export.py -k conv1d"),
     Mutant("a tied output moves with its table", "merge.py", "module.weight = nn.Parameter(module.weight.detach() + turned.to(module.weight), requires_grad=False)", "module.weight.data += turned.to(module.weight)", "tests/test_export.py -k conv1d"),
     # sites
-    Mutant("uploads are summed as they arrive", "deploy/remote.py", "in_order([clients[c] for c in clients if c in arrived])", "[clients[c] for c in arrived]", f"{DEPLOY} -k 'equals_simulation and homlora'"),
+    Mutant("uploads are summed as they arrive", "deploy/remote.py", "            for c in chosen:\n", "            for c in [clients[c] for c in arrived]:\n", f"{DEPLOY} -k 'equals_simulation and homlora'"),
+    Mutant("losses are averaged as they arrive", "deploy/remote.py", "{c.id: log.losses[c.id] for c in chosen}", "dict(log.losses)", f"{DEPLOY} -k equals_simulation"),
     Mutant("any upload may have a lower rank", "deploy/remote.py", 'ranked = any(k.part == "rank" for k in spec)', "ranked = True", f"{DEPLOY} -k bad_upload"),
     Mutant("stated ranks are believed", "wire.py", "        if r != want:", "        if False:", f"{DEPLOY} -k prunes"),
     Mutant("a refused client goes on from what was refused", "deploy/remote.py", 'accepted = server.notes.get("accepted", {}) | dict.fromkeys(arrived, order.round)', 'accepted = server.notes.get("accepted", {}) | dict.fromkeys(clients, order.round)', f"{DEPLOY} -k bad_upload"),

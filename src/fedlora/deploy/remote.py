@@ -207,11 +207,13 @@ class Remote:
         if late:
             self.say(f"round {order.round + 1}: late: {', '.join(late[:5])}")
         enough(order.round, len(arrived), len(cohort), fed.sampling.min_clients, log.refused)
-        log.examples = sum(clients[c].examples for c in arrived)
+        chosen = in_order([clients[c] for c in clients if c in arrived])
+        log.losses = {c.id: log.losses[c.id] for c in chosen}  # their mean, too, is that of a simulation
+        log.examples = sum(c.examples for c in chosen)
         self.status("aggregating", server, clients=state | dict.fromkeys(late, "late"))
 
         def uploads() -> Iterator[Upload]:
-            for c in in_order([clients[c] for c in clients if c in arrived]):
+            for c in chosen:
                 u = Upload(c, *arrived[c.id])
                 see(u)
                 yield u
