@@ -21,7 +21,7 @@ from .data.batches import Plan, batch_of, train_batches
 from .data.federated import FederatedData
 from .engine import Engine, RoundLog, Schedule
 from .errors import ConfigError, Problem
-from .memory import auto_block
+from .memory import auto_block, kept
 from .method import Client, Method, Order, Scene, Server, Upload
 from .model import Adapted, Batch
 from .runtime import InProcess, Runtime
@@ -168,7 +168,7 @@ class Federation:
         KeyboardInterrupt drops the round at hand and leaves a folder that `run` takes up again.
         """
         watch = watch or Watch()
-        with self.store.lock():
+        with self.store.lock(), kept():
             self.store.claim(self.recipe_hash, dict(self.recipe))
             from .summary import describe_run, summarise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -12,11 +13,11 @@ from typing import Any
 MARK = "@fedlora "  # what other lines of standard output do not start with
 
 
-def _peft(dtype: str) -> Callable[[Any], Any]:
+def _peft(dtype: str, keeps: bool = False) -> Callable[[Any], Any]:
     def make(work: Any) -> Any:
         from .peft_loop import PeftLoop
 
-        return PeftLoop(work, dtype)
+        return PeftLoop(work, dtype, keeps)
 
     return make
 
@@ -42,6 +43,7 @@ def _flower(cached: bool) -> Callable[[Any], Any]:
 SYSTEMS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "peft": ("PyTorch + PEFT loop, fp32", _peft("fp32")),
     "peft-bf16": ("PyTorch + PEFT loop, bf16 base", _peft("bf16")),
+    "peft-bf16-kept": ("PyTorch + PEFT loop, bf16 base, freed memory kept", _peft("bf16", keeps=True)),
     "flower": ("Flower on Ray, model built per call, fp32", _flower(False)),
     "flower-cached": ("Flower on Ray, model kept by its worker, fp32", _flower(True)),
     "one": ("fedlora one by one, fp32", _fedlora(1, "fp32")),
@@ -78,14 +80,23 @@ def main(name: str, raw: str) -> None:
     started = time.perf_counter()
     import torch
 
-    from .work import Work, tokens
+    from ..memory import kept
+    from .work import Work
 
     work = Work.from_json(json.loads(raw))
     torch.set_num_threads(work.threads)
     system = SYSTEMS[name][1](work)
     ready = time.perf_counter() - started
-    batches = work.batches(0)  # not a system's own cost
+    work.batches(0)  # reads and tokenises the texts, which is not a system's own cost
     answer(ready=ready)
+    with kept() if system.keeps else contextlib.nullcontext():
+        serve(work, system)
+
+
+def serve(work: Any, system: Any) -> None:
+    """Answer requests until "stop"."""
+    from .work import tokens
+
     leaves: Any = {}
     for line in sys.stdin:
         request = json.loads(line)

@@ -16,8 +16,9 @@ from .work import ALPHA, CLASSES, LR, RANK, Work
 class PeftLoop(System):
     """torch.optim.AdamW on PEFT's layers; batches padded to their longest row."""
 
-    def __init__(self, work: Work, dtype: str):
+    def __init__(self, work: Work, dtype: str, keeps: bool = False):
         super().__init__(work)
+        self.keeps = keeps
         loaded = pretrained.load(work.model, "classification", CLASSES, seed=work.seed, dtype="fp32", attention="eager")
         self.start, targets = start(work)
         config = LoraConfig(

@@ -21,7 +21,9 @@ Leaves = dict[str, Tensor]
 
 
 class System(ABC):
-    """One way to do the work."""
+    """One way to do the work. keeps: whether freed memory stays with the process (`memory.kept`)."""
+
+    keeps = False
 
     def __init__(self, work: Work):
         self.work = work
@@ -41,6 +43,8 @@ def averaged(clients: Iterable[Leaves]) -> Leaves:
 
 class Fedlora(System):
     """This library. block: clients at once; dtype: of the frozen base."""
+
+    keeps = True  # as in every run
 
     def __init__(self, work: Work, block: int | None, dtype: str):
         super().__init__(work)

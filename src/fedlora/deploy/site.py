@@ -15,6 +15,7 @@ from .. import build, wire
 from ..engine import Engine
 from ..errors import ConfigError, FedloraError, Problem, StateError, UploadError
 from ..federation import Federation
+from ..memory import kept
 from ..method import Client, Order, Server
 from ..recipe import Recipe
 from ..tree import Params
@@ -93,7 +94,8 @@ class Site:
         run, round = packet.header.get("run"), packet.header.get("round")
         head = {"run": run, "round": round, "protocol": PROTOCOL}
         try:
-            return self._answer(packet, head)
+            with kept():
+                return self._answer(packet, head)
         except FedloraError as e:
             reason = str(e)
         except MemoryError:
