@@ -20,8 +20,8 @@ WORDS = {
 }
 
 
-def model_folder(folder: Path) -> Path:
-    """A BERT of two layers with a word tokenizer, as `save_pretrained` writes it."""
+def model_folder(folder: Path, causal: bool = False) -> Path:
+    """A BERT (or a Llama) of two layers with a word tokenizer, as `save_pretrained` writes it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -36,7 +36,7 @@ def model_folder(folder: Path) -> Path:
         tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
         model_max_length=64, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )  # fmt: skip
-    tiny.seeded(tiny.bert).save_pretrained(folder)
+    tiny.seeded(tiny.causal_families()["llama"] if causal else tiny.bert).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -86,6 +86,10 @@ MUTANTS = (
     # export
     Mutant("Conv1D is merged like Linear", "merge.py", 'change.mT if type(module).__name__ == "Conv1D" else change', "change", "tests/test_export.py -k conv1d"),
     Mutant("a tied output moves with its table", "merge.py", "module.weight = nn.Parameter(module.weight.detach() + turned.to(module.weight), requires_grad=False)", "module.weight.data += turned.to(module.weight)", "tests/test_export.py -k conv1d"),
+    # memory
+    Mutant("halves of a block are trained twice", "engine.py", "self._trained(order, down[s], kept[s], work[s])]", "self._trained(order, down[:s.stop], kept[:s.stop], work[:s.stop])]", "tests/test_memory.py"),
+    Mutant("a lowered block is forgotten", "federation.py", 'facts | {"block": block}', "facts", "tests/test_memory.py"),
+    Mutant("freed memory is given back at once", "memory.py", "    libc.mallopt(MMAP_MAX, 0)\n    libc.mallopt(TRIM_THRESHOLD, -1)\n", "", "tests/test_memory.py"),
     # sites
     Mutant("uploads are summed as they arrive", "deploy/remote.py", "            for c in chosen:\n", "            for c in [clients[c] for c in arrived]:\n", f"{DEPLOY} -k 'equals_simulation and homlora'"),
     Mutant("losses are averaged as they arrive", "deploy/remote.py", "{c.id: log.losses[c.id] for c in chosen}", "dict(log.losses)", f"{DEPLOY} -k equals_simulation"),

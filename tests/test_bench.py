@@ -35,6 +35,29 @@ def test_systems_agree(folder: Path) -> None:
         assert m.tokens == found["peft"].tokens and m.seconds[0] > 0 and m.startup > 0 and m.memory > 10_000_000
 
 
+def test_systems_agree_on_a_language_model(tmp_path: Path) -> None:
+    work = Work(
+        str(model_folder(tmp_path / "m", causal=True)),
+        "causal-lm",
+        max_length=16,
+        regime=Regime("tiny", 3, 2, 4),
+        threads=1,
+    )
+    for m in measure(work, ["peft", "blocks"], 1):
+        assert not m.failed, m.failed
+        assert m.difference is not None and m.difference < 2e-5
+
+
+@pytest.mark.parametrize("method", ["pf2lora", "hetlora", "slora"])
+def test_blocks_do_what_one_client_after_another_does(method: str, folder: Path) -> None:
+    """Methods without a peer: the first system is the reference."""
+    work = Work(str(folder), method_name=method, max_length=16, regime=Regime("tiny", 3, 1, 4), threads=1)
+    one, blocks = measure(work, ["one", "blocks"], 1)
+    assert not one.failed and not blocks.failed, one.failed + blocks.failed
+    assert one.difference == 0.0
+    assert blocks.difference is not None and blocks.difference < 2e-5
+
+
 def test_a_system_that_fails_is_named(folder: Path) -> None:
     work = Work(str(folder / "nowhere"), threads=1)
     [m] = measure(work, ["blocks"], 1)
@@ -69,6 +92,9 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     done = fedlora("bench", "--regime", "huge", code=2)
     assert all(r in done.stderr for r in REGIMES)
     fedlora("bench", "--system", "magic", code=2)
+    done = fedlora("bench", "--system", "flower", "--method", "pf2lora", "--regime", "huge", code=2)
+    assert "a system that does pf2lora" in done.stderr and "--regime" in done.stderr
+    assert "--method" in fedlora("bench", "--method", "pf3lora", code=2).stderr
     (tmp_path / "n.csv").write_text("note\na\n")
     done = fedlora("bench", "--model", folder, "--source", tmp_path / "n.csv", code=1)
     assert "no column 'text' among the columns ['note']" in done.stderr

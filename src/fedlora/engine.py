@@ -134,6 +134,7 @@ class Engine:
     norm_bound: float | None = None
     precision: wire.Precision = "fp32"
     on_block: Callable[[int], None] = lambda n: None
+    on_lowered: Callable[[int, int], None] = lambda block, clients: None
     received: Callable[[Client], Params] | None = None  # at a site: what the server has sent
 
     def down(self, server: Server, client: Client) -> Params:
@@ -200,10 +201,36 @@ class Engine:
         for clients, work in blocks(cohort, self.block, lambda c: self.batches(c, order, self.method.draws)):
             received = [down(c) for c in clients]
             kept = [self.kept(c, order.round) for c in clients]
-            results = train_block(self.method, self.scene, self.loss, order, received, kept, work, self.pace)
+            results = self._trained(order, received, kept, work)
             for c, r, batches in zip(clients, results, work, strict=True):
                 yield c, r, sum(int(b["attention_mask"].sum()) for b in batches if "attention_mask" in b)
             self.on_block(len(clients))
+
+    def _trained(
+        self, order: Order, down: Sequence[Params], kept: Sequence[Params], work: Sequence[Sequence[Batch]]
+    ) -> list[Trained]:
+        """`train_block` of these clients; in halves where it runs out of memory, and all later blocks as small."""
+        n = len(work)
+        if n <= self.block:
+            try:
+                return train_block(self.method, self.scene, self.loss, order, down, kept, work, self.pace)
+            except (MemoryError, RuntimeError) as e:
+                if not out_of_memory(e):
+                    raise
+                if n == 1:
+                    raise TrainingError(
+                        f"{self.method.title}: a single client does not fit into memory ({str(e)[:200]}); set "
+                        "train.accumulation, model.gradient_checkpointing or model.dtype=bf16, or lower train.batch_size"
+                    ) from e
+            self.block = -(-n // 2)  # out here: the error's traceback holds on to what has to go
+            self.on_lowered(self.block, n)
+        parts = [slice(i, i + self.block) for i in range(0, n, self.block)]
+        return [t for s in parts for t in self._trained(order, down[s], kept[s], work[s])]
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """Whether an accelerator's or the CPU's allocator has refused (the latter has no class of its own)."""
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(e)
 
 
 def enough(round: int, accepted: int, asked: int, least: int, refused: Mapping[str, str]) -> None:

@@ -147,8 +147,15 @@ class Federation:
         return Engine(
             self.method, self.scene, self.loss, self.batches, lambda id, r: self.store.load_client(id, r),
             lambda id, r, p: self.store.save_client(id, r, p), self.schedule, self.block_size(), self.sampling.min_clients,
-            self.sampling.norm_bound, self.sampling.precision, watch.clients_done,
+            self.sampling.norm_bound, self.sampling.precision, watch.clients_done, lambda b, n: self._lowered(b, n, watch),
         )  # fmt: skip
+
+    def _lowered(self, block: int, clients: int, watch: Watch) -> None:
+        """A resumed run starts with the blocks that fitted."""
+        facts = self.store.read_json("environment.json")
+        if facts:  # a site has none
+            self.store.write_json("environment.json", facts | {"block": block})
+        watch.lowered(block, clients)
 
     def block_size(self) -> int:
         """Clients trained at once: as set, or what memory allows; 1 for models whose clients cannot share a forward."""

@@ -17,6 +17,9 @@ class Watch:
     def clients_done(self, n: int) -> None:
         """`n` more clients of this round are trained."""
 
+    def lowered(self, block: int, clients: int) -> None:
+        """A block of `clients` clients did not fit into memory: from now on blocks hold `block`."""
+
     def evaluating(self, round: int) -> None:
         """Evaluation after `round` begins."""
 
@@ -47,6 +50,10 @@ class Several(Watch):
     def clients_done(self, n: int) -> None:
         for w in self.watches:
             w.clients_done(n)
+
+    def lowered(self, block: int, clients: int) -> None:
+        for w in self.watches:
+            w.lowered(block, clients)
 
     def evaluating(self, round: int) -> None:
         for w in self.watches:

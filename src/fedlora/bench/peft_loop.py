@@ -19,11 +19,12 @@ class PeftLoop(System):
     def __init__(self, work: Work, dtype: str, keeps: bool = False):
         super().__init__(work)
         self.keeps = keeps
-        loaded = pretrained.load(work.model, "classification", CLASSES, seed=work.seed, dtype="fp32", attention="eager")
+        loaded = pretrained.load(work.model, work.task, CLASSES, seed=work.seed, dtype="fp32", attention="eager")
         self.start, targets = start(work)
         config = LoraConfig(
-            r=RANK, lora_alpha=ALPHA, target_modules=targets, modules_to_save=sorted({h.split(".")[0] for h in loaded.head}),
-            task_type=TaskType.SEQ_CLS,
+            r=RANK, lora_alpha=ALPHA, target_modules=targets,
+            modules_to_save=sorted({h.split(".")[0] for h in loaded.head}) or None,
+            task_type=TaskType.CAUSAL_LM if work.task == "causal-lm" else TaskType.SEQ_CLS,
         )  # fmt: skip
         if dtype == "bf16":
             loaded.base.to(torch.bfloat16)

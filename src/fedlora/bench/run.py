@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .child import MARK, SYSTEMS
 from .work import Work
 
-REFERENCE = "peft"
+REFERENCES = ("peft", "one", "one-bf16")  # whose speed is 1: the first of them that is measured
 
 
 @dataclass
@@ -131,26 +131,31 @@ def measure(
                         c.measured.seconds.append(said["seconds"])
                         c.measured.tokens.append(said["tokens"])
                         c.measured.peaks.append(peak)
-            _compare([c.measured for c in children], Path(folder))
+            _compare([c.measured for c in children], Path(folder), reference_of(systems))
     finally:
         for c in children:
             c.close()
     return [c.measured for c in children]
 
 
-def _compare(found: Sequence[Measured], folder: Path) -> None:
+def reference_of(systems: Sequence[str]) -> str:
+    """The system that the others are compared with."""
+    return next((r for r in REFERENCES if r in systems), systems[0])
+
+
+def _compare(found: Sequence[Measured], folder: Path, against: str) -> None:
     from safetensors.torch import load_file
 
-    if not (folder / REFERENCE).exists():
+    if not (folder / against).exists():
         return
-    reference = load_file(folder / REFERENCE)
+    reference = load_file(folder / against)
     for m in found:
         if (folder / m.system).exists():
             mine = load_file(folder / m.system)
             if mine.keys() != reference.keys():
                 m.failed = f"other leaves than the reference's: {sorted(mine.keys() ^ reference.keys())[:3]}"
                 continue
-            m.difference = max(float((mine[n] - reference[n]).abs().max()) for n in reference)
+            m.difference = max((float((mine[n] - reference[n]).abs().max()) for n in reference), default=0.0)
 
 
 def ratios(m: Measured, reference: Measured) -> list[float]:
@@ -158,13 +163,13 @@ def ratios(m: Measured, reference: Measured) -> list[float]:
     return [a / b for a, b in zip(reference.seconds, m.seconds, strict=False)]
 
 
-def flops_per_token(model: str) -> float:
+def flops_per_token(model: str, task: Literal["classification", "causal-lm"] = "classification") -> float:
     """Forward and backward of the frozen linear layers, no weight gradients: 4 times their weights."""
     from torch import nn
 
     from .. import pretrained
 
-    base = pretrained.load(model, "classification", 2, attention="eager").base
+    base = pretrained.load(model, task, 2, attention="eager").base
     stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList)]
     layers = max(stacks, key=len)
     return 4.0 * sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
@@ -192,7 +197,8 @@ def _cpuinfo() -> list[str]:
 
 def report(work: Work, found: Sequence[Measured], flops: float) -> dict[str, Any]:
     """The result as JSON: what was measured, and what follows from it."""
-    reference = next((m for m in found if m.system == REFERENCE and m.seconds), None)
+    best = reference_of([m.system for m in found])
+    reference = next((m for m in found if m.system == best and m.seconds), None)
     rows = []
     for m in found:
         row: dict[str, Any] = asdict(m)
@@ -204,4 +210,4 @@ def report(work: Work, found: Sequence[Measured], flops: float) -> dict[str, Any
                 r = ratios(m, reference)
                 row["ratio"] = {"median": statistics.median(r), "least": min(r), "most": max(r)}
         rows.append(row)
-    return {"work": work.to_json(), "systems": rows}
+    return {"work": work.to_json(), "reference": best, "systems": rows}

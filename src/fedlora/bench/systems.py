@@ -13,7 +13,7 @@ from ..engine import Schedule, train_block
 from ..method import Client, Order, Scene, Upload
 from ..model import Adapted, Batch, matching
 from ..sites import groups
-from ..tasks import Classification, Loss
+from ..tasks import CausalLM, Classification, Loss
 from ..tree import Params
 from .work import CLASSES, Work
 
@@ -48,30 +48,37 @@ class Fedlora(System):
 
     def __init__(self, work: Work, block: int | None, dtype: str):
         super().__init__(work)
-        loaded = pretrained.load(work.model, "classification", CLASSES, seed=work.seed, dtype=dtype, attention="eager")
+        loaded = pretrained.load(work.model, work.task, CLASSES, seed=work.seed, dtype=dtype, attention="eager")
         names = [n for n in matching(loaded.base, peft_io.default_targets(loaded.model_type)) if n not in loaded.head]
-        found = groups(("target",), loaded.base, loaded.model_type, names, loaded.head)
+        self.method = work.method()
+        found = groups(self.method.groups, loaded.base, loaded.model_type, names, loaded.head)
         model = Adapted(loaded.base, found, dropout=False)
-        self.method, self.scene = work.method(), Scene(model.groups, work.seed)
+        self.scene = Scene(model.groups, work.seed)
         self.server = self.method.init(self.scene)
-        self.loss, self.block = Loss(model, Classification(CLASSES)), block or work.regime.clients
+        task = CausalLM() if work.task == "causal-lm" else Classification(CLASSES)
+        self.loss, self.block = Loss(model, task), block or work.regime.clients
 
     def round(self, batches: list[list[Batch]]) -> Leaves:
         uploads: list[Upload] = []
         for i in range(0, len(batches), self.block):
             part = batches[i : i + self.block]
+            clients = [Client(str(i + j), 1) for j in range(len(part))]
             down: list[Params] = [self.server.params] * len(part)
-            done = train_block(
-                self.method, self.scene, self.loss, Order(0, 1), down, [{}] * len(part), part, Schedule()
-            )
-            uploads += [Upload(Client(str(i + j), 1), d.upload) for j, d in enumerate(done)]
+            if self.method.per_client:
+                down = [self.method.broadcast(self.scene, self.server, c) for c in clients]
+            kept = [self.method.keep(self.scene, c) for c in clients]
+            done = train_block(self.method, self.scene, self.loss, Order(0, 1), down, kept, part, Schedule())
+            uploads += [Upload(c, d.upload) for c, d in zip(clients, done, strict=True)]
         new = self.method.aggregate(self.scene, self.server, uploads)
-        return {f"{k.site}/{k.part}": v for k, v in new.params.items()}
+        return named(new.params)
+
+
+def named(params: Params) -> Leaves:
+    """LoRA's and the head's leaves by site and part, as other systems know them; others by their full names."""
+    return {f"{k.site}/{k.part}" if k.adapter in ("lora", "head") else str(k): v for k, v in params.items()}
 
 
 def start(work: Work) -> tuple[Leaves, list[str]]:
     """The leaves that every system starts from, and the target layers."""
     ours = Fedlora(work, 1, "fp32")
-    return {f"{k.site}/{k.part}": v for k, v in ours.server.params.items()}, [
-        s.name for s in ours.scene.sites("target")
-    ]
+    return named(ours.server.params), [s.name for s in ours.scene.sites("target")]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,9 +33,11 @@ REGIMES = {r.name: r for r in (Regime("small", 32, 2, 4), Regime("middle", 16, 4
 
 @dataclass(frozen=True)
 class Work:
-    """One federated round of HomLoRA (A, B of rank 8 on the model's default targets, and the head), many times over."""
+    """One federated round of a method (HomLoRA: A, B of rank 8 on the model's default targets, and the head), many times over."""
 
     model: str = "minilm"
+    task: Literal["classification", "causal-lm"] = "classification"
+    method_name: str = "homlora"
     source: str = "demo"
     text: str = "text"
     max_length: int = 64
@@ -70,27 +72,30 @@ class Work:
         return found
 
     def batches(self, round: int) -> list[list[Batch]]:
-        """[client][step], each batch padded to its longest row, as a collator does."""
-        r, g = self.regime, np_rng(self.seed, "bench", round)
+        """[client][step, draw], each batch padded to its longest row, as a collator does."""
+        r, g, draws = self.regime, np_rng(self.seed, "bench", round), self.method().draws
         out = []
         for _ in range(r.clients):
             mine = []
-            for _ in range(r.steps):
+            for _ in range(r.steps * draws):
                 rows = [self.rows[i] for i in g.integers(0, len(self.rows), r.batch)]
                 length = max(map(len, rows))
                 ids, mask = np.zeros((r.batch, length), np.int64), np.zeros((r.batch, length), np.int64)
                 for j, row in enumerate(rows):
                     ids[j, : len(row)], mask[j, : len(row)] = row, 1
                 labels = g.integers(0, CLASSES, r.batch)
+                if self.task == "causal-lm":
+                    labels = np.where(mask > 0, ids, -100)
                 named = {"input_ids": ids, "attention_mask": mask, "labels": labels}
                 mine.append({n: torch.from_numpy(v) for n, v in named.items()})
             out.append(mine)
         return out
 
-    @staticmethod
-    def method() -> Any:
-        kind: Any = METHODS["homlora"]
-        return kind(rank=RANK, alpha=ALPHA, weights="uniform", optimizer=AdamW(LR))
+    def method(self) -> Any:
+        """With its own defaults beside rank, learning rate and plain averaging, where it has these."""
+        kind: Any = METHODS[self.method_name]
+        said = {"rank": RANK, "alpha": ALPHA, "weights": "uniform", "optimizer": AdamW(LR)}
+        return kind(**{n: v for n, v in said.items() if n in {f.name for f in fields(kind)}})
 
 
 def tokens(batches: list[list[Batch]]) -> int:

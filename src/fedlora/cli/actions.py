@@ -163,16 +163,20 @@ def methods(json: bool) -> None:
         tables.methods(out, rows)
 
 
+def _task(task: str) -> Literal["classification", "causal-lm"]:
+    if task == "classification":
+        return "classification"
+    if task == "causal-lm":
+        return "causal-lm"
+    raise ConfigError([Problem("--task", task, "classification or causal-lm")])
+
+
 def cost(model: str, task: str, json: bool) -> None:
     from dataclasses import asdict
 
     from ..cost import costs
 
-    kind: Literal["classification", "causal-lm"]
-    if task in ("classification", "causal-lm"):
-        kind = "causal-lm" if task == "causal-lm" else "classification"
-    else:
-        raise ConfigError([Problem("--task", task, "classification or causal-lm")])
+    kind = _task(task)
     with err.status("measuring") as status:
         found = costs(model, kind, on=lambda title: status.update(f"measuring {title}"))
     if json:
@@ -206,7 +210,9 @@ def bench(
     regimes: Sequence[str],
     systems: Sequence[str],
     rounds: int,
+    method: str,
     model: str,
+    task: str,
     source: str,
     text: str,
     threads: int,
@@ -216,28 +222,33 @@ def bench(
     from ..bench.run import environment, flops_per_token, measure
     from ..bench.run import report as of
     from ..bench.work import REGIMES, Work
+    from ..methods import METHODS
 
+    kind = _task(task)
+    can = [x for x in SYSTEMS if method == "homlora" or x.startswith(("one", "blocks"))]
     odd = [Problem("--regime", r, "a regime", near(r, REGIMES)) for r in regimes if r not in REGIMES]
-    odd += [Problem("--system", x, "a system", near(x, SYSTEMS)) for x in systems if x not in SYSTEMS]
+    odd += [Problem("--system", x, f"a system that does {method}", near(x, can)) for x in systems if x not in can]
+    if method not in METHODS:
+        odd.append(Problem("--method", method, "a method", near(method, METHODS)))
     if odd:
         raise ConfigError(odd)
-    flops = flops_per_token(model)
-    found = []
+    flops = flops_per_token(model, kind)
+    where, found = environment(threads), []
+    what = "" if method == "homlora" else f"-{method}"
+    path = output / f"{where['date']}-{Path(model).name}-{Path(source).parent.name or source}{what}.json"
+    output.mkdir(parents=True, exist_ok=True)
     for name in regimes or REGIMES:
-        work = Work(model, source, text, regime=REGIMES[name], threads=threads)
+        work = Work(model, kind, method, source, text, regime=REGIMES[name], threads=threads)
         assert work.rows  # bad data is said before anything is started
         with err.status(name) as status:
 
             def say(system: str, round: int, name: str = name, status: Status = status) -> None:
                 status.update(f"{name}, round {round}: {SYSTEMS[system][0]}")
 
-            measured = measure(work, systems or list(SYSTEMS), rounds, on=say)
+            measured = measure(work, systems or can, rounds, on=say)
         found.append(of(work, measured, flops))
         tables.bench(out, found[-1])
-    output.mkdir(parents=True, exist_ok=True)
-    where = environment(threads)
-    path = output / f"{where['date']}-{Path(model).name}-{Path(source).parent.name or source}.json"
-    path.write_text(json_.dumps({"environment": where, "regimes": found}, indent=1), encoding="utf-8")
+        path.write_text(json_.dumps({"environment": where, "regimes": found}, indent=1), encoding="utf-8")
     out.print(f"results: {path}", soft_wrap=True, highlight=False)
 
 

@@ -91,7 +91,11 @@ def bench(
     ] = None,
     system: Annotated[list[str] | None, typer.Option(help="Systems to measure; default: all.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of each, after one that warms up.")] = 3,
+    method: Annotated[
+        str, typer.Option(help="What clients do; other systems than fedlora do homlora only.")
+    ] = "homlora",
     model: Annotated[str, typer.Option(help="A hub id, a folder, or minilm.")] = "minilm",
+    task: Annotated[str, typer.Option(help="classification or causal-lm.")] = "classification",
     source: Annotated[str, typer.Option(help="Texts: a file, or demo for those that Python carries.")] = "demo",
     text: Annotated[str, typer.Option(help="Column of the text.")] = "text",
     threads: Annotated[int, typer.Option(min=1)] = 2,
@@ -100,7 +104,7 @@ def bench(
     """Measure speed beside plain PyTorch + PEFT, on the same work, in alternation."""
     from . import actions
 
-    actions.bench(regime or [], system or [], rounds, model, source, text, threads, output)
+    actions.bench(regime or [], system or [], rounds, method, model, task, source, text, threads, output)
 
 
 @app.command()

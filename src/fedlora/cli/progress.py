@@ -42,6 +42,9 @@ class JsonLines(Watch):
     def start(self, name: str, done: int, rounds: int) -> None:
         self._say({"kind": "start", "name": name, "done": done, "rounds": rounds})
 
+    def lowered(self, block: int, clients: int) -> None:
+        self._say({"kind": "lowered", "block": block, "clients": clients})
+
     def record(self, line: dict[str, Any]) -> None:
         self._say(line)
 
@@ -87,6 +90,11 @@ class Bars(Watch):
     def clients_done(self, n: int) -> None:
         if self.clients is not None:
             self.progress.advance(self.clients, n)
+
+    def lowered(self, block: int, clients: int) -> None:
+        self.progress.console.print(
+            f"[yellow]a block of {clients} clients does not fit into memory; it goes on with {block}: set run.block={block}"
+        )
 
     def evaluating(self, round: int) -> None:
         if self.clients is not None:

@@ -126,8 +126,9 @@ def example(out: Console, found: Sequence[Course]) -> None:
 def bench(out: Console, found: Mapping[str, Any]) -> None:
     """One regime of `fedlora bench`."""
     r = found["work"]["regime"]
-    title = f"{r['name']}: {r['clients']} clients, {r['steps']} steps of {r['batch']} rows; real tokens, {found['work']['source']}"
-    table = _table(title, "system", "tokens/s", "x the loop", "of peak", "differs")
+    method = found["work"]["method_name"]
+    title = f"{method}, {r['name']}: {r['clients']} clients, {r['steps']} steps of {r['batch']} rows; {found['work']['source']}"
+    table = _table(title, "system", "real tokens/s", "x the first", "of peak", "memory", "differs")
     for m in found["systems"]:
         if m["failed"]:
             out.print(Text(f"{m['title']} failed: ", style="yellow") + Text(m["failed"]), soft_wrap=True)
@@ -139,6 +140,7 @@ def bench(out: Console, found: Mapping[str, Any]) -> None:
             f"{m['tokens_per_second']:,.0f}",
             between,
             f"{m['share_of_bf16_peak']:.0%}",
+            size(m["memory"]),
             "-" if d is None else f"{d:.0e}",
         )
     out.print(table)

@@ -1,0 +1,131 @@
+"""A block that does not fit is trained in halves and the round is kept; freed memory stays with a run.
+
+Kills: losing the round; clients trained twice or not at all; later blocks that fail again; swallowing other errors.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from fedlora.engine import out_of_memory
+from fedlora.errors import TrainingError
+from fedlora.federation import Sampling
+from fedlora.method import Metrics, Work
+from fedlora.methods.average import HomLoRA
+from fedlora.tree import Params
+from fedlora.watch import Watch
+
+
+@dataclass(frozen=True)
+class Wide(HomLoRA):
+    """Runs out of memory with more than `fits` clients."""
+
+    fits: int = 1
+    error: Any = torch.OutOfMemoryError
+
+    def step(self, work: Work, loss: Any, lr: Tensor, *draws: Any) -> tuple[Work, Metrics]:
+        if len(lr) > self.fits:
+            raise self.error("tried to allocate 20.00 GiB")
+        return super().step(work, loss, lr, *draws)
+
+
+class Heard(Watch):
+    def __init__(self) -> None:
+        self.lower: list[tuple[int, int]] = []
+        self.trained = 0
+
+    def lowered(self, block: int, clients: int) -> None:
+        self.lower.append((block, clients))
+
+    def clients_done(self, n: int) -> None:
+        self.trained += n
+
+
+def state(f: Any) -> Params:
+    loaded = f.store.load_server()
+    assert loaded is not None
+    return loaded[1]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_a_block_that_does_not_fit_is_halved(error: Any, tmp_path: Path) -> None:
+    """Five clients in blocks of four, three do not fit: the result is that of clients one by one, and nobody is lost."""
+    more: dict[str, Any] = {"sampling": Sampling(rounds=2), "data": tiny.data(5)}
+    one = tiny.federation(HomLoRA(rank=2), tmp_path / "one", block=1, **more)
+    one.run()
+    f = tiny.federation(Wide(rank=2, fits=2, error=error), tmp_path / "wide", block=4, **more)
+    heard = Heard()
+    f.run(heard)
+    tiny.close(state(one), state(f))
+    assert heard.lower == [(2, 4)]
+    assert heard.trained == 10
+    losses = [json.loads(x).get("losses") for x in (tmp_path / "wide" / "metrics.jsonl").read_text().splitlines()]
+    assert [sorted(x) for x in losses if x] == [[f"c{k}" for k in range(5)]] * 2
+
+
+def test_a_resumed_run_starts_with_blocks_that_fit(tmp_path: Path) -> None:
+    f = tiny.federation(Wide(rank=2, fits=1), tmp_path, block="auto", sampling=Sampling(rounds=1))
+    f.run()
+    assert f.store.read_json("environment.json")["block"] == 1
+    again = tiny.federation(Wide(rank=2, fits=1), tmp_path, block="auto", sampling=Sampling(rounds=1))
+    assert again.block_size() == 1
+
+
+def test_a_client_too_large_for_the_machine_is_said(tmp_path: Path) -> None:
+    f = tiny.federation(Wide(rank=2, fits=0), tmp_path, block=4)
+    with pytest.raises(TrainingError, match=r"single client does not fit .*train\.accumulation"):
+        f.run()
+
+
+def test_other_errors_are_not_swallowed(tmp_path: Path) -> None:
+    f = tiny.federation(Wide(rank=2, fits=1, error=RuntimeError), tmp_path, block=4)
+    with pytest.raises(RuntimeError, match="tried to allocate"):
+        f.run()
+
+
+def test_the_cpu_allocator_is_understood() -> None:
+    with pytest.raises(RuntimeError) as e:
+        torch.empty(2**55)
+    assert out_of_memory(e.value)
+    assert not out_of_memory(ValueError("batch"))
+
+
+FAULTS = """
+import contextlib, resource, sys, torch
+from fedlora.memory import kept
+torch.set_num_threads(1)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        held = torch.ones(10_000_000)  # 40 MB: above every threshold that glibc may have learnt
+        del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+plain = faults()
+with kept():
+    faults()
+    inside = faults()
+faults()
+print(plain, inside, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
+def test_freed_memory_stays_inside_and_goes_afterwards() -> None:
+    """Counted page faults: none for memory that was there already; afterwards the process is as it was."""
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    plain, inside, after = map(int, done.stdout.split())
+    assert plain > 10_000
+    assert inside < plain / 100
+    assert after > 10_000
