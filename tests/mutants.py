@@ -86,6 +86,9 @@ MUTANTS = (
     # export
     Mutant("Conv1D is merged like Linear", "merge.py", 'change.mT if type(module).__name__ == "Conv1D" else change', "change", "tests/test_export.py -k conv1d"),
     Mutant("a tied output moves with its table", "merge.py", "module.weight = nn.Parameter(module.weight.detach() + turned.to(module.weight), requires_grad=False)", "module.weight.data += turned.to(module.weight)", "tests/test_export.py -k conv1d"),
+    Mutant("DoRA's norm is differentiated", "deltas.py", "    with torch.no_grad():\n        w = weight.to(b.dtype)", "    with torch.enable_grad():\n        w = weight.to(b.dtype)", "tests/test_model.py -k 'equals_peft and dora'"),
+    Mutant("DoRA scales the bias too", "deltas.py", "plain = rows if base is None else rows - base", "plain = rows", "tests/test_model.py -k dora_is"),
+    Mutant("FedSA shares DoRA's magnitude", "adapters.py", 'frozenset({"B", "m"})', 'frozenset({"B"})', f"{CONTRACT} -k ffa-dora"),
     # memory
     Mutant("halves of a block are trained twice", "engine.py", "self._trained(order, down[s], kept[s], work[s])]", "self._trained(order, down[:s.stop], kept[:s.stop], work[:s.stop])]", "tests/test_memory.py"),
     Mutant("a lowered block is forgotten", "federation.py", 'facts | {"block": block}', "facts", "tests/test_memory.py"),

@@ -35,6 +35,14 @@ def test_systems_agree(folder: Path) -> None:
         assert m.tokens == found["peft"].tokens and m.seconds[0] > 0 and m.startup > 0 and m.memory > 10_000_000
 
 
+def test_pfl_agrees(folder: Path) -> None:
+    pytest.importorskip("pfl", reason="pfl is not installed; see src/fedlora/bench/pfl_sim.py")
+    work = Work(str(folder), max_length=16, regime=Regime("tiny", 3, 2, 4), threads=1)
+    for m in measure(work, ["peft", "pfl"], 1):
+        assert not m.failed, m.failed
+        assert m.difference is not None and m.difference < 2e-6
+
+
 def test_systems_agree_on_a_language_model(tmp_path: Path) -> None:
     work = Work(
         str(model_folder(tmp_path / "m", causal=True)),

@@ -21,7 +21,10 @@ from fedlora.methods.average import HomLoRA
 from fedlora.methods.feddpa import FedDPAF, FedDPAT
 from fedlora.methods.fedprox import FedProx
 from fedlora.methods.flexlora import FlexLoRA
+from fedlora.methods.hetlora import HetLoRA
 from fedlora.methods.perfedavg import PerFedAvg
+from fedlora.methods.pf2lora import PF2LoRA
+from fedlora.methods.slora import SLoRA
 from fedlora.model import Site
 from fedlora.optim import SGD
 from fedlora.tasks import Classification, Loss, stack_batches
@@ -279,6 +282,10 @@ def test_a_pull_of_zero_is_homlora(tmp_path: Path) -> None:
         (lambda: PerFedAvg(lr_personal=-1.0), "method.lr_personal"),
         (lambda: FedDPAT(mix=2.0), "method.mix"),
         (lambda: FedDPAF(adapter="vera"), "FedDPA mixes two low-rank products"),
+        (lambda: HetLoRA(adapter="dora"), "no ranks to truncate"),
+        (lambda: HetLoRA(adapter="bitfit"), "no ranks to truncate"),
+        (lambda: PF2LoRA(adapter="dora"), "two low-rank products"),
+        (lambda: SLoRA(adapter="dora"), "an SVD primes low-rank factors"),
     ],
 )
 def test_refused(make: Any, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,22 @@ def test_delta_is_its_dense_matrix(name: str) -> None:
     for k in range(K):
         w, c = dense(parts, k)
         torch.testing.assert_close(got[k], y.unflatten(0, (K, B))[k] + x.unflatten(0, (K, B))[k] @ w.T + c)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_dora_is_its_dense_matrix(bias: bool) -> None:
+    """Rows of W0 + B A scaled to norm |W0| + m; the base's bias is not scaled. Without B and m: the base, in every bit."""
+    layer = nn.Linear(I, O, bias=bias, dtype=torch.float64)
+    x = draw(K * B, L, I)
+    y = layer(x).detach()
+    p = {"A": draw(K, R, I), "B": draw(K, O, R), "m": draw(K, O) / 4}
+    got = deltas.apply(x, y, p, layer).unflatten(0, (K, B))
+    for k in range(K):
+        v = layer.weight + p["B"][k] @ p["A"][k]
+        w = v / v.norm(dim=1, keepdim=True) * (layer.weight.norm(dim=1) + p["m"][k])[:, None]
+        torch.testing.assert_close(got[k], nn.functional.linear(x.unflatten(0, (K, B))[k], w, layer.bias))
+    start = deltas.apply(x, y, {"A": p["A"], "B": torch.zeros(K, O, R), "m": torch.zeros(K, O)}, layer)
+    assert torch.equal(start, y)
 
 
 def test_sparse_delta_is_its_dense_matrix() -> None:
@@ -113,13 +130,15 @@ PEFT_CASES = [
 
 
 @pytest.mark.parametrize(("family", "optimizer", "clip"), PEFT_CASES)
-@pytest.mark.parametrize("adapter", ["lora", "rslora"])
+@pytest.mark.parametrize("adapter", ["lora", "rslora", "dora"])
 def test_local_training_equals_peft(
     family: str, optimizer: Any, clip: float | None, adapter: str, tmp_path: Path
 ) -> None:
     """PEFT's LoRA layers + torch.optim + clip_grad_norm_ + autograd on nn.Parameters: same start, same batches."""
     from peft import LoraConfig, inject_adapter_in_model
 
+    if adapter == "dora":  # its m is the magnitude's change: decay would pull to the base's norms, theirs to zero
+        optimizer = dataclasses.replace(optimizer, weight_decay=0.0)
     # a head's leaf is a delta on the base head, so decay would pull it to the base head, theirs to zero
     head = "frozen" if optimizer.weight_decay else "shared"
     m = METHODS["homlora"](rank=4, alpha=8.0, adapter=adapter, optimizer=optimizer, clip=clip, head=head)
@@ -133,18 +152,20 @@ def test_local_training_equals_peft(
     theirs.requires_grad_(False)
     targets = [s.name for s in f.model.groups["target"]]
     conv = family == "gpt2"
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_rslora=adapter == "rslora", fan_in_fan_out=conv)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_rslora=adapter == "rslora",
+                        use_dora=adapter == "dora", fan_in_fan_out=conv)  # fmt: skip
     theirs = inject_adapter_in_model(config, theirs)
     named = dict(theirs.named_parameters())
+    part = {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"}
     mine = {
-        k: named[f"{k.site}.{k.part}" if k.adapter == "head" else f"{k.site}.lora_{k.part}.default.weight"]
+        k: named[f"{k.site}.{k.part}" if k.adapter == "head" else f"{k.site}.{part[k.part]}.default.weight"]
         for k in down
     }
     start = {}
     with torch.no_grad():
         for k, p in mine.items():
             p.requires_grad_()
-            start[k] = p.detach().clone() if k.adapter == "head" else torch.zeros_like(p)
+            start[k] = p.detach().clone() if k.adapter == "head" or k.part == "m" else torch.zeros_like(p)
             p.copy_(down[k] + start[k])
     if isinstance(optimizer, AdamW):
         torch_opt: Any = torch.optim.AdamW(mine.values(), optimizer.lr, weight_decay=optimizer.weight_decay)

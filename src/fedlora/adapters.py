@@ -1,9 +1,10 @@
 """Adapters by name: which leaves they have, how they start and how they scale.
 
-`first` is the half that FedSA-LoRA shares and `second` the half it keeps (A and B; for VeRA d and b).
+`first` is the half that FedSA-LoRA shares and `second` the half it keeps (A and B; for VeRA d and b; for DoRA A, and B with m).
 
     lora     s = alpha / r; A ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming-uniform, a = sqrt 5, as PEFT), B = 0
     rslora   s = alpha / sqrt(r)                                     (arXiv:2312.03732)
+    dora     W = (|W0| + m) (W0 + s B A) / |W0 + s B A|, norms of rows; m = 0 (arXiv:2402.09353)
     vera     dW = diag(b) B diag(d) A; A, B frozen, random, one pair for all layers, derived from the seed and never
              sent; d = 0.1, b = 0                                    (arXiv:2310.11454)
     bitfit   every bias                                              (arXiv:2106.10199)
@@ -32,8 +33,9 @@ from .model import Site
 from .seeds import rng
 from .tree import Key, Params
 
-AdapterName = Literal["lora", "rslora", "vera", "bitfit", "houlsby", "pfeiffer", "full"]
+AdapterName = Literal["lora", "rslora", "dora", "vera", "bitfit", "houlsby", "pfeiffer", "full"]
 NAMES: tuple[str, ...] = get_args(AdapterName)
+LOW_RANK = ("lora", "rslora")  # whose delta is s B A and nothing else
 
 
 Pattern = tuple[tuple[str, int], ...]  # (end of a layer's name or regular expression, rank), as PEFT's rank_pattern
@@ -109,6 +111,20 @@ class LoRA(Adapter):
 
     def view(self, p: Params) -> Params:
         return {k: v * self.scale_at(k.site) if k.part == "B" else v for k, v in p.items()}
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """h = c (W0 + s B A) x + b0, c = (|W0| + m) / |W0 + s B A| for each output, |.| the norm of a row.
+
+    m is the magnitude's change, so it starts at zero for every base and weight decay pulls towards the base. The norm in the
+    denominator is a constant of differentiation, as the paper's section 4.3 and PEFT have it.
+    """
+
+    second: ClassVar[frozenset[str]] = frozenset({"B", "m"})
+
+    def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
+        return super().init(name, sites, *seed) | {Key(name, s.name, "m"): torch.zeros(s.out) for s in sites}
 
 
 @dataclass(frozen=True)
@@ -215,6 +231,8 @@ def make(name: str, rank: int, alpha: float, pattern: Pattern = ()) -> Adapter:
     """The adapter called `name`: rank is LoRA's and VeRA's rank and the bottlenecks' size; alpha and pattern are LoRA's."""
     if name in ("lora", "rslora"):
         return LoRA(rank, alpha, name == "rslora", pattern)
+    if name == "dora":
+        return DoRA(rank, alpha, False, pattern)
     if name in ("houlsby", "pfeiffer"):
         return Bottleneck(rank, "outputs" if name == "houlsby" else "ffn_output")
     if name == "vera":

@@ -20,7 +20,8 @@ def product_error(uploads: Sequence[tuple[Params, float]], new: Params) -> float
     """||sum p_k B_k A_k - B A||_F / ||sum p_k B_k A_k||_F over all sites, p_k normalised.
 
     uploads: (leaves of client k, weight before normalisation); new: the aggregated leaves. Every upload and `new` must
-    hold A [r i] and B [o r] of the same adapter; None where they do not, or where the sum is zero.
+    hold A [r i] and B [o r] of the same adapter; None where they do not, where B A is not the whole delta (DoRA), or where
+    the sum is zero.
     """
     total = sum(w for _, w in uploads)
     error = size = 0.0
@@ -29,7 +30,7 @@ def product_error(uploads: Sequence[tuple[Params, float]], new: Params) -> float
         if k.part != "A":
             continue
         kb = k._replace(part="B")
-        if kb not in new or not all(k in p and kb in p for p, _ in uploads):
+        if kb not in new or k._replace(part="m") in new or not all(k in p and kb in p for p, _ in uploads):
             return None
         found = True
         a = torch.cat([p[k] for p, _ in uploads]).double()
@@ -50,7 +51,7 @@ def products(deltas: Params) -> dict[str, tuple[Tensor, Tensor]]:
     out: dict[str, tuple[Tensor, Tensor]] = {}
     for k in sorted(deltas):
         kb = k._replace(part="B")
-        if k.part != "A" or kb not in deltas or k._replace(part="d") in deltas:
+        if k.part != "A" or kb not in deltas or {k._replace(part=p) for p in "dm"} & deltas.keys():
             continue
         a, b = deltas[k].double(), deltas[kb].double()
         if k.site in out:

@@ -4,6 +4,7 @@ x [K*b ... i] is the site's input, y [K*b ... o] its base output; every part has
 to x's dtype, so fp32 adapters ride on a bf16 base. Scaling is the adapter's business: parts arrive ready to use.
 
     low rank     A [K r i], B [K o r]                          y + B A x
+    dora         A [K r i], B [K o r], m [K o]                 c (y - b0 + B A x) + b0        (arXiv:2402.09353)
     vera         A [r i], B [o r], d [K r], b [K o]            y + diag(b) B diag(d) A x      (arXiv:2310.11454)
     sparse       values [K n] at flat positions index [K n]    y + S x
     dense        weight [K o i] (bias [K o])                   y + W x + c
@@ -33,6 +34,35 @@ def low_rank(x: Tensor, y: Tensor, p: Parts) -> Tensor:
     a, b = p["A"].to(x.dtype), p["B"].to(x.dtype)
     h = torch.bmm(_rows(x, len(a)), a.mT)  # [K T r]
     return torch.baddbmm(_rows(y, len(a)), h, b.mT).view_as(y)
+
+
+def dora(x: Tensor, y: Tensor, p: Parts, module: nn.Module) -> Tensor:
+    """c = (|W0| + m) / |W0 + B A| for each output; b0 is the base's bias."""
+    k = len(p["m"])
+    c = dora_gain(p["A"], p["B"], p["m"], weight_of(module))
+    a, b = p["A"].to(x.dtype), p["B"].to(x.dtype)
+    rows = _rows(y, k)
+    h = torch.bmm(torch.bmm(_rows(x, k), a.mT), b.mT)
+    base: Tensor | None = getattr(module, "bias", None)
+    plain = rows if base is None else rows - base  # what c - 1 scales: exactly nothing at the start
+    return (rows + (c - 1).to(x.dtype)[:, None] * plain + c.to(x.dtype)[:, None] * h).view_as(y)
+
+
+def dora_gain(a: Tensor, b: Tensor, m: Tensor, weight: Tensor) -> Tensor:
+    """c [... o] of A [... r i], B [... o r], m [... o] on weight [o i]; B A is never formed."""
+    with torch.no_grad():
+        w = weight.to(b.dtype)
+        square = w.square().sum(1)
+        cross = (b * (w @ a.mT)).sum(-1)
+        own = (b @ (a @ a.mT) * b).sum(-1)
+        norm = (square + 2 * cross + own).clamp_min(torch.finfo(b.dtype).tiny).sqrt()
+    return (square.sqrt() + m) / norm
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A linear layer's weight as [o i]; GPT-2's Conv1D holds it the other way round."""
+    w: Tensor = module.weight  # type: ignore[assignment]
+    return w.mT if type(module).__name__ == "Conv1D" else w
 
 
 def vera(x: Tensor, y: Tensor, p: Parts) -> Tensor:
@@ -90,7 +120,23 @@ FORMS = (
     ("d", vera), ("A", low_rank), ("values", sparse), ("weight", dense), ("down", bottleneck), ("table", table), ("bias", bias),
 )  # fmt: skip
 PARTS = frozenset(
-    {"A", "B", "d", "b", "values", "index", "weight", "bias", "down", "up", "down_bias", "up_bias", "gain", "table"}
+    {
+        "A",
+        "B",
+        "m",
+        "d",
+        "b",
+        "values",
+        "index",
+        "weight",
+        "bias",
+        "down",
+        "up",
+        "down_bias",
+        "up_bias",
+        "gain",
+        "table",
+    }
 )
 
 
@@ -98,6 +144,8 @@ def apply(x: Tensor, y: Tensor, p: Parts, module: nn.Module | None = None) -> Te
     """Add the delta `p` to y. Raises ValueError for parts that form no delta."""
     if "gain" in p and module is not None:
         return gain(x, y, p, module)
+    if "m" in p and module is not None:
+        return dora(x, y, p, module)
     for part, form in FORMS:
         if part in p:
             return form(x, y, p)

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import deltas
 from .errors import ModelError
 from .tree import Params
 
 
-def merge(base: nn.Module, deltas: Params) -> nn.Module:
-    """`base` (a plain copy, changed and returned) with the model-ready `deltas` of one client in its weights.
+def merge(base: nn.Module, p: Params) -> nn.Module:
+    """`base` (a plain copy, changed and returned) with the model-ready deltas `p` of one client in its weights.
 
     Raises ModelError for deltas that no weight can hold: bottlenecks, and biases where the base has none.
     """
     modules = dict(base.named_modules())
     at: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for k, v in deltas.items():
+    for k, v in p.items():
         at.setdefault((k.site, k.adapter), {})[k.part] = v.detach()
     for (site, _), parts in at.items():
         _fold(base, site, modules[site], parts)
@@ -48,6 +49,10 @@ def weight_of(parts: Mapping[str, Tensor], module: Any) -> Tensor | None:
     """What the parts of one adapter add to the weight of their layer, [o i] (norms [h], embeddings [v h])."""
     if "d" in parts:
         return parts["b"][:, None] * (parts["B"] * parts["d"]) @ parts["A"]
+    if "m" in parts:
+        w = deltas.weight_of(module).float()
+        c = deltas.dora_gain(parts["A"], parts["B"], parts["m"], w)
+        return c[:, None] * (w + parts["B"] @ parts["A"]) - w
     if "A" in parts:
         return parts["B"] @ parts["A"]
     if "values" in parts:

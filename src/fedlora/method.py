@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, AdapterName, LoRA, Pattern, init_head, make
+from .adapters import LOW_RANK, Adapter, AdapterName, LoRA, Pattern, init_head, make
 from .errors import ConfigError, ModelError, Problem
 from .model import Batch, Site
 from .optim import AdamW, Optimizer, clip
@@ -191,15 +191,15 @@ class SGDMethod(Method):
                 Problem(
                     "method.adapter",
                     self.adapter,
-                    f"lora, rslora or vera: {self.title} tells two halves apart",
+                    f"lora, rslora, dora or vera: {self.title} tells two halves apart",
                     "or use homlora",
                 )
             )
         for pattern, r in self.rank_pattern:
             if not 1 <= r <= MOST_RANK:
                 bad.append(Problem("method.rank_pattern", f"{pattern}: {r}", f"ranks from 1 to {MOST_RANK:,}"))
-        if self.rank_pattern and self.adapter not in ("lora", "rslora"):
-            bad.append(Problem("method.rank_pattern", dict(self.rank_pattern), "none: it is of lora and rslora"))
+        if self.rank_pattern and self.adapter not in (*LOW_RANK, "dora"):
+            bad.append(Problem("method.rank_pattern", dict(self.rank_pattern), "none: it is of lora, rslora and dora"))
         if self.clip is not None and not self.clip > 0:
             bad.append(Problem("train.clip", self.clip, "a number > 0 or null"))
         if bad:

@@ -41,7 +41,7 @@ def to_peft(base: nn.Module, head: Sequence[str], deltas: Params, task: str, sou
     from peft import LoraConfig, TaskType, get_peft_model
 
     factors = _factors(deltas)
-    other = [k for k in deltas if k.part not in ("A", "B", "rank") and k.adapter != "head"]
+    other = [k for k in deltas if k.part not in ("A", "B", "m", "rank") and k.adapter != "head"]
     if other:
         raise ModelError(f"export: leaf {other[0]} is no low-rank delta, so PEFT's LoRA cannot hold it; use --merged")
     ranks = {site: len(a) for site, (a, _) in factors.items()}
@@ -49,10 +49,12 @@ def to_peft(base: nn.Module, head: Sequence[str], deltas: Params, task: str, sou
         raise ModelError("export: there is no low-rank adapter to export; use --merged for the model itself")
     common = max(ranks.values())
     odd = {site: r for site, r in ranks.items() if r != common}
+    magnitudes = {k.site: v for k, v in deltas.items() if k.part == "m"}
     modules = dict(base.named_modules())
     config = LoraConfig(
         r=common,
         lora_alpha=common,
+        use_dora=bool(magnitudes),
         target_modules=sorted(ranks),
         rank_pattern={f"^{site}$": r for site, r in odd.items()},
         alpha_pattern={f"^{site}$": r for site, r in odd.items()},
@@ -67,6 +69,8 @@ def to_peft(base: nn.Module, head: Sequence[str], deltas: Params, task: str, sou
         for site, (a, b) in factors.items():
             inner[site].lora_A["default"].weight.copy_(a)
             inner[site].lora_B["default"].weight.copy_(b)
+        for site, m in magnitudes.items():
+            inner[site].lora_magnitude_vector["default"].weight.add_(m)  # the base's norms already
         _save_head(inner, deltas)
     return model
 

@@ -40,12 +40,19 @@ def _flower(cached: bool) -> Callable[[Any], Any]:
     return make
 
 
+def _pfl(work: Any) -> Any:
+    from .pfl_sim import PflSimulation
+
+    return PflSimulation(work)
+
+
 SYSTEMS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "peft": ("PyTorch + PEFT loop, fp32", _peft("fp32")),
     "peft-bf16": ("PyTorch + PEFT loop, bf16 base", _peft("bf16")),
     "peft-bf16-kept": ("PyTorch + PEFT loop, bf16 base, freed memory kept", _peft("bf16", keeps=True)),
     "flower": ("Flower on Ray, model built per call, fp32", _flower(False)),
     "flower-cached": ("Flower on Ray, model kept by its worker, fp32", _flower(True)),
+    "pfl": ("pfl-research's simulated backend, fp32", _pfl),
     "one": ("fedlora one by one, fp32", _fedlora(1, "fp32")),
     "blocks": ("fedlora in blocks, fp32", _fedlora(None, "fp32")),
     "one-bf16": ("fedlora one by one, bf16 base", _fedlora(1, "bf16")),

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..adapters import LOW_RANK
 from ..errors import ConfigError, Problem
 from ..method import Client, Method, Metrics, Order, Scene, SGDMethod, Work
 from ..model import Batch
@@ -39,7 +40,7 @@ class Mixed(SGDMethod):
         bad = []
         if not 0 <= self.mix <= 1:
             bad.append(Problem("method.mix", self.mix, "a number in [0, 1]", "0.5 weighs both adapters alike"))
-        if self.adapter not in ("lora", "rslora"):
+        if self.adapter not in LOW_RANK:
             bad.append(Problem("method.adapter", self.adapter, "lora or rslora: FedDPA mixes two low-rank products"))
         if bad:
             raise ConfigError(bad)

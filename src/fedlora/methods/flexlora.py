@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from ..adapters import LOW_RANK
 from ..errors import ConfigError, Problem
 from ..method import Scene, Server, Upload
 from ..ranks import Ranked
@@ -35,7 +36,7 @@ class FlexLoRA(Ranked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.adapter not in ("lora", "rslora"):
+        if self.adapter not in LOW_RANK:
             raise ConfigError(
                 [Problem("method.adapter", self.adapter, "lora or rslora: FlexLoRA decomposes a low-rank product")]
             )

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..adapters import LOW_RANK
 from ..analysis import gram_norm
 from ..errors import ConfigError, Problem
 from ..method import Scene, Server, Upload, Work
@@ -52,8 +53,8 @@ class HetLoRA(Ranked):
             bad.append(Problem("method.gamma", self.gamma, "a number in (0, 1]", "0.99, 0.85 and 0.5 are in use"))
         if self.lam < 0:
             bad.append(Problem("method.lam", self.lam, "a number >= 0"))
-        if self.adapter == "vera":
-            bad.append(Problem("method.adapter", "vera", "lora or rslora: VeRA has no factors to truncate"))
+        if self.adapter not in LOW_RANK:
+            bad.append(Problem("method.adapter", self.adapter, "lora or rslora: the others have no ranks to truncate"))
         if bad:
             raise ConfigError(bad)
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from ..adapters import Adapter, Pattern, make
+from ..adapters import LOW_RANK, Adapter, Pattern, make
 from ..errors import ConfigError, Problem
 from ..method import Client, Metrics, Scene, SGDMethod, Weights, Work
 from ..model import Batch
@@ -74,8 +74,8 @@ class PF2LoRA(SGDMethod):
                     "r/4 or r/2 is usual",
                 )
             )
-        if self.adapter == "vera":
-            bad.append(Problem("method.adapter", "vera", "lora or rslora: PF2LoRA adds two low-rank products"))
+        if self.adapter not in LOW_RANK:
+            bad.append(Problem("method.adapter", self.adapter, "lora or rslora: PF2LoRA adds two low-rank products"))
         if self.lr_personal < 0:
             bad.append(Problem("method.lr_personal", self.lr_personal, "a number >= 0"))
         if bad:

@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..adapters import LoRA
+from ..adapters import LOW_RANK, LoRA
 from ..errors import ConfigError, Problem
 from ..method import Client, Metrics, Order, Scene, Server, SGDMethod, Upload, Work
 from ..model import Batch
@@ -69,7 +69,7 @@ class SLoRA(SFT):
             bad.append(Problem("method.sparse_rounds", self.sparse_rounds, "an integer >= 1"))
         if self.patience < 1:
             bad.append(Problem("method.patience", self.patience, "an integer >= 1"))
-        if self.adapter not in ("lora", "rslora"):
+        if self.adapter not in LOW_RANK:
             bad.append(Problem("method.adapter", self.adapter, "lora or rslora: an SVD primes low-rank factors"))
         if self.second not in ("homlora", "pf2lora"):
             why = UNPRIMED.get(self.second, "its start cannot be set")
