@@ -48,7 +48,7 @@ TABLE = {
     "homlora-dora": Row(
         METHODS["homlora"](rank=4, adapter="dora", optimizer=AdamW(1e-2)), f"lora.A lora.B lora.m {HEAD}"
     ),
-    "ffa-dora": Row(METHODS["ffa"](rank=4, adapter="dora", optimizer=AdamW(1e-2)), f"lora.B lora.m {HEAD}"),
+    "ffa-dora": Row(METHODS["ffa"](rank=4, adapter="dora", optimizer=AdamW(3e-2)), f"lora.B lora.m {HEAD}"),
     "fedsa-dora": Row(METHODS["fedsa"](rank=4, adapter="dora", head="personal", optimizer=AdamW(1e-2)), "lora.A"),
     "fedsa-vera": Row(METHODS["fedsa"](rank=16, adapter="vera", optimizer=AdamW(5e-2)), f"lora.d {HEAD}"),
     "share-b": Row(METHODS["share-b"](rank=4, optimizer=AdamW(1e-2), clip=1.0), f"lora.B {HEAD}"),

@@ -63,7 +63,7 @@ def test_dora_is_its_dense_matrix(bias: bool) -> None:
         v = layer.weight + p["B"][k] @ p["A"][k]
         w = v / v.norm(dim=1, keepdim=True) * (layer.weight.norm(dim=1) + p["m"][k])[:, None]
         torch.testing.assert_close(got[k], nn.functional.linear(x.unflatten(0, (K, B))[k], w, layer.bias))
-    start = deltas.apply(x, y, {"A": p["A"], "B": torch.zeros(K, O, R), "m": torch.zeros(K, O)}, layer)
+    start = deltas.apply(x, y, {"A": p["A"], "B": 0 * p["B"], "m": 0 * p["m"]}, layer)
     assert torch.equal(start, y)
 
 
