@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fedlora import adapters
 from fedlora.methods import METHODS
 from fedlora.recipe.core import defaults, meaning
 from fedlora.recipe.hyperparameters import UNTYPED, default, own_fields
@@ -83,6 +84,8 @@ def text() -> str:
     for name, cls in METHODS.items():
         fields = [f"`{f}`" if (v := default(cls, f)) is UNTYPED else f"`{f}: {json.dumps(v)}`" for f in own_fields(cls)]
         out.append(f"| `{name}` | {', '.join(fields)} |\n")
+    said = (adapters.__doc__ or "").partition("\n\n")[2]
+    out.append(f"\n### method.adapter\n\n```text\n{said.strip()}\n```\n")
     return "".join(out)
 
 

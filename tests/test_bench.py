@@ -92,7 +92,7 @@ def test_ratios_pair_rounds() -> None:
 def test_the_command(folder: Path, tmp_path: Path) -> None:
     done = fedlora("bench", "--model", folder, "--regime", "small", "--system", "peft", "--system", "blocks", "--rounds", 1,
                    "--threads", 1, "-o", tmp_path)  # fmt: skip
-    assert "fedlora in blocks" in done.stdout
+    assert "fedlora blocks" in done.stdout
     [path] = tmp_path.glob("*.json")
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     assert result["environment"]["versions"]["torch"] == torch.__version__

@@ -46,17 +46,18 @@ def _pfl(work: Any) -> Any:
     return PflSimulation(work)
 
 
+# The loop is plain PyTorch with PEFT's layers; bf16 is the base's dtype; kept: freed memory stays with the process.
 SYSTEMS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "peft": ("PyTorch + PEFT loop, fp32", _peft("fp32")),
-    "peft-bf16": ("PyTorch + PEFT loop, bf16 base", _peft("bf16")),
-    "peft-bf16-kept": ("PyTorch + PEFT loop, bf16 base, freed memory kept", _peft("bf16", keeps=True)),
-    "flower": ("Flower on Ray, model built per call, fp32", _flower(False)),
-    "flower-cached": ("Flower on Ray, model kept by its worker, fp32", _flower(True)),
-    "pfl": ("pfl-research's simulated backend, fp32", _pfl),
-    "one": ("fedlora one by one, fp32", _fedlora(1, "fp32")),
-    "blocks": ("fedlora in blocks, fp32", _fedlora(None, "fp32")),
-    "one-bf16": ("fedlora one by one, bf16 base", _fedlora(1, "bf16")),
-    "blocks-bf16": ("fedlora in blocks, bf16 base", _fedlora(None, "bf16")),
+    "peft": ("PEFT loop, fp32", _peft("fp32")),
+    "peft-bf16": ("PEFT loop, bf16", _peft("bf16")),
+    "peft-bf16-kept": ("PEFT loop, bf16, kept", _peft("bf16", keeps=True)),
+    "flower": ("Flower, model per call", _flower(False)),
+    "flower-cached": ("Flower, model kept", _flower(True)),
+    "pfl": ("pfl-research, fp32", _pfl),
+    "one": ("fedlora singly, fp32", _fedlora(1, "fp32")),
+    "blocks": ("fedlora blocks, fp32", _fedlora(None, "fp32")),
+    "one-bf16": ("fedlora singly, bf16", _fedlora(1, "bf16")),
+    "blocks-bf16": ("fedlora blocks, bf16", _fedlora(None, "bf16")),
 }
 
 

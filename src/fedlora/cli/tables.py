@@ -128,19 +128,19 @@ def bench(out: Console, found: Mapping[str, Any]) -> None:
     r = found["work"]["regime"]
     method = found["work"]["method_name"]
     title = f"{method}, {r['name']}: {r['clients']} clients, {r['steps']} steps of {r['batch']} rows; {found['work']['source']}"
-    table = _table(title, "system", "real tokens/s", "x the first", "of peak", "memory", "differs")
+    table = _table(title, "system", "tokens/s", "x the first", "peak", "memory", "differs")
     for m in found["systems"]:
         if m["failed"]:
             out.print(Text(f"{m['title']} failed: ", style="yellow") + Text(m["failed"]), soft_wrap=True)
             continue
         ratio, d = m.get("ratio"), m["difference"]
-        between = f"{ratio['median']:.2f} ({ratio['least']:.2f}-{ratio['most']:.2f})" if ratio else "-"
+        between = f"{ratio['median']:.2f} ({ratio['least']:.1f}-{ratio['most']:.1f})" if ratio else "-"
         table.add_row(
             m["title"],
             f"{m['tokens_per_second']:,.0f}",
             between,
             f"{m['share_of_bf16_peak']:.0%}",
-            size(m["memory"]),
+            f"{m['memory'] / 1e9:.1f} GB",
             "-" if d is None else f"{d:.0e}",
         )
     out.print(table)
