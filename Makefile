@@ -37,7 +37,7 @@ imports: $(VENV)/.installed-dev
 
 # One torch thread a process: two processes of one thread each are faster than two that fight over the cores.
 pytest: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" --durations=20 --durations-min=10
 
 # Every method over real processes, and the app under Flower's own commands: minutes more.
 slow: $(VENV)/.installed-dev

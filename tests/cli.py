@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import tiny
 import yaml
 
@@ -86,11 +87,9 @@ def write_recipe(folder: Path, **sections: Any) -> Path:
     return path
 
 
-def fedlora(*arguments: object, code: int | None = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+def fedlora(*arguments: object, code: int | None = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """`fedlora ...` in a process of its own; `code` is the exit code it must have. Never a traceback."""
-    done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, check=False, env=environment(), timeout=300, **options
-    )
+    done = forked.run([str(a) for a in arguments], cwd or Path.cwd(), environment(), timeout=300)
     said = done.stdout + done.stderr
     assert "Traceback" not in said, said
     assert code is None or done.returncode == code, f"exit code {done.returncode}\n{said}"

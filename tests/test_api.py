@@ -128,7 +128,8 @@ def test_watch_hears_everything(tmp_path: Path) -> None:
     assert Ear.heard[0] == "start"
     assert Ear.heard[-1] == "end"
     assert Ear.heard.count("round_done") == 4
-    assert set(Ear.heard) == {n for n in vars(fl.Watch) if not n.startswith("_")}
+    rare = {"lowered"}  # only where memory runs out: test_memory.py
+    assert set(Ear.heard) == {n for n in vars(fl.Watch) if not n.startswith("_")} - rare
 
 
 def test_a_recipe_from_python_is_the_command_line(tmp_path: Path) -> None:

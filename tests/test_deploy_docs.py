@@ -79,6 +79,7 @@ def test_from_two_empty_machines_to_a_personal_adapter(tmp_path: Path) -> None:
     assert said.strip().split()[0] in ("calm", "urgent")
 
 
+@pytest.mark.slow  # the README's own trial is in the quick ones
 def test_a_trial_leaves_nothing_behind(tmp_path: Path) -> None:
     pytest.importorskip("flwr")
     import tempfile

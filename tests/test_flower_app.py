@@ -163,6 +163,7 @@ def test_without_tls_it_must_be_said_on_both_sides(place: Path) -> None:
     assert json.loads((place / "run" / "partition.json").read_text())["ids"] == ["a", "b/ward0", "b/ward1"]
 
 
+@pytest.mark.slow  # without processes: test_deploy.py
 def test_a_server_killed_by_the_system_goes_on(place: Path) -> None:
     """SIGKILL between rounds, the same command again: clients come back by themselves, no round is lost or doubled."""
     port = free_port()

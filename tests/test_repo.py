@@ -226,33 +226,26 @@ def test_wheel_holds_the_package_whole_and_nothing_else(tmp_path: Path) -> None:
 
 
 # imports -------------------------------------------------------------------------------------------------------------
-def loaded(code: str) -> tuple[set[str], float]:
-    """Top-level modules that `code` loads in a fresh interpreter, and its seconds; the best of three runs."""
-    program = (
-        "import sys, time; start = time.perf_counter()\n"
-        f"{code}\n"
-        "seconds = time.perf_counter() - start\n"
-        "import json; print('\\n' + json.dumps([sorted({m.partition('.')[0] for m in sys.modules}), seconds]))"
-    )
-    best, modules = float("inf"), set[str]()
-    for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        found, seconds = json.loads(done.stdout.splitlines()[-1])
-        best, modules = min(best, seconds), set(found)
-    return modules, best
+def loaded(code: str) -> list[str]:
+    """Modules that `code` loads in a fresh interpreter."""
+    program = f"import sys, json\n{code}\nprint('\\n' + json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    found: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 HELP = "from fedlora.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass"
-LIGHT = {
-    "import fedlora": (HEAVY, 0.3),
-    "import fedlora.recipe": ([m for m in HEAVY if m != "pydantic"], 1.0),
-    HELP: (HEAVY, 0.5),
+LIGHT = {  # what must not be loaded, and how many modules may be: 63, 257 and 321 when this was written, in 0.05 to 0.3 s
+    "import fedlora": (HEAVY, 100),
+    "import fedlora.recipe": ([m for m in HEAVY if m != "pydantic"], 350),
+    HELP: (HEAVY, 420),
 }
 
 
 @pytest.mark.parametrize("code", LIGHT)
 def test_import_is_light(code: str) -> None:
+    """Modules are counted, not seconds: those say more of the machine's other work."""
     forbidden, most = LIGHT[code]
-    modules, seconds = loaded(code)
-    assert not modules & set(forbidden)
-    assert seconds < most
+    modules = loaded(code)
+    assert not {m.partition(".")[0] for m in modules} & set(forbidden)
+    assert len(modules) < most
