@@ -168,7 +168,7 @@ def test_priming_with_rank_patterns_keeps_every_logit(tmp_path: Path) -> None:
         (lambda: SLoRA(second="nonsense"), "homlora or pf2lora"),
         (lambda: HetLoRA(rank_pattern=(("query", 4),)), "ranks differ by client"),
         (lambda: FedSALoRA(adapter="bitfit"), "tells two halves apart"),
-        (lambda: METHODS["houlsby"](rank_pattern=(("query", 4),)), "it is of lora and rslora"),
+        (lambda: METHODS["houlsby"](rank_pattern=(("query", 4),)), "it is of lora, rslora and dora"),
         (lambda: HomLoRA(rank_pattern=(("query", 0),)), "ranks from 1"),
     ],
 )
