@@ -106,7 +106,7 @@ MUTANTS = (
     Mutant("histograms are sent without consent", "deploy/site.py", "if asked and self.histograms and", "if asked and", f"{DEPLOY} -k histograms"),
     Mutant("a site may speak for another", "deploy/remote.py", 'if name is not None and id != name and not id.startswith(f"{name}/"):', "if False:", f"{DEPLOY} -k speaks"),
     Mutant("the norm is not bounded", "deploy/remote.py", "wire.validate(params, spec, self.fed.sampling.norm_bound,", "wire.validate(params, spec, None,", f"{DEPLOY} -k bad_upload"),
-    Mutant("all that answered in time counts, however many were asked", "deploy/remote.py", "if len(arrived) >= needed and self.terms.over_selection > 1:", "if False:", f"{DEPLOY} -k over_selection"),
+    Mutant("all that answered in time counts, however many were asked", "deploy/remote.py", "if len(arrived) >= self.needed and self.terms.over_selection > 1:", "if False:", f"{DEPLOY} -k over_selection"),
     Mutant("int8 has one scale for a whole leaf", "wire.py", "scale = v.abs().amax(-1, keepdim=True) / 127", "scale = v.abs().amax().expand(*v.shape[:-1], 1) / 127", "tests/test_wire.py"),
     Mutant("the network reaches the control API", "flower/superlink.py", 'if not scope["path"].startswith(prefixes):', "if False:", "tests/test_flower.py -k strangers"),
     Mutant("nodes need no key", "flower/superlink.py", "self.open_to_all = keys is None", "self.open_to_all = True", "tests/test_flower.py -k strangers"),
