@@ -229,7 +229,7 @@ class Sparse(Adapter):
 
 def make(name: str, rank: int, alpha: float, pattern: Pattern = ()) -> Adapter:
     """The adapter called `name`: rank is LoRA's and VeRA's rank and the bottlenecks' size; alpha and pattern are LoRA's."""
-    if name in ("lora", "rslora"):
+    if name in LOW_RANK:
         return LoRA(rank, alpha, name == "rslora", pattern)
     if name == "dora":
         return DoRA(rank, alpha, False, pattern)

@@ -39,7 +39,7 @@ def low_rank(x: Tensor, y: Tensor, p: Parts) -> Tensor:
 def dora(x: Tensor, y: Tensor, p: Parts, module: nn.Module) -> Tensor:
     """c = (|W0| + m) / |W0 + B A| for each output; b0 is the base's bias."""
     k = len(p["m"])
-    c = dora_gain(p["A"], p["B"], p["m"], weight_of(module))
+    c = dora_gain(p["A"], p["B"], p["m"], base_weight(module))
     a, b = p["A"].to(x.dtype), p["B"].to(x.dtype)
     rows = _rows(y, k)
     h = torch.bmm(torch.bmm(_rows(x, k), a.mT), b.mT)
@@ -59,7 +59,7 @@ def dora_gain(a: Tensor, b: Tensor, m: Tensor, weight: Tensor) -> Tensor:
     return (square.sqrt() + m) / norm
 
 
-def weight_of(module: nn.Module) -> Tensor:
+def base_weight(module: nn.Module) -> Tensor:
     """A linear layer's weight as [o i]; GPT-2's Conv1D holds it the other way round."""
     w: Tensor = module.weight  # type: ignore[assignment]
     return w.mT if type(module).__name__ == "Conv1D" else w

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import deltas
+from .deltas import base_weight, dora_gain
 from .errors import ModelError
 from .tree import Params
 
 
-def merge(base: nn.Module, p: Params) -> nn.Module:
-    """`base` (a plain copy, changed and returned) with the model-ready deltas `p` of one client in its weights.
+def merge(base: nn.Module, deltas: Params) -> nn.Module:
+    """`base` (a plain copy, changed and returned) with the model-ready `deltas` of one client in its weights.
 
     Raises ModelError for deltas that no weight can hold: bottlenecks, and biases where the base has none.
     """
     modules = dict(base.named_modules())
     at: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for k, v in p.items():
+    for k, v in deltas.items():
         at.setdefault((k.site, k.adapter), {})[k.part] = v.detach()
     for (site, _), parts in at.items():
         _fold(base, site, modules[site], parts)
@@ -50,15 +50,14 @@ def weight_of(parts: Mapping[str, Tensor], module: Any) -> Tensor | None:
     if "d" in parts:
         return parts["b"][:, None] * (parts["B"] * parts["d"]) @ parts["A"]
     if "m" in parts:
-        w = deltas.weight_of(module).float()
-        c = deltas.dora_gain(parts["A"], parts["B"], parts["m"], w)
+        w = base_weight(module).float()
+        c = dora_gain(parts["A"], parts["B"], parts["m"], w)
         return c[:, None] * (w + parts["B"] @ parts["A"]) - w
     if "A" in parts:
         return parts["B"] @ parts["A"]
     if "values" in parts:
-        shape = module.weight.shape[::-1] if type(module).__name__ == "Conv1D" else module.weight.shape
         flat = torch.zeros(module.weight.numel(), dtype=parts["values"].dtype)
-        return flat.index_copy(0, parts["index"], parts["values"]).view(shape)
+        return flat.index_copy(0, parts["index"], parts["values"]).view(base_weight(module).shape)
     return next((parts[p] for p in ("weight", "gain", "table") if p in parts), None)
 
 

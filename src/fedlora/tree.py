@@ -117,12 +117,9 @@ def stack(ps: Sequence[Params]) -> Params:
     out: Params = {}
     for k in sorted(ps[0]):
         leaves = [p[k] for p in ps]
-        if all(
-            v is leaves[0] for v in leaves
-        ):  # what all clients received is not copied, but has the layout of a copy:
-            out[k] = (
-                leaves[0].contiguous()[None].expand(len(leaves), *leaves[0].shape)
-            )  # last bits of products follow it
+        if all(v is leaves[0] for v in leaves):
+            # what all clients received is not copied, but laid out as a copy: the last bits of products follow the layout
+            out[k] = leaves[0].contiguous()[None].expand(len(leaves), *leaves[0].shape)
             continue
         if len({v.shape for v in leaves}) > 1:
             top = max(rank(k, v) for v in leaves)

@@ -236,7 +236,6 @@ def bench(
     where, found = environment(threads), []
     what = "" if method == "homlora" else f"-{method}"
     path = output / f"{where['date']}-{Path(model).name}-{Path(source).parent.name or source}{what}.json"
-    output.mkdir(parents=True, exist_ok=True)
     for name in regimes or REGIMES:
         work = Work(model, kind, method, source, text, regime=REGIMES[name], threads=threads)
         assert work.rows  # bad data is said before anything is started
@@ -248,6 +247,7 @@ def bench(
             measured = measure(work, systems or can, rounds, on=say)
         found.append(of(work, measured, flops))
         tables.bench(out, found[-1])
+        output.mkdir(parents=True, exist_ok=True)
         path.write_text(json_.dumps({"environment": where, "regimes": found}, indent=1), encoding="utf-8")
     out.print(f"results: {path}", soft_wrap=True, highlight=False)
 

@@ -50,7 +50,6 @@ from ..deploy.packets import Packet
 from ..deploy.site import Site
 from ..errors import FedloraError, UploadError
 from . import records
-from .records import LARGEST
 
 Keys = tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]
 POLL, SOON = 0.5, 0.05  # seconds between questions for work, at most and right after some
@@ -179,7 +178,7 @@ class _Node:
                     if e.response.status_code == 413:
                         raise Refused(
                             "a request of ours is too large for the server or for a proxy before it; let requests of "
-                            f"{LARGEST // 2**20} MiB pass (nginx: client_max_body_size)"
+                            f"{records.LARGEST // 2**20} MiB pass (nginx: client_max_body_size)"
                         ) from e
                     if e.response.status_code not in AWAY:
                         raise _Lost(_short(e)) from e
