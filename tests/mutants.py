@@ -56,6 +56,8 @@ MUTANTS = (
     # HetLoRA
     Mutant("aggregation weights by examples", "methods/hetlora.py", "return float(torch.stack(squares).sum().sqrt())", "return float(u.client.examples)", "tests/test_law_hetlora.py"),
     Mutant("clients prune in every round", "methods/hetlora.py", "out[k] = torch.where(shrunk.to(r.device), torch.minimum(g, r), r)", "out[k] = torch.minimum(g, r)", "tests/test_law_hetlora.py"),
+    Mutant("a memory budget forgets gradient and moments", "ranks.py", "copies = 2 + self.optimizer.moments if memory else 1", "copies = 1", "tests/test_law_hetlora.py"),
+    Mutant("a byte budget counts leaves that stay", "ranks.py", "if memory or self.shared(", "if True or self.shared(", "tests/test_law_hetlora.py"),
     Mutant("the Gram norm is of the factors", "analysis.py", "return ((b.mT @ b) * (a @ a.mT).mT).sum((-2, -1)).clamp_min(0).sqrt()", "return ((b.mT @ b).diagonal().sum() * (a @ a.mT).diagonal().sum()).sqrt()", "tests/test_law_hetlora.py"),
     # PF2LoRA
     Mutant("the hypergradient is first-order", "methods/pf2lora.py", 'if self.hypergradient != "first_order":', 'if False:', "tests/test_law_pf2lora.py"),
@@ -92,6 +94,7 @@ MUTANTS = (
     # memory
     Mutant("halves of a block are trained twice", "engine.py", "self._trained(order, down[s], kept[s], work[s])]", "self._trained(order, down[:s.stop], kept[:s.stop], work[:s.stop])]", "tests/test_memory.py"),
     Mutant("a lowered block is forgotten", "federation.py", 'facts | {"block": block}', "facts", "tests/test_memory.py"),
+    Mutant("after the run memory stays with the process", "memory.py", "        libc.malloc_trim(0)\n", "", "tests/test_memory.py"),
     Mutant("freed memory is given back at once", "memory.py", "    libc.mallopt(MMAP_MAX, 0)\n    libc.mallopt(TRIM_THRESHOLD, -1)\n", "", "tests/test_memory.py"),
     # sites
     Mutant("uploads are summed as they arrive", "deploy/remote.py", "            for c in chosen:\n", "            for c in [clients[c] for c in arrived]:\n", f"{DEPLOY} -k 'equals_simulation and homlora'"),

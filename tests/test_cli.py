@@ -214,6 +214,13 @@ def test_a_sweep_ends_in_a_comparison(tmp_path: Path) -> None:
     assert len(list((tmp_path / "sweep").glob("*/summary.json"))) == 2
 
 
+def test_a_sweep_goes_where_its_recipe_says(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, federation={"rounds": 1}, sweep={"method.name": ["local", "homlora"]})
+    fedlora("run", recipe, "-q", "--set", f"run.output={tmp_path}/there/{{method}}")
+    assert (tmp_path / "there/comparison.html").exists()
+    assert {p.parent.name for p in tmp_path.rglob("summary.json")} == {"local", "homlora"}
+
+
 # predict, export --------------------------------------------------------------------------------------------------------
 
 

@@ -147,10 +147,28 @@ def test_rank_plans() -> None:
     assert set(flat) == {2, 3, 4, 5} and min(flat.values()) > 400
     steep = Counter(ranks.power_law(1, 8, 2.0, 0, id) for id in ids)
     assert set(steep) <= set(range(1, 9)) and steep[1] / steep[2] == pytest.approx(4, rel=0.25)
-    # 4 bytes x (6+5 + 4+7) = 88 a rank
-    assert [ranks.from_budget(b, SITES, (), 1, 8) for b in (0, 88 * 3, 88 * 3.9, 1e9)] == [1, 3, 3, 8]
-    m = HetLoRA(rank=8, rank_min=1, plan="budget", ranks=(("a", 88 * 5), ("*", 88 * 2)))
-    assert [m.first_rank(SCENE, Client(id, 1)) for id in "ab"] == [5, 2]
+    assert [ranks.from_budget(b, 22, 10, 1, 8) for b in (0, 40 + 88 * 3, 40 + 88 * 3.9, 1e9)] == [1, 3, 3, 8]
+
+
+@pytest.mark.parametrize(
+    ("settings", "a_rank", "head"),
+    [  # bytes of fp32 by hand: sites 6 x 5 and 4 x 7, head 3 x 2 with its biases
+        ({"plan": "budget"}, 4 * (6 + 5 + 4 + 7), 4 * 9),
+        ({"plan": "budget", "head": "personal"}, 4 * (6 + 5 + 4 + 7), 0),
+        ({"plan": "budget", "share": "first"}, 4 * (5 + 7), 4 * 9),  # A alone travels
+        ({"plan": "memory", "optimizer": AdamW()}, 4 * 4 * (6 + 5 + 4 + 7), 4 * 4 * 9),
+        ({"plan": "memory", "optimizer": SGD()}, 2 * 4 * (6 + 5 + 4 + 7), 2 * 4 * 9),
+        ({"plan": "memory", "optimizer": SGD(momentum=0.9), "share": "first"}, 3 * 4 * (6 + 5 + 4 + 7), 3 * 4 * 9),
+        ({"plan": "memory", "optimizer": SGD(), "head": "frozen"}, 2 * 4 * (6 + 5 + 4 + 7), 0),
+    ],
+)
+def test_ranks_from_bytes(settings: Any, a_rank: int, head: int) -> None:
+    """The rank is the largest whose message, or whose values, gradients and moments, fit."""
+    scene = Scene({"target": SITES, "head": (Site("head", 3, 2),)}, 3)
+    m = HetLoRA(
+        rank=8, rank_min=1, ranks=(("a", head + a_rank * 5), ("b", head + a_rank * 5 - 1), ("*", 0)), **settings
+    )
+    assert [m.first_rank(scene, Client(id, 1)) for id in "abc"] == [5, 4, 1]
 
 
 def test_bad_plans_are_refused() -> None:

@@ -19,7 +19,7 @@ from fedlora import methods
 from fedlora.errors import ConfigError, Problem
 from fedlora.methods import METHODS
 from fedlora.optim import SGD, AdamW
-from fedlora.recipe import Recipe, Train, expand, expand_dict, schema
+from fedlora.recipe import Recipe, Train, expand, expand_dict, folders, schema
 from fedlora.recipe.reading import parse
 from fedlora.recipe.sections import SECTIONS
 
@@ -535,6 +535,16 @@ def test_bad_sweep(sweep: Any, expected: list[tuple[str, str]]) -> None:
     with pytest.raises(ConfigError) as e:
         expand_dict({**TEXT, "sweep": sweep})
     assert [(p.field, p.expected) for p in e.value.problems] == expected
+
+
+def test_runs_of_a_sweep_need_folders_of_their_own() -> None:
+    swept = {**TEXT, "sweep": {"run.seed": [0, 1]}}
+    with pytest.raises(ConfigError, match=r"run.output: got 'here', expected a folder of its own .*2 runs.*\{name\}"):
+        folders(expand_dict(swept, ["run.output=here"]), Path("root"))
+    chosen = expand_dict(swept, ["run.output=here/{seed}"])
+    assert folders(chosen, Path("root")) == [Path("here/0"), Path("here/1")]
+    usual = expand_dict(swept)
+    assert folders(usual, Path("root")) == [Path("root") / f"{r.name}-{r.hash}" for r in usual]
 
 
 # schema --------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,11 @@ def _spread(factor: Tensor, like: list[Tensor]) -> list[Tensor]:
 class Optimizer(ABC):
     """`init(params) -> state`, `update(gradients, state, params, lr) -> (params, state)`."""
 
+    @property
+    @abstractmethod
+    def moments(self) -> int:
+        """Values that the state holds for each value trained."""
+
     @abstractmethod
     def init(self, p: Params) -> State: ...
 
@@ -66,6 +71,10 @@ class SGD(Optimizer):
             momentum=(self.momentum, 0 <= self.momentum < 1, "a number in [0, 1)"),
             weight_decay=(self.weight_decay, self.weight_decay >= 0, "a number >= 0"),
         )
+
+    @property
+    def moments(self) -> int:
+        return 1 if self.momentum else 0
 
     def init(self, p: Params) -> State:
         return {"m": {k: torch.zeros_like(v) for k, v in p.items()}} if self.momentum else {}
@@ -101,6 +110,10 @@ class AdamW(Optimizer):
             eps=(self.eps, self.eps > 0, "a number > 0"),
             weight_decay=(self.weight_decay, self.weight_decay >= 0, "a number >= 0"),
         )
+
+    @property
+    def moments(self) -> int:
+        return 2
 
     def init(self, p: Params) -> State:
         zeros = {k: torch.zeros_like(v) for k, v in p.items()}

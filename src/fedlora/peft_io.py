@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,6 @@ def to_peft(base: nn.Module, head: Sequence[str], deltas: Params, task: str, sou
     common = max(ranks.values())
     odd = {site: r for site, r in ranks.items() if r != common}
     magnitudes = {k.site: v for k, v in deltas.items() if k.part == "m"}
-    modules = dict(base.named_modules())
     config = LoraConfig(
         r=common,
         lora_alpha=common,
@@ -59,7 +58,7 @@ def to_peft(base: nn.Module, head: Sequence[str], deltas: Params, task: str, sou
         rank_pattern={f"^{site}$": r for site, r in odd.items()},
         alpha_pattern={f"^{site}$": r for site, r in odd.items()},
         modules_to_save=sorted({h.split(".")[0] for h in head}) or None,
-        fan_in_fan_out=any(type(modules[s]).__name__ == "Conv1D" for s in ranks),
+        fan_in_fan_out=_transposed(base, ranks),
         task_type=TaskType.CAUSAL_LM if task == "causal-lm" else TaskType.SEQ_CLS,
     )
     model = get_peft_model(base, config)
@@ -73,6 +72,12 @@ def to_peft(base: nn.Module, head: Sequence[str], deltas: Params, task: str, sou
             inner[site].lora_magnitude_vector["default"].weight.add_(m)  # the base's norms already
         _save_head(inner, deltas)
     return model
+
+
+def _transposed(base: nn.Module, sites: Iterable[str]) -> bool:
+    """Whether the sites keep their weights as [in, out], as GPT-2's Conv1D does."""
+    modules = dict(base.named_modules())
+    return any(type(modules[s]).__name__ == "Conv1D" for s in sites)
 
 
 def _factors(deltas: Params) -> dict[str, tuple[Tensor, Tensor]]:
@@ -99,6 +104,7 @@ def to_peft_vera(base: nn.Module, head: Sequence[str], deltas: Params, task: str
         r=len(first["d"]),
         target_modules=sites,
         save_projection=True,
+        fan_in_fan_out=_transposed(base, sites),
         modules_to_save=sorted({h.split(".")[0] for h in head}) or None,
         task_type=TaskType.CAUSAL_LM if task == "causal-lm" else TaskType.SEQ_CLS,
     )

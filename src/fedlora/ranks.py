@@ -10,11 +10,10 @@ import torch
 
 from .errors import ConfigError, Problem
 from .method import Client, Scene, Server, SGDMethod, Upload
-from .model import Site
 from .seeds import np_rng
 from .tree import Key, Params, cut_rank, pad_rank, rank
 
-Plan = Literal["uniform", "power", "explicit", "budget"]
+Plan = Literal["uniform", "power", "explicit", "budget", "memory"]
 
 
 def uniform(low: int, high: int, *path: object) -> int:
@@ -29,11 +28,9 @@ def power_law(low: int, high: int, exponent: float, *path: object) -> int:
     return int(np_rng("rank", *path).choice(list(ranks), p=[w / sum(weight) for w in weight]))
 
 
-def from_budget(bytes_: float, sites: Sequence[Site], head: Sequence[Site], low: int, high: int) -> int:
-    """The largest rank whose fp32 message (A, B and head) fits in `bytes_`, kept in [low, high]."""
-    head_bytes = 4 * sum(s.out * s.in_ + s.out for s in head)
-    per_rank = 4 * sum(s.out + s.in_ for s in sites)
-    return int(min(high, max(low, (bytes_ - head_bytes) // per_rank)))
+def from_budget(bytes_: float, per_rank: int, fixed: int, low: int, high: int) -> int:
+    """The largest rank that fits: per_rank and fixed count fp32 values; the result is kept in [low, high]."""
+    return int(min(high, max(low, (bytes_ - 4 * fixed) // (4 * per_rank))))
 
 
 def truncate(p: Params, ranks: Callable[[Key], int]) -> Params:
@@ -81,8 +78,9 @@ def lookup(ranks: Mapping[str, float], client: Client) -> float | None:
 class Ranked(SGDMethod):
     """Clients of different ranks: each receives the leading r_k components of the server's factors.
 
-    rank: r_max. plan: uniform in [rank_min, rank], truncated power law with `exponent`, explicit, or from a budget in bytes
-    a message (`ranks` maps client id, or "*", to its rank or bytes). One scale alpha / r_max serves all ranks.
+    rank: r_max. plan: uniform in [rank_min, rank], truncated power law with `exponent`, explicit, or from bytes: "budget" of
+    a message, "memory" of all that is trained (value, gradient and moments; activations, which do not depend on the rank, are
+    not in it). `ranks` maps client id, or "*", to its rank or bytes. One scale alpha / r_max serves all ranks.
     """
 
     per_client = True
@@ -107,7 +105,7 @@ class Ranked(SGDMethod):
             bad.append(
                 Problem("method.rank_min", self.rank_min, f"1 to rank_max={self.rank}", "lower it or raise method.rank")
             )
-        if self.plan in ("explicit", "budget") and not self.ranks:
+        if self.plan in ("explicit", "budget", "memory") and not self.ranks:
             bad.append(
                 Problem(
                     "method.ranks", self.ranks, f"a client: value map for plan {self.plan!r}", "'*' is everybody else"
@@ -143,9 +141,23 @@ class Ranked(SGDMethod):
             raise ConfigError(
                 [Problem("method.ranks", f"nothing for client {client.id!r}", "a value", "add it, or '*' for the rest")]
             )
-        if self.plan == "budget":
-            return from_budget(given, scene.sites("target"), scene.head, self.rank_min, self.rank)
+        if self.plan in ("budget", "memory"):
+            return self.affordable(scene, given)
         return int(given)
+
+    def affordable(self, scene: Scene, bytes_: float) -> int:
+        """The rank that a message, or the memory of what is trained, of `bytes_` allows."""
+        memory = self.plan == "memory"
+        copies = 2 + self.optimizer.moments if memory else 1  # value, gradient, moments
+        sides = [
+            n
+            for s in scene.sites("target")
+            for part, n in (("A", s.in_), ("B", s.out))
+            if memory or self.shared(Key(self.label, s.name, part))
+        ]
+        has_head = self.head != "frozen" if memory else self.head == "shared"
+        head = sum(s.out * s.in_ + s.out for s in scene.head) if has_head else 0
+        return from_budget(bytes_, copies * sum(sides), copies * head, self.rank_min, self.rank)
 
     def rank_of(self, scene: Scene, server: Server, client: Client) -> dict[str, int]:
         """site -> r_k now; "" stands for all sites where one decision is taken a client."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json as json_
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -87,7 +88,7 @@ def _report(folder: Path, quiet: bool) -> None:
 
 
 def run(recipe: Path, sets: Sequence[str], output: Path | None, quiet: bool, json: bool) -> None:
-    from ..recipe import expand
+    from ..recipe import expand, folders
 
     recipes = expand(recipe, list(sets))
     if len(recipes) == 1:
@@ -95,13 +96,12 @@ def run(recipe: Path, sets: Sequence[str], output: Path | None, quiet: bool, jso
         if not json:
             tables.result(out, folder)
         return
-    root = output or Path("runs") / recipe.stem
-    folders = []
-    for i, r in enumerate(recipes):
+    where = [output / f"{r.name}-{r.hash}" for r in recipes] if output else folders(recipes, Path("runs") / recipe.stem)
+    for i, (r, folder) in enumerate(zip(recipes, where, strict=True)):
         if not (quiet or json):
             err.print(f"[bold]{i + 1}/{len(recipes)}[/] {r.name}", highlight=False)
-        folders.append(_execute(r, root / f"{r.name}-{r.hash}", quiet, json))
-    compare(folders, root / "comparison.html", json)
+        _execute(r, folder, quiet, json)
+    compare(where, Path(os.path.commonpath([f.parent for f in where])) / "comparison.html", json)
 
 
 def resume(folder: Path, quiet: bool, json: bool) -> None:

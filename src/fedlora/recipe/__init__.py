@@ -11,7 +11,7 @@ from .core import Recipe
 from .hyperparameters import MethodSection
 from .schema import schema
 from .sections import Data, Evaluation, Federation, Model, Partition, Run, Train
-from .sweep import expand, expand_dict
+from .sweep import expand, expand_dict, folders
 
 __all__ = [
     "Data",
@@ -25,5 +25,6 @@ __all__ = [
     "Train",
     "expand",
     "expand_dict",
+    "folders",
     "schema",
 ]

@@ -59,6 +59,17 @@ def expand_dict(raw: Mapping[str, Any], sets: Sequence[str] = ()) -> list[Recipe
     return recipes
 
 
+def folders(recipes: Sequence[Recipe], root: Path) -> list[Path]:
+    """Where the runs of a sweep go: where run.output says, which needs a folder for each, or else into `root`."""
+    if "output" not in recipes[0].run.model_fields_set:
+        return [root / f"{r.name}-{r.hash}" for r in recipes]
+    out = [r.output_folder() for r in recipes]
+    if len(set(out)) < len(out):
+        expected = f"a folder of its own for each of {len(recipes)} runs"
+        raise ConfigError([Problem("run.output", recipes[0].run.output, expected, "add {name} or {hash}")])
+    return out
+
+
 def _axes(sweep: Any, extra: Pairs) -> tuple[list[list[Pairs]], list[Problem]]:
     """Each axis as its alternatives, each of these as pairs of path and value."""
     if sweep is None and not extra:
