@@ -1,0 +1,98 @@
+"""Every method on real weights, as its shipped recipe says, shortened: it runs, resumes bit-exactly, and leaves as PEFT.
+
+MiniLM on SST-2 and a tiny Llama on Shakespeare's speakers. `make test` runs the last of each sweep
+(test_recipes_shipped.py); all of them are `make slow`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fedlora as fl
+from fedlora.build import federation
+from fedlora.errors import ModelError
+from fedlora.recipe import Recipe, expand
+from fedlora.tree import stack
+from fedlora.watch import Watch
+
+ROOT = Path(__file__).parents[1] / "recipes"
+SHORT = ["federation.rounds=3", "train.steps=1", "train.batch_size=4", "evaluation.every=3", "data.limit=400"]
+NO_FACTORS = {"sft", "fft", "bitfit", "houlsby", "pfeiffer"}  # nothing that PEFT's LoRA could hold
+NO_MERGE = {"houlsby", "pfeiffer"}  # layers of their own
+MODELS = {"minilm": "every-method.yaml", "llama": "every-method-llama.yaml"}
+RUNS = {f"{m}:{r.name}": (m, i) for m, file in MODELS.items() for i, r in enumerate(expand(ROOT / file))}
+
+
+def recipe_of(which: tuple[str, int], shared: Path) -> Recipe:
+    model, i = which
+    where = expand(ROOT / MODELS[model], [*SHORT, "partition.min_size=2"])[i].resolved()
+    if where["method"]["name"] == "slora":
+        where["method"]["sparse_rounds"] = 1
+    where["data"]["source"] = str(shared / where["data"]["source"].removeprefix("../shared/"))
+    where["model"]["name"] = where["model"]["name"].replace("../shared", str(shared))
+    return Recipe.from_dict(where)
+
+
+class Crash(Watch):
+    def round_start(self, round: int, clients: int) -> None:
+        if round == 3:
+            raise KeyboardInterrupt
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All that a run leaves behind and that must not differ."""
+    kept = [p for p in folder.rglob("*") if p.suffix in (".safetensors", ".jsonl") and p.name != "timings.jsonl"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in kept}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", RUNS.values(), ids=RUNS)
+def test_a_method_as_shipped(which: tuple[str, int], shared: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(which, shared)
+    summary = fl.run(recipe, output=tmp_path / "whole")
+    assert summary["rounds"] == 3
+    with pytest.raises(KeyboardInterrupt):
+        federation(recipe, tmp_path / "broken").run(Crash())
+    fl.run(recipe, output=tmp_path / "broken")
+    whole = files(tmp_path / "whole")
+    assert whole == files(tmp_path / "broken")
+    assert any("server" in name for name in whole)
+    assert any(name == "metrics.jsonl" for name in whole)
+
+    run = fl.load(tmp_path / "whole")
+    f = run.federation
+    client = None if f.method.pooled else f.data.ids[0]
+    batch = f.data.examples.collate(np.arange(4))
+    with torch.no_grad():
+        inputs = {n: v[None] for n, v in batch.items()}
+        want = f.model.forward(stack([run.deltas(client)]), inputs)[0]
+        assert float((want - f.model.forward({}, inputs)[0]).abs().max()) > 1e-4
+    for merged in (False, True):
+        if recipe.method.name in (NO_MERGE if merged else NO_FACTORS):
+            with pytest.raises(ModelError, match="cannot"):
+                run.export(tmp_path / "none", [client] if client else [], merged)
+            continue
+        [folder] = run.export(tmp_path / f"export-{merged}", [client] if client else [], merged)
+        got = plain(folder, recipe, merged)(**{n: v for n, v in batch.items() if n not in ("labels", "chars")}).logits
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def plain(folder: Path, recipe: Recipe, merged: bool) -> Any:
+    """The folder as PEFT or transformers loads it, ready to be called."""
+    import peft
+    import transformers
+
+    kind = "CausalLM" if recipe.model.task == "causal-lm" else "SequenceClassification"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "classifier weights are newly initialized": the folder holds them
+        if merged:
+            model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder)
+        else:
+            model = getattr(peft, f"AutoPeftModelFor{kind}").from_pretrained(folder)
+    return torch.no_grad()(model.eval().forward)
