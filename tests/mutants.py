@@ -47,6 +47,8 @@ MUTANTS = (
     # rows grouped by length
     Mutant("a group is cut below its longest row", "tasks.py", "return [fitted(_rows(batch, i, j), wide[i])", "return [fitted(_rows(batch, i, j), wide[j - 1])", "tests/test_tasks.py"),
     Mutant("groups are averaged, not summed", "tasks.py", "value = value + part.detach()", "value = part.detach()", "tests/test_tasks.py"),
+    Mutant("second derivatives of the last group alone", "tasks.py", "sums = found if sums is None else list(torch._foreach_add(sums, found))", "sums = found", "tests/test_tasks.py"),
+    Mutant("the mixed product is with the wrong leaves", "tasks.py", "g = grad(value.sum(), [leaves[k] for k in v], create_graph=True)", "g = grad(value.sum(), [leaves[k] for k in list(leaves)[: len(v)]], create_graph=True)", "tests/test_tasks.py"),
     Mutant("labels stay behind when rows are sorted", "tasks.py", "order.to(v.device)] if v.ndim > 1 else v", 'order.to(v.device)] if v.ndim > 1 and n != "labels" else v', "tests/test_tasks.py"),
     # model and optimizers
     Mutant("the adapter forgets its scale", "adapters.py", "self.alpha / r**0.5 if self.rs else self.alpha / r", "self.alpha / r", "tests/test_model.py -k peft"),
@@ -72,7 +74,7 @@ MUTANTS = (
     # baselines
     Mutant("FlexLoRA averages factors", "methods/flexlora.py", "torch.cat(b, 1) / total, torch.cat(rows[site], 0)", "sum(b) / total, sum(rows[site])", "tests/test_law_baselines.py -k flexlora"),
     Mutant("FlexLoRA weighs a product twice", "methods/flexlora.py", "append(v * p**0.5)", "append(v * p)", "tests/test_law_baselines.py -k flexlora"),
-    Mutant("Per-FedAvg takes the Hessian at the moved point", "methods/perfedavg.py", "hessian_vector(loss, f, x, g, draws[2])", "hessian_vector(loss, f, moved, g, draws[2])", "tests/test_law_baselines.py -k per_fedavg"),
+    Mutant("Per-FedAvg takes the Hessian at the moved point", "methods/perfedavg.py", "loss.hessian_vector(f, x, g, draws[2])", "loss.hessian_vector(f, moved, g, draws[2])", "tests/test_law_baselines.py -k per_fedavg"),
     Mutant("Per-FedAvg's gradient is at the start", "methods/perfedavg.py", "value, g = loss.gradient(f, moved, draws[1])", "value, g = loss.gradient(f, x, draws[1])", "tests/test_law_baselines.py -k per_fedavg"),
     Mutant("FedDPA's local adapter trains on the global one", "methods/feddpa.py", "loss.gradient(lambda q: f(q | head), mine, draws[0])", "loss.gradient(lambda q: f(q | common), mine, draws[0])", "tests/test_law_baselines.py -k feddpa"),
     Mutant("FedDPA mixes both factors", "methods/feddpa.py", 'p = {k: v * share[k.adapter] if k.part == "B" else v for k, v in p.items()}', "p = {k: v * share.get(k.adapter, 1) for k, v in p.items()}", "tests/test_law_baselines.py -k feddpa"),

@@ -83,6 +83,28 @@ def test_groups_give_the_gradient_of_the_whole(
         torch.testing.assert_close(got, w, rtol=2e-4, atol=1e-6, msg=lambda m, k=k: f"{k}: {m}")
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_groups_give_the_second_derivatives_of_the_whole(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """H v and its mixed block, a group at a time, against double differentiation through one padded forward pass."""
+    loss, p, batch = setting(False)
+    loss.parts = parts
+    monkeypatch.setattr(tasks, "OVERHEAD", {"cpu": 0})
+    assert len(loss.pieces(batch)) >= 2
+    generator = torch.Generator().manual_seed(5)
+    v = {k: torch.randn(x.shape, generator=generator) for k, x in p.items()}
+    part = [k for k in p if k.part == "B"]
+    for of, rows in ((list(p), list(p)), (part, [k for k in p if k not in part])):
+        leaves = {k: x.clone().requires_grad_() for k, x in p.items()}
+        g = torch.autograd.grad(loss(leaves, batch).sum(), [leaves[k] for k in of], create_graph=True)
+        inner = torch.stack([(a * v[k]).sum() for a, k in zip(g, of, strict=True)]).sum()
+        want = torch.autograd.grad(inner, [leaves[k] for k in rows], materialize_grads=True)
+        got = loss.hessian_vector(lambda q: q, p, {k: v[k] for k in of}, batch, rows)
+        assert list(got) == rows
+        for k, w in zip(rows, want, strict=True):
+            torch.testing.assert_close(got[k], w, rtol=2e-3, atol=1e-5, msg=lambda m, k=k: f"{k}: {m}")
+        assert sum(float(w.abs().sum()) for w in want) > 0.1
+
+
 def test_no_piece_loses_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     loss, _, batch = setting(False)
     monkeypatch.setattr(tasks, "OVERHEAD", {"cpu": 0})

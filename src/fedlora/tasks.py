@@ -7,16 +7,17 @@ their weighted sums. Rows of a block that only pad have weight 0. Metrics of pre
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import grad
 
 from .model import Adapted, Batch
-from .tree import Params
+from .tree import Key, Params
 
 
 class Task(ABC):
@@ -211,29 +212,54 @@ class Loss:
         cuts = cut(wide, k, overhead, most, SIZES if self.model.half else None, tokens)
         return [fitted(_rows(batch, i, j), wide[i]) for i, j in cuts if longest[i] > 0]
 
-    def gradient(
-        self, ready: Callable[[Params], Params], p: Params, batch: Batch, create_graph: bool = False
-    ) -> tuple[Tensor, Params]:
+    def gradient(self, ready: Callable[[Params], Params], p: Params, batch: Batch) -> tuple[Tensor, Params]:
         """Value [K] and gradient of loss(ready(p), batch) with respect to the leaves p.
 
         Clients of a block do not interact, so the gradient of the sum holds every client's own gradient.
         """
-        leaves = p if create_graph else {k: v.detach().requires_grad_() for k, v in p.items()}
+
+        def first(value: Tensor, leaves: Params) -> Sequence[Tensor]:
+            return grad(value.sum(), list(leaves.values()), materialize_grads=True)
+
+        value, g = self._summed(first, ready, p, batch)
+        return value, dict(zip(p, g, strict=True))
+
+    def hessian_vector(
+        self, ready: Callable[[Params], Params], p: Params, v: Params, batch: Batch, rows: Iterable[Key] | None = None
+    ) -> Params:
+        """H v of every client, exact: d/dp <g, v>, where g is the gradient with respect to the leaves that v has.
+
+        rows: the leaves p to differentiate by, default all; with v on other leaves it is a mixed block of H. Linear in the
+        batch's rows like a gradient, so it is summed over the same pieces.
+        """
+        wanted = list(p if rows is None else rows)
+
+        def second(value: Tensor, leaves: Params) -> Sequence[Tensor]:
+            g = grad(value.sum(), [leaves[k] for k in v], create_graph=True)
+            inner = torch.stack([(a * b).sum() for a, b in zip(g, v.values(), strict=True)]).sum()
+            return grad(inner, [leaves[k] for k in wanted], materialize_grads=True)
+
+        return dict(zip(wanted, self._summed(second, ready, p, batch)[1], strict=True))
+
+    def _summed(
+        self,
+        differentiate: Callable[[Tensor, Params], Sequence[Tensor]],
+        ready: Callable[[Params], Params],
+        p: Params,
+        batch: Batch,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Value [K] and the derivatives of loss(ready(p), batch), a piece of the batch at a time."""
+        leaves = {k: v.detach().requires_grad_() for k, v in p.items()}
         total = self._count(batch)
-        if create_graph:
-            with self.model.training(batch):
-                value = self._share(ready(leaves), batch, total)
-                grads = torch.autograd.grad(value.sum(), list(leaves.values()), create_graph=True)
-            return value, dict(zip(leaves, grads, strict=True))
         value, sums = torch.zeros_like(total), None
         for piece in self.pieces(batch):
             with self.model.training(piece):
                 part = self._share(ready(leaves), piece, total)
-                found = torch.autograd.grad(part.sum(), list(leaves.values()), materialize_grads=True)
+                found = list(differentiate(part, leaves))
             value = value + part.detach()
-            sums = list(found) if sums is None else list(torch._foreach_add(sums, list(found)))
+            sums = found if sums is None else list(torch._foreach_add(sums, found))
         assert sums is not None
-        return value, dict(zip(leaves, sums, strict=True))
+        return value, sums
 
 
 class _Beside(Loss):

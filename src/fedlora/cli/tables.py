@@ -34,6 +34,11 @@ def number(x: Any, digits: int = 3) -> str:
     return "-" if x is None or x != x else f"{x:.{digits}f}"
 
 
+def count(n: float) -> str:
+    """Parameters, in thousands or millions."""
+    return f"{n:.0f}" if n < 1000 else f"{n / 1e3:.0f} k" if n < 1e6 else f"{n / 1e6:.1f} M"
+
+
 COLOURS = {
     "done": "green",
     "late": "yellow",
@@ -179,18 +184,26 @@ def comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """Methods side by side; rows as report.tables.compare_rows gives them."""
     if not rows:
         return
-    seeded = any(r["seeds"] > 1 or r["unfinished"] for r in rows)
-    table = _table(f"{rows[0]['metric']} on test, at the round chosen on validation", "method", "personal", "global",
-                   "worst", "trained", "sent", "time", *(["seeds"] if seeded else []))  # fmt: skip
+    seeds = {r["seeds"] for r in rows}
+    alike = len(seeds) == 1 and not any(r["unfinished"] for r in rows)
+    spread = f", {max(seeds)} seeds" if alike and max(seeds) > 1 else ""
+    globe = any(r["global"] is not None for r in rows)
+    columns = ["method", "personal", *(["global"] if globe else []), "worst", "trained", "sent", "time"]
+    title = f"{rows[0]['metric']} on test, at the round chosen on validation{spread}"
+    table = _table(title, *columns, *([] if alike else ["seeds"]))
     for r in rows:
-        spread = f" ± {r['test_std']:.3f}" if r.get("test_std") is not None else ""
-        sent = "-" if r["bytes_total"] is None else size(r["bytes_total"])
-        time = "-" if r["seconds"] is None else f"{r['seconds']:.0f} s"
-        trained = "-" if r["trainable"] is None else f"{r['trainable']:,}"
-        seeds = str(r["seeds"]) + (f" ({r['unfinished']} unfinished)" if r["unfinished"] else "")
+        more = f" ± {r['test_std']:.3f}" if r.get("test_std") is not None else ""
+        unfinished = f" ({r['unfinished']} unfinished)" if r["unfinished"] else ""
         table.add_row(
-            r["method"], number(r["test"]) + spread, number(r["global"]), number(r["worst_decile"]), trained, sent, time,
-            *([seeds] if seeded else []),
-        )  # fmt: skip
-    table.columns[0].no_wrap = True
+            r["method"],
+            number(r["test"]) + more,
+            *([number(r["global"])] if globe else []),
+            number(r["worst_decile"]),
+            "-" if r["trainable"] is None else count(r["trainable"]),
+            "-" if r["bytes_total"] is None else size(r["bytes_total"]),
+            "-" if r["seconds"] is None else f"{r['seconds']:.0f} s",
+            *([] if alike else [str(r["seeds"]) + unfinished]),
+        )
+    for column in table.columns:  # on a narrow terminal the method's settings wrap, and no number does
+        column.no_wrap = column.header not in ("method", "seeds")
     out.print(table)

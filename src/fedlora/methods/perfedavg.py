@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from ..errors import ConfigError, Problem
@@ -23,7 +22,6 @@ from ..method import Method, Metrics, SGDMethod, Work
 from ..model import Batch
 from ..optim import SGD
 from ..tasks import Loss
-from ..tree import Params
 from .average import HomLoRA
 
 
@@ -64,14 +62,6 @@ class PerFedAvg(HomLoRA):
         moved = {k: v - a * inner[k] for k, v in x.items()}
         value, g = loss.gradient(f, moved, draws[1])
         if self.second_order:
-            hg = hessian_vector(loss, f, x, g, draws[2])
+            hg = loss.hessian_vector(f, x, g, draws[2])
             g = {k: v - a * hg[k] for k, v in g.items()}
         return self.descend(work, self.penalised(work, g), lr), {"loss": value}
-
-
-def hessian_vector(loss: Loss, f: Any, x: Params, v: Params, batch: Batch) -> Params:
-    """H(x) v per client, by differentiating <grad loss(f(x)), v>."""
-    leaves = {k: t.detach().requires_grad_() for k, t in x.items()}
-    _, g = loss.gradient(f, leaves, batch, create_graph=True)
-    inner = torch.stack([(g[k] * v[k]).sum() for k in x]).sum()
-    return dict(zip(leaves, torch.autograd.grad(inner, list(leaves.values()), materialize_grads=True), strict=True))

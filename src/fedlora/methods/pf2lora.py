@@ -26,7 +26,6 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
 
 from ..adapters import LOW_RANK, Adapter, Pattern, make
 from ..errors import ConfigError, Problem
@@ -145,8 +144,4 @@ class PF2LoRA(SGDMethod):
             move = lambda sign: {k: t + sign * per_client(e, t) * v[k] for k, t in y.items()}  # noqa: E731
             high, low = (loss.gradient(lambda q, s=s: f(q | move(s)), x, zeta)[1] for s in (1.0, -1.0))  # type: ignore[misc]
             return {k: (high[k] - low[k]) / per_client(2 * e, high[k]) for k in x}
-        x_ = {k: t.detach().requires_grad_() for k, t in x.items()}
-        y_ = {k: t.detach().requires_grad_() for k, t in y.items()}
-        _, g_y = loss.gradient(lambda q: f(x_ | q), y_, zeta, create_graph=True)
-        inner = torch.stack([(g_y[k] * v[k]).sum() for k in y]).sum()
-        return dict(zip(x_, grad(inner, list(x_.values()), materialize_grads=True), strict=True))
+        return loss.hessian_vector(f, x | y, v, zeta, rows=x)
