@@ -47,6 +47,7 @@ MUTANTS = (
     # rows grouped by length
     Mutant("a group is cut below its longest row", "tasks.py", "return [fitted(_rows(batch, i, j), wide[i])", "return [fitted(_rows(batch, i, j), wide[j - 1])", "tests/test_tasks.py"),
     Mutant("groups are averaged, not summed", "tasks.py", "value = value + part.detach()", "value = part.detach()", "tests/test_tasks.py"),
+    Mutant("the answer without a model looks at the test rows", "data/federated.py", "right = test[both, train[both].argmax(1)]", "right = test[both, test[both].argmax(1)]", "tests/test_partition.py"),
     Mutant("second derivatives of the last group alone", "tasks.py", "sums = found if sums is None else list(torch._foreach_add(sums, found))", "sums = found", "tests/test_tasks.py"),
     Mutant("the mixed product is with the wrong leaves", "tasks.py", "g = grad(value.sum(), [leaves[k] for k in v], create_graph=True)", "g = grad(value.sum(), [leaves[k] for k in list(leaves)[: len(v)]], create_graph=True)", "tests/test_tasks.py"),
     Mutant("labels stay behind when rows are sorted", "tasks.py", "order.to(v.device)] if v.ndim > 1 else v", 'order.to(v.device)] if v.ndim > 1 and n != "labels" else v', "tests/test_tasks.py"),

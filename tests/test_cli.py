@@ -52,6 +52,11 @@ def test_run_leaves_a_whole_folder(done: Path) -> None:
         if x["kind"] == "eval" and (x["view"], x["split"], x["round"]) == ("personal", "test", best["round"])
     )
     assert summary["test"] == test["mean"]["accuracy"]
+    held = json.loads((run / "partition.json").read_text())["histogram"]
+    right = [
+        b[max(range(len(a)), key=a.__getitem__)] / sum(b) for a, b in zip(held["train"], held["test"], strict=True)
+    ]
+    assert summary["constant"] == pytest.approx(sum(right) / len(right))
     sent = sum(sum(sum(d.values()) for d in x["bytes"].values()) for x in metrics if x["kind"] == "train")
     assert summary["bytes"]["total"] == sent > 0
     [cross] = [x for x in metrics if x["kind"] == "cross"]
@@ -210,7 +215,8 @@ def test_a_sweep_ends_in_a_comparison(tmp_path: Path) -> None:
     said = fedlora("run", recipe, "-q", "-o", tmp_path / "sweep").stdout
     assert "Local-only" in said
     assert "HomLoRA" in said
-    assert (tmp_path / "sweep/comparison.html").exists()
+    assert "always a client's most frequent class: 0." in said
+    assert "most frequent class, without a model, scores 0." in (tmp_path / "sweep/comparison.html").read_text()
     assert len(list((tmp_path / "sweep").glob("*/summary.json"))) == 2
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from fedlora.data import partition as p
-from fedlora.data.examples import Rows
+from fedlora.data.examples import Arrays, Rows
+from fedlora.data.federated import FederatedData, roster
 from fedlora.data.split import histograms, like, split
 from fedlora.errors import ConfigError, DataError
 from fedlora.seeds import np_rng
@@ -223,3 +224,24 @@ def test_a_hundred_thousand_clients() -> None:
     tracemalloc.stop()
     assert peak < 300 * 1_000_000
     assert parts["train"].sizes.sum() + parts["test"].sizes.sum() == 1_000_000
+
+
+def test_what_needs_no_model() -> None:
+    """By hand: client a has mostly class 1 in training and 1 of 4 in test, b mostly 0 and 2 of 2; c has no test rows; d never
+    trains."""
+    labels = np.array([1, 1, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 1, 1, 1])
+    rows = {
+        "train": ([0, 1, 2], [7, 8, 9], [12], []),
+        "test": ([3, 4, 5, 6], [10, 11], [], [13, 14]),
+    }
+
+    def held(parts: tuple[list[int], ...]) -> Rows:
+        return Rows(np.cumsum([0, *map(len, parts)]), np.concatenate([np.array(x, np.int64) for x in parts]))
+
+    splits = {n: held(parts) for n, parts in rows.items()}
+    data = FederatedData(Arrays({"labels": labels}), "abcd", splits, ("no", "yes"), unseen=1)
+    assert data.constant() == pytest.approx((1 / 4 + 2 / 2) / 2)
+    assert (
+        FederatedData(Arrays({"labels": labels}), "abcd", {"train": splits["train"]}, ("no", "yes")).constant() is None
+    )
+    assert roster("ab", {"train": [3, 4], "test": [1, 1]}, ("no", "yes")).constant() is None

@@ -125,6 +125,7 @@ def summarise(f: Federation, server: Server) -> dict[str, Any]:
         "validation": at(main, "validation", chosen).get("mean", {}).get(metric),
         "test": views[main].get("mean", {}).get(metric),
         "test_last10": sum(last) / len(last) if last else None,
+        "constant": f.data.constant() if metric == "accuracy" else None,
         "views": {v: x for v, x in views.items() if x},
         "parameters": f.parameters(),
         "bytes": sent | {"total": sent["up"] + sent["down"]},

@@ -77,8 +77,10 @@ def result(out: Console, folder: Path) -> None:
     out.print(table)
     chosen = f"{s['metric']} on test at round {s['chosen_round']}, chosen on {s['chosen_on']}"
     last = f"; mean of the last rounds {number(s['test_last10'])}" if s["test_last10"] is not None else ""
+    known = s.get("constant")
+    bar = "" if known is None else f"; always a client's most frequent class {number(known)}"
     out.print(
-        f"{chosen}{last}. {size(s['bytes']['total'])} sent, {s['seconds']:.0f} s. Folder: {folder}",
+        f"{chosen}{last}{bar}. {size(s['bytes']['total'])} sent, {s['seconds']:.0f} s. Folder: {folder}",
         soft_wrap=True,
         highlight=False,
     )
@@ -206,4 +208,10 @@ def comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         )
     for column in table.columns:  # on a narrow terminal the method's settings wrap, and no number does
         column.no_wrap = column.header not in ("method", "seeds")
+    known = [r["constant"] for r in rows if r["constant"] is not None]
+    if known:
+        same = max(known) - min(known) < 5e-4
+        table.caption = f"always a client's most frequent class: {number(min(known))}"
+        table.caption += "" if same else f" to {number(max(known))}"
+        table.caption_justify = "left"
     out.print(table)

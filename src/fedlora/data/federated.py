@@ -38,6 +38,19 @@ class FederatedData:
             raise DataError(f"histogram: these data have no classes, expected labels for split {split!r}")
         return histograms(self.splits[split], labels, len(self.label_names))
 
+    def constant(self) -> float | None:
+        """Accuracy on test of what needs no model: each client's most frequent class in training. Mean over the clients that
+        have both; None without classes or test rows."""
+        if not self.label_names or "test" not in self.splits or not len(self.examples):
+            return None
+        end = len(self.ids) - self.unseen
+        train, test = self.histogram("train")[:end], self.histogram("test")[:end]
+        both = (train.sum(1) > 0) & (test.sum(1) > 0)
+        if not both.any():
+            return None
+        right = test[both, train[both].argmax(1)]
+        return float((right / test[both].sum(1)).mean())
+
     def only(self, k: int) -> FederatedData:
         """Client k and its rows alone."""
         splits = {s: Rows(np.array([0, r.sizes[k]]), r[k]) for s, r in self.splits.items()}

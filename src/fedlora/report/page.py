@@ -82,6 +82,8 @@ def run_page(run: Records) -> dict[str, Any]:
             tiles.append(
                 Tile(f"{m}, worst tenth", number(main["worst_decile"][run.metric]), f"of the clients, {run.main} model")
             )
+        if s.get("constant") is not None:
+            tiles.append(Tile(f"{m}, no model", number(s["constant"]), "always a client's most frequent class"))
         tiles += [
             Tile("sent", size(s["bytes"]["total"]), f"{size(s['bytes']['up'])} up, {size(s['bytes']['down'])} down"),
             Tile(
@@ -133,6 +135,10 @@ def comparison_page(runs: Sequence[Records], rows: Sequence[Mapping[str, Any]]) 
     note = (
         f"Test scores at the round chosen on validation. The runs differ in the method{''.join(f', {k}' for k in odd)}."
     )
+    known = [r["constant"] for r in rows if r["constant"] is not None]
+    if known:
+        span = number(min(known)) + ("" if max(known) - min(known) < 5e-4 else f" to {number(max(known))}")
+        note += f" Always giving a client's most frequent class, without a model, scores {span}."
     first = runs[0]
     alike = len({str(r.partition.get("histogram")) for r in runs}) == 1
     whose = "" if alike else f"; of {first.name}"

@@ -176,6 +176,7 @@ def _row(label: str, runs: Sequence[Records]) -> Row:
         "weighted": _mean(_known([_view(s, "personal", "weighted") for s in done])),
         "worst_decile": _mean(_known([_view(s, "personal", "worst_decile") for s in done])),
         "test_last10": _mean(_known([s["test_last10"] for s in done])),
+        "constant": _mean(_known([s.get("constant") for s in done])),
         "chosen_round": _mean(_known([s["chosen_round"] for s in done])),
         "trainable": done[0]["parameters"]["trainable"] if done else None,
         "shared": done[0]["parameters"]["shared"] if done else None,
