@@ -39,7 +39,7 @@ MUTANTS = (
     Mutant("padding rows count", "tasks.py", 'out["weight"] = (torch.arange(b)[None] < rows[:, None]).float()', 'out["weight"] = torch.ones(len(rows), b)', f"{CONTRACT} -k block_equals"),
     Mutant("a dropped round's client state is taken up", "store.py", 'int(n.split(".")[0]) < before]', 'int(n.split(".")[0]) <= before]', f"tests/test_store.py {CONTRACT} -k 'dropped or crash'"),
     Mutant("the order of leaves follows the file", "tree.py", "for k in sorted(ps[0]):", "for k in ps[0]:", "tests/test_tree.py"),
-    Mutant("kept leaves are uploaded too", "method.py", "return select(p, self.shared), select(p, lambda k: not self.shared(k)) | moments", "return p, select(p, lambda k: not self.shared(k)) | moments", f"{CONTRACT} -k only_declared"),
+    Mutant("kept leaves are uploaded too", "sgd.py", "return select(p, self.shared), select(p, lambda k: not self.shared(k)) | moments", "return p, select(p, lambda k: not self.shared(k)) | moments", f"{CONTRACT} -k only_declared"),
     Mutant("a personal leaf of one client reaches the next", "engine.py", "kept = [self.kept(c, order.round) for c in clients]", "kept = [self.kept(clients[0], order.round) for c in clients]", f"{CONTRACT} -k 'block_equals and fedsa'"),
     Mutant("the server returns the first upload", "tree.py", "                acc[k].add_(v, alpha=w)", "                pass", "tests/test_law_fedsa.py tests/test_tree.py"),
     Mutant("weights are not normalised", "tree.py", "return {k: v.div_(total) for k, v in acc.items()}", "return acc", "tests/test_tree.py"),

@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 
 from .errors import ConfigError, Problem
-from .method import Client, Scene, Server, SGDMethod, Upload
+from .method import Client, Scene, Server, Upload
 from .seeds import np_rng
+from .sgd import SGDMethod
 from .tree import Key, Params, cut_rank, pad_rank, rank
 
 Plan = Literal["uniform", "power", "explicit", "budget", "memory"]

@@ -9,20 +9,18 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from ..errors import ConfigError, DataError, Problem, StateError, near
+from ..errors import DataError, StateError, near
 from ..watch import Several, Watch
 from . import tables
 from .interrupts import Interrupted, Pressed
 from .progress import Bars, JsonLines
 
 if TYPE_CHECKING:
-    from rich.status import Status
-
     from ..federation import Federation
     from ..recipe import Recipe
 
@@ -150,106 +148,6 @@ def check(recipe: Path, sets: Sequence[str], json: bool) -> None:
             sys.stdout.write(json_.dumps({"name": r.name, "hash": r.hash, **facts}) + "\n")
         else:
             tables.plan(out, r, facts)
-
-
-def methods(json: bool) -> None:
-    from ..methods import METHODS
-    from ..methods.facts import facts
-
-    rows = [facts(m) for m in METHODS.values()]
-    if json:
-        sys.stdout.write(json_.dumps(rows) + "\n")
-    else:
-        tables.methods(out, rows)
-
-
-def _task(task: str) -> Literal["classification", "causal-lm"]:
-    if task == "classification":
-        return "classification"
-    if task == "causal-lm":
-        return "causal-lm"
-    raise ConfigError([Problem("--task", task, "classification or causal-lm")])
-
-
-def cost(model: str, task: str, json: bool) -> None:
-    from dataclasses import asdict
-
-    from ..cost import costs
-
-    kind = _task(task)
-    with err.status("measuring") as status:
-        found = costs(model, kind, on=lambda title: status.update(f"measuring {title}"))
-    if json:
-        sys.stdout.write(json_.dumps([asdict(c) for c in found]) + "\n")
-    else:
-        tables.costs(out, model, found)
-
-
-def example(output: Path, rounds: int, seed: int, json: bool) -> None:
-    from dataclasses import asdict
-
-    from .. import report as pages
-    from ..examples import courses
-
-    with err.status("training") as status:
-        found = courses(seed, rounds, on=lambda label: status.update(f"training {label}"))
-    if json:
-        sys.stdout.write(json_.dumps([asdict(c) for c in found]) + "\n")
-    else:
-        tables.example(out, found)
-    try:
-        page = pages.write_example(found, output, seed)
-    except pages.MissingPlotly as e:
-        err.print(str(e), soft_wrap=True, markup=False)
-        return
-    if not json:
-        out.print(f"report: {page}", soft_wrap=True, highlight=False)
-
-
-def bench(
-    regimes: Sequence[str],
-    systems: Sequence[str],
-    rounds: int,
-    method: str,
-    model: str,
-    task: str,
-    source: str,
-    text: str,
-    threads: int,
-    output: Path,
-) -> None:
-    from ..bench.child import SYSTEMS
-    from ..bench.run import environment, flops_per_token, measure
-    from ..bench.run import report as of
-    from ..bench.work import REGIMES, Work
-    from ..methods import METHODS
-
-    kind = _task(task)
-    can = [x for x in SYSTEMS if method == "homlora" or x.startswith(("one", "blocks"))]
-    odd = [Problem("--regime", r, "a regime", near(r, REGIMES)) for r in regimes if r not in REGIMES]
-    odd += [Problem("--system", x, f"a system that does {method}", near(x, can)) for x in systems if x not in can]
-    if method not in METHODS:
-        odd.append(Problem("--method", method, "a method", near(method, METHODS)))
-    if odd:
-        raise ConfigError(odd)
-    flops = flops_per_token(model, kind)
-    where, found = environment(threads), []
-    what = "" if method == "homlora" else f"-{method}"
-    path = output / f"{where['date']}-{Path(model).name}-{Path(source).parent.name or source}{what}.json"
-    for name in regimes or REGIMES:
-        work = Work(model, kind, method, source, text, regime=REGIMES[name], threads=threads)
-        assert work.rows  # bad data is said before anything is started
-        with err.status(name) as status:
-
-            def say(system: str, round: int, name: str = name, status: Status = status) -> None:
-                status.update(f"{name}, round {round}: {SYSTEMS[system][0]}")
-
-            measured = measure(work, systems or can, rounds, on=say)
-        found.append(of(work, measured, flops))
-        tables.bench(out, found[-1])
-        output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json_.dumps({"environment": where, "regimes": found}, indent=1), encoding="utf-8")
-    out.print(f"results: {path}", soft_wrap=True, highlight=False)
 
 
 def report(folder: Path, output: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""The commands and their options; what they do is in actions.py."""
+"""The commands and their options; what they do is in actions.py and measures.py."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def methods(
     json: Json = False,
 ) -> None:
     """List the methods, their papers and what they share; or what they cost on a model."""
-    from . import actions
+    from . import measures
 
     if cost is None:
-        actions.methods(json)
+        measures.methods(json)
     else:
-        actions.cost(cost, task, json)
+        measures.cost(cost, task, json)
 
 
 @app.command()
@@ -78,9 +78,9 @@ def example(
     json: Json = False,
 ) -> None:
     """PF2LoRA's synthetic example: clients whose true updates have different ranks, and what each method makes of them."""
-    from . import actions
+    from . import measures
 
-    actions.example(output, rounds, seed, json)
+    measures.example(output, rounds, seed, json)
 
 
 @app.command()
@@ -102,9 +102,9 @@ def bench(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("bench/results"),
 ) -> None:
     """Measure speed beside plain PyTorch + PEFT, on the same work, in alternation."""
-    from . import actions
+    from . import measures
 
-    actions.bench(regime or [], system or [], rounds, method, model, task, source, text, threads, output)
+    measures.bench(regime or [], system or [], rounds, method, model, task, source, text, threads, output)
 
 
 @app.command()

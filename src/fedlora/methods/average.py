@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..method import SGDMethod
+from ..sgd import SGDMethod
 from ..tree import Key
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..adapters import LOW_RANK
 from ..errors import ConfigError, Problem
-from ..method import Client, Method, Metrics, Order, Scene, SGDMethod, Work
+from ..method import Client, Method, Metrics, Order, Scene, Work
 from ..model import Batch
+from ..sgd import SGDMethod
 from ..tasks import Loss
 from ..tree import Key, Params, select
 

@@ -18,9 +18,10 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from ..errors import ConfigError, Problem
-from ..method import Method, Metrics, SGDMethod, Work
+from ..method import Method, Metrics, Work
 from ..model import Batch
 from ..optim import SGD
+from ..sgd import SGDMethod
 from ..tasks import Loss
 from .average import HomLoRA
 

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from ..adapters import LOW_RANK, Adapter, Pattern, make
 from ..errors import ConfigError, Problem
-from ..method import Client, Metrics, Scene, SGDMethod, Weights, Work
+from ..method import Client, Metrics, Scene, Work
 from ..model import Batch
+from ..sgd import SGDMethod, Weights
 from ..tasks import Loss
 from ..tree import Key, Params, norm, per_client, select
 

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from ..adapters import LOW_RANK, LoRA
 from ..errors import ConfigError, Problem
-from ..method import Client, Metrics, Order, Scene, Server, SGDMethod, Upload, Work
+from ..method import Client, Metrics, Order, Scene, Server, Upload, Work
 from ..model import Batch
+from ..sgd import SGDMethod
 from ..tasks import Loss
 from ..tree import Key, Params, factor, select
 from .average import HomLoRA

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from ..adapters import Adapter, AdapterName, Sparse
 from ..errors import ConfigError, Problem
-from ..method import SGDMethod
+from ..sgd import SGDMethod
 from ..tree import Key
 
 
