@@ -155,14 +155,8 @@ class TestEveryMethod:
         whole = tiny.federation(TABLE[name].method, tmp_path / "a", tiny.bert(dropout=0.2), block=2)
         whole.run()
         broken = tiny.federation(TABLE[name].method, tmp_path / "b", tiny.bert(dropout=0.2), block=2)
-
-        class Crash(Watch):
-            def clients_done(self, n: int) -> None:
-                if broken.store.load_server()[0] == 1:
-                    raise KeyboardInterrupt
-
         with pytest.raises(KeyboardInterrupt):
-            broken.run(Crash())
+            broken.run(tiny.Crash(broken))
         again = tiny.federation(TABLE[name].method, tmp_path / "b", tiny.bert(dropout=0.2), block=2)
         again.run()
         (a, kept_a, lines_a), (b, kept_b, lines_b) = state(whole), state(again)

@@ -44,14 +44,8 @@ def test_a_block_is_one_by_one_and_a_crash_changes_nothing(name: str, family: st
     alone = tiny.federation(method, tmp_path / "1", base(family), block=1)
     alone.run()
     broken = tiny.federation(method, tmp_path / "2", base(family), block=2)
-
-    class Crash(Watch):
-        def clients_done(self, n: int) -> None:
-            if broken.store.load_server()[0] == 1:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        broken.run(Crash())
+        broken.run(tiny.Crash(broken))
     tiny.federation(method, tmp_path / "2", base(family), block=2).run()
     whole = tiny.federation(method, tmp_path / "3", base(family), block=2)
     whole.run()

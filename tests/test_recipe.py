@@ -543,6 +543,7 @@ def test_runs_of_a_sweep_need_folders_of_their_own() -> None:
         folders(expand_dict(swept, ["run.output=here"]), Path("root"))
     chosen = expand_dict(swept, ["run.output=here/{seed}"])
     assert folders(chosen, Path("root")) == [Path("here/0"), Path("here/1")]
+    assert folders(chosen, Path("root"), Path("given")) == [Path("given") / f"{r.name}-{r.hash}" for r in chosen]
     usual = expand_dict(swept)
     assert folders(usual, Path("root")) == [Path("root") / f"{r.name}-{r.hash}" for r in usual]
 

@@ -139,6 +139,13 @@ def test_comparison_of_seeds(run: Path, tmp_path: Path) -> None:
         assert f"{r['test']:.3f} ± {r['test_std']:.3f}" in page
 
 
+def test_the_answer_without_a_model_is_one_number_or_a_range() -> None:
+    rows = lambda *xs: [{"constant": x} for x in xs]  # noqa: E731
+    assert report.tables.constant(rows(None, None)) is None
+    assert report.tables.constant(rows(0.8, None, 0.8)) == "0.800"
+    assert report.tables.constant(rows(0.8, 0.25, 0.5)) == "0.250 to 0.800"
+
+
 def test_settings_of_one_method_are_told_apart(run: Path, tmp_path: Path) -> None:
     for rank in (1, 2):
         fl.run(

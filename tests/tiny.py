@@ -21,6 +21,7 @@ from fedlora.pretrained import head_of
 from fedlora.seeds import np_rng
 from fedlora.sites import groups
 from fedlora.tasks import CausalLM, Classification
+from fedlora.watch import Watch
 
 VOCABULARY, CLASSES = 50, 3
 
@@ -135,6 +136,18 @@ def federation(method: Method, folder: Path, base: nn.Module | None = None, **mo
     }  # fmt: skip
     task = CausalLM() if lm else Classification(CLASSES)
     return Federation(model, task, more.pop("data", None) or data(labels=not lm), method, folder, **settings | more)
+
+
+class Crash(Watch):
+    """Interrupts a federation in the middle of its second round, after some client files are written."""
+
+    def __init__(self, f: Federation):
+        self.f = f
+
+    def clients_done(self, n: int) -> None:
+        loaded = self.f.store.load_server()
+        if loaded is not None and loaded[0] == 1:
+            raise KeyboardInterrupt
 
 
 def close(a: dict[Any, torch.Tensor], b: dict[Any, torch.Tensor], tol: float = 2e-5) -> None:

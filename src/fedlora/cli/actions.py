@@ -94,7 +94,7 @@ def run(recipe: Path, sets: Sequence[str], output: Path | None, quiet: bool, jso
         if not json:
             tables.result(out, folder)
         return
-    where = [output / f"{r.name}-{r.hash}" for r in recipes] if output else folders(recipes, Path("runs") / recipe.stem)
+    where = folders(recipes, Path("runs") / recipe.stem, output)
     for i, (r, folder) in enumerate(zip(recipes, where, strict=True)):
         if not (quiet or json):
             err.print(f"[bold]{i + 1}/{len(recipes)}[/] {r.name}", highlight=False)

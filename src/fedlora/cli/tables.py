@@ -184,6 +184,8 @@ def plan(out: Console, r: Recipe, facts: Mapping[str, Any]) -> None:
 
 def comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """Methods side by side; rows as report.tables.compare_rows gives them."""
+    from ..report.tables import constant
+
     if not rows:
         return
     seeds = {r["seeds"] for r in rows}
@@ -208,10 +210,6 @@ def comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         )
     for column in table.columns:  # on a narrow terminal the method's settings wrap, and no number does
         column.no_wrap = column.header not in ("method", "seeds")
-    known = [r["constant"] for r in rows if r["constant"] is not None]
-    if known:
-        same = max(known) - min(known) < 5e-4
-        table.caption = f"always a client's most frequent class: {number(min(known))}"
-        table.caption += "" if same else f" to {number(max(known))}"
-        table.caption_justify = "left"
+    if (bar := constant(rows)) is not None:
+        table.caption, table.caption_justify = f"always a client's most frequent class: {bar}", "left"
     out.print(table)

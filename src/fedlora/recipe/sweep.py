@@ -59,10 +59,10 @@ def expand_dict(raw: Mapping[str, Any], sets: Sequence[str] = ()) -> list[Recipe
     return recipes
 
 
-def folders(recipes: Sequence[Recipe], root: Path) -> list[Path]:
-    """Where the runs of a sweep go: where run.output says, which needs a folder for each, or else into `root`."""
-    if "output" not in recipes[0].run.model_fields_set:
-        return [root / f"{r.name}-{r.hash}" for r in recipes]
+def folders(recipes: Sequence[Recipe], root: Path, given: Path | None = None) -> list[Path]:
+    """Where the runs of a sweep go: into `given`, or where run.output says, which needs a folder for each, or into `root`."""
+    if given or "output" not in recipes[0].run.model_fields_set:
+        return [(given or root) / f"{r.name}-{r.hash}" for r in recipes]
     out = [r.output_folder() for r in recipes]
     if len(set(out)) < len(out):
         expected = f"a folder of its own for each of {len(recipes)} runs"

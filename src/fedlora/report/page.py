@@ -10,7 +10,7 @@ import yaml
 
 from . import figures
 from .read import Records
-from .tables import flat, grouped, paired
+from .tables import constant, flat, grouped, paired
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -135,10 +135,8 @@ def comparison_page(runs: Sequence[Records], rows: Sequence[Mapping[str, Any]]) 
     note = (
         f"Test scores at the round chosen on validation. The runs differ in the method{''.join(f', {k}' for k in odd)}."
     )
-    known = [r["constant"] for r in rows if r["constant"] is not None]
-    if known:
-        span = number(min(known)) + ("" if max(known) - min(known) < 5e-4 else f" to {number(max(known))}")
-        note += f" Always giving a client's most frequent class, without a model, scores {span}."
+    if (bar := constant(rows)) is not None:
+        note += f" Always giving a client's most frequent class, without a model, scores {bar}."
     first = runs[0]
     alike = len({str(r.partition.get("histogram")) for r in runs}) == 1
     whose = "" if alike else f"; of {first.name}"

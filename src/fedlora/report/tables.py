@@ -27,6 +27,12 @@ def compare_rows(folders: Sequence[str | Path]) -> list[Row]:
     return [_row(label, runs) | cost_to(runs, target) for label, runs in groups.items()]
 
 
+def constant(rows: Sequence[Row]) -> str | None:
+    """What always giving a client's most frequent class scores: one number, or its range over the rows."""
+    known = sorted({f"{r['constant']:.3f}" for r in rows if r["constant"] is not None})
+    return " to ".join(dict.fromkeys((known[0], known[-1]))) if known else None
+
+
 @dataclass(frozen=True)
 class Reached:
     """What it took until a score was reached on validation (on test where there is no validation)."""
