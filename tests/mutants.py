@@ -57,7 +57,10 @@ MUTANTS = (
     Mutant("bias correction is gone", "optim.py", "size, root = rate / (1 - b1**t), (1 - b2**t).sqrt()", "size, root = rate / (1 - b1**t), (1 - b2**t) ** 0", "tests/test_model.py"),
     Mutant("rows are padded beyond the table of positions", "tasks.py", "return wide if wide <= model.longest else length", "return wide", "tests/test_tasks.py -k half"),
     # HetLoRA
-    Mutant("aggregation weights by examples", "methods/hetlora.py", "return float(torch.stack(squares).sum().sqrt())", "return float(u.client.examples)", "tests/test_law_hetlora.py"),
+    Mutant("aggregation weights by examples", "methods/hetlora.py", "return lambda k: sizes.get(whole._replace(site=k.site), sizes[whole])", "return lambda k: float(u.client.examples)", "tests/test_law_hetlora.py"),
+    Mutant("norms per site weigh by the whole model", "methods/hetlora.py", "return lambda k: sizes.get(whole._replace(site=k.site), sizes[whole])", "return lambda k: sizes[whole]", "tests/test_law_hetlora.py"),
+    Mutant("tails per site are of the whole model", "methods/hetlora.py", 'whole = self.norms == "model" and self.decide == "client"', 'whole = self.decide == "client"', "tests/test_law_hetlora.py"),
+    Mutant("one site without products voids all weights", "ranks.py", "v / total[k] if total[k] > 0 else plain[k] / n", "v / total[k] if min(total.values()) > 0 else plain[k] / n", "tests/test_law_hetlora.py"),
     Mutant("clients prune in every round", "methods/hetlora.py", "out[k] = torch.where(shrunk.to(r.device), torch.minimum(g, r), r)", "out[k] = torch.minimum(g, r)", "tests/test_law_hetlora.py"),
     Mutant("a memory budget forgets gradient and moments", "ranks.py", "copies = 2 + self.optimizer.moments if memory else 1", "copies = 1", "tests/test_law_hetlora.py"),
     Mutant("a byte budget counts leaves that stay", "ranks.py", "if memory or self.shared(", "if True or self.shared(", "tests/test_law_hetlora.py"),

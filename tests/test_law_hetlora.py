@@ -33,27 +33,75 @@ def random_upload(m: HetLoRA, server: Server, id: str, seed: int) -> Upload:
     )
 
 
-def test_aggregation_by_dense_products() -> None:
-    """p_k = ||B_k A_k||_F / sum, from the dense products; factors zero-padded; nothing of the code under test."""
-    m = HetLoRA(rank=4, rank_min=1, plan="explicit", ranks=(("a", 2), ("b", 4), ("c", 3)))
-    server = m.init(SCENE)
-    uploads = [random_upload(m, server, id, i) for i, id in enumerate("abc")]
-    new = m.aggregate(SCENE, server, uploads).params
-    size = []
-    for u in uploads:
-        size.append(
-            sum(
-                (u.params[Key("lora", s.name, B)] @ u.params[Key("lora", s.name, A)]).square().sum() for s in SITES
-            ).sqrt()
-        )
-    p = torch.stack(size) / sum(size)
+@pytest.mark.parametrize("norms", ["model", "site"])
+@pytest.mark.parametrize("share", ["both", "first"])
+def test_aggregation_by_dense_products(norms: Any, share: Any) -> None:
+    """p_k = ||B_k A_k||_F / sum, over the whole model or per site, from the dense products; factors zero-padded; nothing
+    of the code under test. The head has no product: p_k of the whole model. Where B stays at home the norms travel."""
+    plan = (("a", 2), ("b", 4), ("c", 3))
+    m = HetLoRA(rank=4, rank_min=1, plan="explicit", ranks=plan, norms=norms, share=share)
+    scene = Scene({"target": SITES, "head": (Site("head", 3, 2),)}, 3)
+    g = torch.Generator().manual_seed(0)
+    server = m.init(scene)
+    trained: list[Params] = []
+    uploads = []
+    for id, r in plan:
+        clients = [Client(id, 1)]
+        down = m.broadcast(scene, server, clients[0])
+        work = m.begin(scene, Order(0, 1), stack([down]), stack([m.keep(scene, clients[0])]))
+        p = {k: torch.randn(v.shape, generator=g) for k, v in work["train"].items()}
+        up, _ = m.finish(work | {"train": p})
+        trained.append({k: v[0] for k, v in p.items()})
+        assert trained[-1][Key("lora", "p", A)].shape[0] == r
+        uploads.append(Upload(clients[0], {k: v[0] for k, v in up.items()}))
+    new = m.aggregate(scene, server, uploads).params
+
+    def p_k(sites: tuple[Site, ...]) -> Tensor:
+        dense = [[u[Key("lora", s.name, B)] @ u[Key("lora", s.name, A)] for s in sites] for u in trained]
+        size = torch.stack([sum((d.square().sum() for d in ds), torch.zeros(())).sqrt() for ds in dense])
+        return size / size.sum()
+
+    whole = p_k(SITES)
+    assert (whole - p_k(SITES[:1])).abs().max() > 0.01
     for s in SITES:
-        for part, shape in ((A, (4, s.in_)), (B, (s.out, 4))):
+        for part, shape in ((A, (4, s.in_)), (B, (s.out, 4)))[: 1 if share == "first" else 2]:
             want = torch.zeros(shape)
-            for w, u in zip(p, uploads, strict=True):
-                v = u.params[Key("lora", s.name, part)]
+            for w, u in zip(whole if norms == "model" else p_k((s,)), trained, strict=True):
+                v = u[Key("lora", s.name, part)]
                 want[tuple(slice(n) for n in v.shape)] += w * v
             torch.testing.assert_close(new[Key("lora", s.name, part)], want)
+    weight = Key("head", "head", "weight")
+    torch.testing.assert_close(new[weight], sum(w * u[weight] for w, u in zip(whole, trained, strict=True)))
+    assert not any(k.part == "norm" for k in new)
+
+
+def test_weights_of_nothing_are_equal() -> None:
+    """A site where no client has learned anything yet (B = 0) is averaged with equal weights, beside one that has."""
+    m = HetLoRA(rank=4, rank_min=4, norms="site")
+    server = m.init(SCENE)
+    uploads = [random_upload(m, server, id, i) for i, id in enumerate("ab")]
+    for u in uploads:
+        u.params[Key("lora", "p", B)].zero_()
+    new = m.aggregate(SCENE, server, uploads).params
+    a = Key("lora", "p", A)
+    torch.testing.assert_close(new[a], (uploads[0].params[a] + uploads[1].params[a]) / 2)
+    q = Key("lora", "q", A)
+    first, second = (float((u.params[Key("lora", "q", B)] @ u.params[q]).norm()) for u in uploads)
+    assert abs(first - second) > 1
+    want = (first * uploads[0].params[q] + second * uploads[1].params[q]) / (first + second)
+    torch.testing.assert_close(new[q], want)
+
+
+@pytest.mark.parametrize("norms", ["model", "site"])
+def test_tails_over_the_model_or_by_site(norms: Any) -> None:
+    """r = 2, gamma 0.5, so g = 1. Tails ||B|| ||A||: site p 3 * 4, site q 5 * 12; sum 72, over the model sqrt(34 * 160)."""
+    m = HetLoRA(rank=2, rank_min=1, gamma=0.5, norms=norms)
+    p = {k: torch.zeros(1, *v.shape) for k, v in m.init(SCENE).params.items()}
+    for site, b, a in (("p", 3.0, 4.0), ("q", 5.0, 12.0)):
+        p[Key("lora", site, B)][0, 0, 1], p[Key("lora", site, A)][0, 1, 0] = b, a
+    work = m.begin(SCENE, Order(1, 1), p | {RANK: torch.tensor([2])}, {})
+    total = float(torch.stack(list(m.tails(work, work["train"]).values())).sum())
+    assert total == pytest.approx(72 if norms == "site" else (34 * 160) ** 0.5)
 
 
 def test_equal_ranks_and_norms_reduce_to_fedavg(tmp_path: Path) -> None:

@@ -39,27 +39,30 @@ def truncate(p: Params, ranks: Callable[[Key], int]) -> Params:
     return {k: cut_rank(k, v, ranks(k)).clone() for k, v in p.items()}
 
 
-def padded_mean(uploads: Iterable[tuple[Upload, float]], server: Params, rank_max: int, guard: bool = True) -> Params:
-    """sum_k p_k (factor of client k, zero-padded to rank_max), p_k normalised; weights that are all zero count as equal.
+def padded_mean(
+    uploads: Iterable[tuple[Upload, Callable[[Key], float]]], server: Params, rank_max: int, guard: bool = True
+) -> Params:
+    """sum_k p_k (leaf of client k, factors zero-padded to rank_max); p_k, which may differ by leaf, is normalised here.
 
-    guard: a component that no cohort member holds keeps its server value. Zero in both factors never trains again, so
-    literal padding (guard=False) kills components for good.
+    Weights of a leaf that are all zero count as equal. guard: a component that no cohort member holds keeps its server
+    value. Zero in both factors never trains again, so literal padding (guard=False) kills components for good.
     """
     held: dict[tuple[str, str], int] = {}
     weighted: Params = {}
     plain: Params = {}
-    total, n = 0.0, 0
-    for u, w in uploads:
-        total, n = total + w, n + 1
+    total: dict[Key, float] = {}
+    n = 0
+    for n, (u, weight) in enumerate(uploads, 1):  # noqa: B007
         for k, v in u.params.items():
             if k.part == "rank":
                 continue
             if rank(k, v):
                 held[k.adapter, k.site] = max(held.get((k.adapter, k.site), 0), rank(k, v))
-            v = pad_rank(k, v, rank_max)
+            v, w = pad_rank(k, v, rank_max), weight(k)
+            total[k] = total.get(k, 0.0) + w
             weighted[k] = v * w if k not in weighted else weighted[k] + v * w
             plain[k] = v.clone() if k not in plain else plain[k] + v
-    new = {k: v / total for k, v in weighted.items()} if total > 0 else {k: v / n for k, v in plain.items()}
+    new = {k: v / total[k] if total[k] > 0 else plain[k] / n for k, v in weighted.items()}
     if guard:
         for k, v in new.items():
             r = held.get((k.adapter, k.site), rank_max)

@@ -6,15 +6,16 @@
     aggregate    zero-pad to r_max;  p_k = ||B_k A_k||_F / sum_j ||B_j A_j||_F;  A = sum p_k A_k, B = sum p_k B_k
 
 Round 1 never prunes: B = 0, so no tail can be smaller than at receipt. gamma = 1 never prunes.
-Choices: norms over the whole model (root of the sum of squares over sites) or per site; one prune decision a client or
-one a site; one scale alpha / r_max for all ranks, so that equal factors mean equal deltas; a component that no member of
-the cohort holds keeps its server value (`padding="zero"` pads literally and lets it die). Data size is not in p_k.
+Choices: norms, of the tail and of p_k, over the whole model (root of the sum of squares over sites) or per site (tails are
+then added up; the head keeps the whole model's p_k); one prune decision a client or one a site; one scale alpha / r_max
+for all ranks, so that equal factors mean equal deltas; a component that no member of the cohort holds keeps its server
+value (`padding="zero"` pads literally and lets it die). Data size is not in p_k.
 share = "first" gives FedSA-LoRA's ownership on HetLoRA's ranks: B_k stays, its norm ||B_k A_k|| travels for p_k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -71,20 +72,36 @@ class HetLoRA(Ranked):
     def aggregate(self, scene: Scene, server: Server, uploads: Iterable[Upload]) -> Server:
         known = dict(server.notes["ranks"])
 
-        def weighted() -> Iterable[tuple[Upload, float]]:
+        def weighted() -> Iterable[tuple[Upload, Callable[[Key], float]]]:
             for u in uploads:
                 known[u.client.id] = {k.site: int(v) for k, v in u.params.items() if k.part == "rank"}
-                yield Upload(u.client, select(u.params, lambda k: k.part != "norm")), self.weight(u)
+                yield Upload(u.client, select(u.params, lambda k: k.part != "norm")), self.weights_of(u)
 
         new = padded_mean(weighted(), server.params, self.rank, guard=self.padding == "keep")
         return Server(server.round + 1, server.params | new, server.notes | {"ranks": known})
 
+    def weights_of(self, u: Upload) -> Callable[[Key], float]:
+        """Leaf -> its p_k before normalisation: of its site, where norms are per site, or else of the whole model."""
+        found = u.params if self.share == "first" else self.sizes(u.params)
+        sizes = {k: float(v) for k, v in found.items() if k.part == "norm"}
+        whole = Key(self.label, "", "norm")
+        return lambda k: sizes.get(whole._replace(site=k.site), sizes[whole])
+
     def weight(self, u: Upload) -> float:
-        """||B_k A_k||_F over the whole model, from r x r Gram matrices; no [out, in] product, no SVD."""
-        if self.share == "first":
-            return float(u.params[Key(self.label, "", "norm")])
-        squares = [gram_norm(u.params[k._replace(part="B")], a) ** 2 for k, a in u.params.items() if k.part == "A"]
-        return float(torch.stack(squares).sum().sqrt())
+        """p_k of the whole model, before normalisation."""
+        return self.weights_of(u)(Key(self.label, "", "norm"))
+
+    def sizes(self, p: Params) -> Params:
+        """||B_k A_k||_F, of one client or [K], from r x r Gram matrices: no [out, in] product, no SVD. "" is the whole model."""
+        sites = {
+            k.site: gram_norm(p[k._replace(part="B")], a)
+            for k, a in p.items()
+            if k.part == "A" and k.adapter == self.label
+        }
+        whole = {"": torch.linalg.vector_norm(torch.stack(list(sites.values())), dim=0)}
+        return {
+            Key(self.label, site, "norm"): v for site, v in (whole | sites if self.norms == "site" else whole).items()
+        }
 
     def record(self, server: Server) -> dict[str, Any]:
         """Rank trajectories: client -> its rank now, the mean over sites where sites decide."""
@@ -130,9 +147,7 @@ class HetLoRA(Ranked):
     def finish(self, work: Work) -> tuple[Params, Params]:
         up, kept = super().finish(work | {"ranks": self.prune(work)})
         if self.share == "first":
-            p = work["train"]
-            squares = [gram_norm(p[k._replace(part="B")], a) ** 2 for k, a in p.items() if k.part == "A"]
-            up[Key(self.label, "", "norm")] = torch.stack(squares).sum(0).sqrt()
+            up |= self.sizes(work["train"])
         return up, kept
 
     def prune(self, work: Work) -> Params:

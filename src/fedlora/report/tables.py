@@ -27,7 +27,7 @@ def compare_rows(folders: Sequence[str | Path]) -> list[Row]:
     return [_row(label, runs) | cost_to(runs, target) for label, runs in groups.items()]
 
 
-def constant(rows: Sequence[Row]) -> str | None:
+def constant(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """What always giving a client's most frequent class scores: one number, or its range over the rows."""
     known = sorted({f"{r['constant']:.3f}" for r in rows if r["constant"] is not None})
     return " to ".join(dict.fromkeys((known[0], known[-1]))) if known else None
