@@ -101,6 +101,7 @@ MUTANTS = (
     Mutant("halves of a block are trained twice", "engine.py", "self._trained(order, down[s], kept[s], work[s])]", "self._trained(order, down[:s.stop], kept[:s.stop], work[:s.stop])]", "tests/test_memory.py"),
     Mutant("a lowered block is forgotten", "federation.py", 'facts | {"block": block}', "facts", "tests/test_memory.py"),
     Mutant("after the run memory stays with the process", "memory.py", "        libc.malloc_trim(0)\n", "", "tests/test_memory.py"),
+    Mutant("a run reports the peak of an earlier one", "federation.py", "        forget_peak()\n", "", "tests/test_memory.py"),
     Mutant("freed memory is given back at once", "memory.py", "    libc.mallopt(MMAP_MAX, 0)\n    libc.mallopt(TRIM_THRESHOLD, -1)\n", "", "tests/test_memory.py"),
     # sites
     Mutant("uploads are summed as they arrive", "deploy/remote.py", "            for c in chosen:\n", "            for c in [clients[c] for c in arrived]:\n", f"{DEPLOY} -k 'equals_simulation and homlora'"),

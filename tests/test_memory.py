@@ -22,6 +22,7 @@ from fedlora.engine import out_of_memory
 from fedlora.errors import TrainingError
 from fedlora.federation import Sampling
 from fedlora.method import Metrics, Work
+from fedlora.memory import forget_peak, peak_memory
 from fedlora.methods.average import HomLoRA
 from fedlora.tree import Params
 from fedlora.watch import Watch
@@ -133,3 +134,16 @@ def test_freed_memory_stays_inside_and_goes_afterwards() -> None:
     assert inside < plain / 100
     assert during > at_first + 35e6
     assert after < at_first + 5e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak")
+def test_a_run_does_not_report_the_peak_of_what_was_before_it(tmp_path: Path) -> None:
+    """As the runs of a sweep, which share a process: here a tensor of 400 MB stands for the earlier run."""
+    forget_peak()
+    before = peak_memory()
+    torch.ones(100_000_000).sum()
+    assert peak_memory() > before + 300e6
+    f = tiny.federation(HomLoRA(rank=2), tmp_path)
+    f.run()
+    peaks = [json.loads(x)["peak_memory_bytes"] for x in (tmp_path / "timings.jsonl").read_text().splitlines()]
+    assert before / 2 < max(peaks) < before + 250e6

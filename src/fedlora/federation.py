@@ -6,8 +6,6 @@ fl.Federation(model=..., task=..., data=..., method=fl.FedSALoRA(rank=8), output
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +19,7 @@ from .data.batches import Plan, batch_of, train_batches
 from .data.federated import FederatedData
 from .engine import Engine, RoundLog, Schedule
 from .errors import ConfigError, Problem
-from .memory import auto_block, kept
+from .memory import auto_block, forget_peak, kept, peak_memory
 from .method import Client, Method, Order, Scene, Server, Upload
 from .model import Adapted, Batch
 from .runtime import InProcess, Runtime
@@ -175,6 +173,7 @@ class Federation:
         KeyboardInterrupt drops the round at hand and leaves a folder that `run` takes up again.
         """
         watch = watch or Watch()
+        forget_peak()
         with self.store.lock(), kept():
             self.store.claim(self.recipe_hash, dict(self.recipe))
             from .summary import describe_run, summarise
@@ -300,12 +299,6 @@ class _Meter:
         fixed = getattr(self.method, "fixed", None)
         frozen = fixed(self.scene) if fixed else {}
         return product_error([(frozen | p, w) for p, w in self.seen], frozen | new.params)
-
-
-def peak_memory() -> int:
-    """Largest resident set of this process so far, bytes."""
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return rss if sys.platform == "darwin" else rss * 1024
 
 
 def _hash_of(f: Federation) -> str:

@@ -1,11 +1,14 @@
-"""How many clients fit in a block (a memory model of one client's step), and freed memory kept for the next step."""
+"""How many clients fit in a block (a memory model of one client's step), freed memory kept for the next step, and the peak."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import platform
+import resource
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,3 +77,15 @@ def kept() -> Iterator[None]:
         libc.mallopt(MMAP_MAX, MAPPED)
         libc.mallopt(TRIM_THRESHOLD, TRIMMED)
         libc.malloc_trim(0)
+
+
+def forget_peak() -> None:
+    """`peak_memory` counts from here on: the runs of a sweep share a process. Where that cannot be (not Linux), it goes on."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the peak resident set
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process, bytes."""
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return rss if sys.platform == "darwin" else rss * 1024

@@ -1,4 +1,4 @@
-"""Where the time of a block's round goes: python bench/profile.py SOURCE [REGIME] [DTYPE], e.g. ../shared/data/huffpost/train.parquet.
+"""Where the time of a block's round goes: python bench/block_profile.py SOURCE [REGIME] [DTYPE], e.g. ../shared/data/huffpost/train.parquet.
 
 Self time of operators, by what they are for; what is left of the round is Python, autograd's bookkeeping and the optimizer.
 """
