@@ -21,8 +21,8 @@ from torch import Tensor
 from fedlora.engine import out_of_memory
 from fedlora.errors import TrainingError
 from fedlora.federation import Sampling
-from fedlora.method import Metrics, Work
 from fedlora.memory import forget_peak, peak_memory
+from fedlora.method import Metrics, Work
 from fedlora.methods.average import HomLoRA
 from fedlora.tree import Params
 from fedlora.watch import Watch
