@@ -12,6 +12,7 @@ from cli import write_recipe
 
 import fedlora as fl
 from fedlora import report
+from fedlora.cli.actions import run_folders
 from fedlora.errors import StateError
 from fedlora.report import figures
 from fedlora.report.read import records
@@ -177,6 +178,18 @@ def test_any_number_of_clients(clients: int, run: Path, tmp_path: Path) -> None:
     page = report.write_run(tmp_path).read_text(encoding="utf-8")
     assert len(page) < 7_500_000
     assert ('"type":"heatmap"' in page[page.index("<body>") :]) or clients == 3
+
+
+def test_run_folders_may_be_globbed(run: Path, tmp_path: Path) -> None:
+    """A sweep writes its comparison beside its runs; other files are still refused."""
+    (tmp_path / "a").symlink_to(run)
+    (tmp_path / "comparison.html").write_text("a page")
+    assert run_folders(sorted(tmp_path.iterdir())) == run_folders([tmp_path]) == [tmp_path / "a"]
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StateError, match=r"comparison.html: a page, no run folder"):
+        run_folders([tmp_path / "comparison.html"])
+    with pytest.raises(StateError, match=r"notes.txt: no run folder here or below"):
+        run_folders(sorted(tmp_path.iterdir()))
 
 
 def test_no_run(tmp_path: Path) -> None:

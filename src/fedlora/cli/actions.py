@@ -161,12 +161,16 @@ def run_folders(folders: Sequence[Path]) -> list[Path]:
     """The run folders among `folders` and right below them."""
     found: list[Path] = []
     for folder in folders:
+        if folder.is_file() and folder.name == "comparison.html":
+            continue  # `compare runs/sweep/*` meets the page that the sweep wrote
         inside = (
             [folder] if (folder / "recipe.yaml").exists() else sorted(p.parent for p in folder.glob("*/recipe.yaml"))
         )
         if not inside:
             raise StateError(f"{folder}: no run folder here or below; give folders that `fedlora run` wrote")
         found += inside
+    if not found:
+        raise StateError(f"{folders[0]}: a page, no run folder; give folders that `fedlora run` wrote")
     return found
 
 
