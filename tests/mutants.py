@@ -102,6 +102,8 @@ MUTANTS = (
     Mutant("a lowered block is forgotten", "federation.py", 'facts | {"block": block}', "facts", "tests/test_memory.py"),
     Mutant("after the run memory stays with the process", "memory.py", "        libc.malloc_trim(0)\n", "", "tests/test_memory.py"),
     Mutant("a run reports the peak of an earlier one", "federation.py", "        forget_peak()\n", "", "tests/test_memory.py"),
+    Mutant("whole models are trained in blocks", "memory.py", 'if 2 * numbers["trainable"] > numbers["base"]:', "if False:", "tests/test_memory.py"),
+    Mutant("a block fills all of the free memory", "memory.py", "SHARE = 0.5", "SHARE = 1.0", "tests/test_memory.py"),
     Mutant("freed memory is given back at once", "memory.py", "    libc.mallopt(MMAP_MAX, 0)\n    libc.mallopt(TRIM_THRESHOLD, -1)\n", "", "tests/test_memory.py"),
     # sites
     Mutant("uploads are summed as they arrive", "deploy/remote.py", "            for c in chosen:\n", "            for c in [clients[c] for c in arrived]:\n", f"{DEPLOY} -k 'equals_simulation and homlora'"),

@@ -21,9 +21,10 @@ from torch import Tensor
 from fedlora.engine import out_of_memory
 from fedlora.errors import TrainingError
 from fedlora.federation import Sampling
-from fedlora.memory import forget_peak, peak_memory
+from fedlora.memory import MOST, auto_block, client_bytes, forget_peak, peak_memory
 from fedlora.method import Metrics, Work
 from fedlora.methods.average import HomLoRA
+from fedlora.methods.tuning import FFT
 from fedlora.tree import Params
 from fedlora.watch import Watch
 
@@ -93,6 +94,18 @@ def test_other_errors_are_not_swallowed(tmp_path: Path) -> None:
     f = tiny.federation(Wide(rank=2, fits=1, error=RuntimeError), tmp_path, block=4)
     with pytest.raises(RuntimeError, match="tried to allocate"):
         f.run()
+
+
+def test_blocks_are_for_adapters_not_for_whole_models(tmp_path: Path) -> None:
+    """Clients that train every weight share no product, so they go one by one; the rest fill half of the free memory."""
+    assert auto_block(tiny.federation(FFT(), tmp_path / "a")) == 1
+    small = tiny.federation(HomLoRA(rank=2), tmp_path / "b")
+    assert auto_block(small) == MOST
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("fedlora.memory.free_bytes", lambda device: 7 * client_bytes(small))
+        assert auto_block(small) == 3
+        m.setattr("fedlora.memory.free_bytes", lambda device: 0)
+        assert auto_block(small) == 1
 
 
 def test_the_cpu_allocator_is_understood() -> None:

@@ -129,12 +129,14 @@ class AdamW(Optimizer):
         t = s["t"][STEPS] + 1  # [K]
         m = torch._foreach_lerp([s["m"][k] for k in keys], grads, 1 - b1)
         v = torch._foreach_mul([s["v"][k] for k in keys], b2)
-        v = torch._foreach_addcmul(v, grads, grads, 1 - b2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - b2)  # in place where the tensors are this step's own
         rate = lr.to(t) * self.lr
         size, root = rate / (1 - b1**t), (1 - b2**t).sqrt()  # [K]; small and in float64, as torch computes them
-        below = torch._foreach_div(torch._foreach_sqrt(v), _spread(root, value))
-        step = torch._foreach_div(m, torch._foreach_add(below, self.eps))
-        step = torch._foreach_mul(step, _spread(size, value))
+        below = torch._foreach_sqrt(v)
+        torch._foreach_div_(below, _spread(root, value))
+        torch._foreach_add_(below, self.eps)
+        step = torch._foreach_div(m, below)
+        torch._foreach_mul_(step, _spread(size, value))
         if self.weight_decay:
             shrink = 1 - rate * self.weight_decay
             value = list(torch._foreach_mul(value, _spread(shrink, value)))
