@@ -1,4 +1,6 @@
-"""Where the time of a block's round goes: python bench/block_profile.py SOURCE [REGIME] [DTYPE], e.g. ../shared/data/huffpost/train.parquet.
+"""Where the time of a block's round goes: python bench/block_profile.py SOURCE [REGIME] [DTYPE] [MODEL].
+
+SOURCE is a file of texts, e.g. ../shared/data/huffpost/train.parquet, or demo; REGIME small, middle (default) or large.
 
 Self time of operators, by what they are for; what is left of the round is Python, autograd's bookkeeping and the optimizer.
 """
@@ -26,9 +28,9 @@ KINDS = {
 }
 
 
-def main(source: str, regime: str = "middle", dtype: str = "bf16", threads: int = 2) -> None:
+def main(source: str, regime: str = "middle", dtype: str = "bf16", model: str = "minilm", threads: int = 2) -> None:
     torch.set_num_threads(threads)
-    work = Work(source=source, regime=REGIMES[regime], threads=threads)
+    work = Work(model, source=source, regime=REGIMES[regime], threads=threads)
     system = Fedlora(work, None, dtype)
     with kept():
         for r in range(3):
@@ -50,4 +52,4 @@ def main(source: str, regime: str = "middle", dtype: str = "bf16", threads: int 
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:5])

@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -202,7 +203,7 @@ def main() -> None:
         folder = Path(name)
         found = {"orchestration": orchestration(folder), "registered": registered(folder), "server": server()}
     assert FlexLoRA.name == "flexlora"
-    out = Path(__file__).parent / "results" / "scale.json"
+    out = Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parent / "results" / "scale.json"
     out.write_text(json.dumps({"environment": environment(1), **found}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from fedlora.method import Order
 from fedlora.methods import METHODS
 from fedlora.tasks import CACHED, Classification, Loss, cut, stack_batches
 from fedlora.tree import stack
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,43 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "n.csv").write_text("note\na\n")
     done = fedlora("bench", "--model", folder, "--source", tmp_path / "n.csv", code=1)
     assert "no column 'text' among the columns ['note']" in done.stderr
+
+
+def script(name: str, *arguments: Any) -> str:
+    """What a script of bench/ prints, in a process of its own as users start it."""
+    command = [sys.executable, f"bench/{name}.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_profile(folder: Path) -> None:
+    """Shares of everything that a round does: they sum to one, and products have theirs."""
+    lines = script("block_profile", "demo", "small", "fp32", folder).splitlines()
+    shares = {x[8:]: float(x[:6]) for line in lines if (x := line.replace("%", " "))[:1] == " "}
+    assert sum(shares.values()) == pytest.approx(100, abs=1)
+    assert shares["products of the base"] > 1 and shares["the rest"] < 60
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("plotly", reason="the picture needs the extra 'report'")
+    results = sorted((ROOT / "bench/results").glob("*-minilm-*.json"))
+    script("plot", *results[:2], tmp_path / "p.html")
+    page = (tmp_path / "p.html").read_text(encoding="utf-8")
+    for m in json.loads(results[0].read_text())["regimes"][0]["systems"]:
+        assert m["title"] in page
+
+
+@pytest.mark.slow
+def test_the_machinery_at_scale(tmp_path: Path) -> None:
+    """bench/scale.py as shipped, a million clients: what docs/performance.md says of memory, which is no matter of speed."""
+    script("scale", tmp_path / "scale.json")
+    found = json.loads((tmp_path / "scale.json").read_text(encoding="utf-8"))
+    assert found["registered"]["clients"][-1] == 1_000_000
+    assert found["registered"]["bytes_per_client"] < 200
+    assert found["registered"]["files"] < 20  # none for clients without private state
+    assert found["server"]["flexlora"]["relative_difference"] < 1e-4
 
 
 class Count(TorchDispatchMode):
