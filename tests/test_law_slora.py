@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fedlora import wire
 from fedlora.data.batches import Plan
 from fedlora.engine import Schedule, train_block
+from fedlora.errors import ConfigError, ModelError
 from fedlora.federation import Federation, Sampling
 from fedlora.merge import merge
 from fedlora.method import Client, Order, Server
@@ -73,6 +74,24 @@ def test_weights_outside_the_mask_never_move(layers: str, tmp_path: Path) -> Non
             assert bool(moved[inside].any()), name
         elif not name.startswith("classifier"):
             assert not bool(moved.any()), name
+
+
+def test_densities_by_layer(tmp_path: Path) -> None:
+    """Some layers denser than the rest, in both stages of a run and in what travels; names are read as in rank_pattern."""
+    m = SLORA(rank=3, density=0.1, density_pattern=(("query", 0.5), (r"layer\.0\..*value", 1.0)), sparse_rounds=2)
+    f, server = stage_one(m, tmp_path)
+    want = {"query": 0.5, "value": 0.1}
+    for s in f.scene.sites("target"):
+        density = 1.0 if ".0." in s.name and s.name.endswith("value") else want[s.name.rsplit(".", 1)[-1]]
+        n = round(density * 16 * 16)
+        assert len(server.params[Key("sparse", s.name, "values")]) == n
+        assert len(f.method.fixed(f.scene)[Key("sparse", s.name, "index")].unique()) == n  # type: ignore[attr-defined]
+    handed = m.hand_over(f.scene, server)
+    assert all(handed.params[Key("lora", s.name, "A")].shape == (3, 16) for s in f.scene.sites("target"))
+    with pytest.raises(ConfigError, match=r"density_pattern: got 'query: 2.0', expected densities in \(0, 1\]"):
+        SFT(density_pattern=(("query", 2.0),))
+    with pytest.raises(ModelError, match=r"density_pattern: 'q_proj' matches none of the 4 target layers"):
+        SFT(density_pattern=(("q_proj", 0.5),)).init(f.scene)
 
 
 def test_both_sides_draw_the_same_mask() -> None:

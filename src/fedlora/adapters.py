@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal, get_args
@@ -39,6 +39,7 @@ LOW_RANK = ("lora", "rslora")  # whose delta is s B A and nothing else
 
 
 Pattern = tuple[tuple[str, int], ...]  # (end of a layer's name or regular expression, rank), as PEFT's rank_pattern
+Densities = tuple[tuple[str, float], ...]  # the same with densities
 
 
 class Adapter(ABC):
@@ -73,6 +74,20 @@ def _zeros(out: int, r: int, site: Key) -> Tensor:
     return torch.zeros(out, r)
 
 
+def _matches(pattern: str, site: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", site) is not None
+
+
+def _all_match(field: str, patterns: Iterable[tuple[str, object]], sites: Sequence[Site]) -> None:
+    """Raise ModelError for a pattern that names no site."""
+    for pattern, _ in patterns:
+        if not any(_matches(pattern, s.name) for s in sites):
+            raise ModelError(
+                f"{field}: {pattern!r} matches none of the {len(sites)} target layers, e.g. {sites[0].name!r}; "
+                "write the end of a layer's name, e.g. query, or a regular expression"
+            )
+
+
 @dataclass(frozen=True)
 class LoRA(Adapter):
     """h = W0 x + s B (A x)."""
@@ -86,9 +101,7 @@ class LoRA(Adapter):
 
     def rank_at(self, site: str) -> int:
         """r of a site: of the first pattern that matches it, else `rank`."""
-        if not self.pattern:
-            return self.rank
-        return next((r for name, r in self.pattern if re.match(rf"(.*\.)?({name})$", site)), self.rank)
+        return next((r for name, r in self.pattern if _matches(name, site)), self.rank)
 
     def scale_at(self, site: str) -> float:
         """s of a site: alpha / r, of rsLoRA alpha / sqrt(r)."""
@@ -96,12 +109,7 @@ class LoRA(Adapter):
         return self.alpha / r**0.5 if self.rs else self.alpha / r
 
     def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
-        for pattern, _ in self.pattern:
-            if not any(re.match(rf"(.*\.)?({pattern})$", s.name) for s in sites):
-                raise ModelError(
-                    f"method.rank_pattern: {pattern!r} matches none of the {len(sites)} target layers, e.g. {sites[0].name!r}; "
-                    "write the end of a layer's name, e.g. query, or a regular expression"
-                )
+        _all_match("method.rank_pattern", self.pattern, sites)
         out: Params = {}
         for s in sites:
             r = self.rank_at(s.name)
@@ -215,13 +223,20 @@ class Sparse(Adapter):
 
     density: float = 0.01
     group: str = "target"
+    pattern: Densities = ()
+
+    def count(self, s: Site) -> int:
+        """Entries trained at site s: the density of the first pattern that matches it, else `density`."""
+        density = next((d for name, d in self.pattern if _matches(name, s.name)), self.density)
+        return max(1, round(density * s.out * s.in_))
 
     def positions(self, name: str, s: Site, *seed: object) -> Tensor:
         """Flat positions trained at site s, ascending int64 [n]. Random, independent of data, fixed for the run."""
-        return _positions(max(1, round(self.density * s.out * s.in_)), s.out * s.in_, *seed, s.name)
+        return _positions(self.count(s), s.out * s.in_, *seed, s.name)
 
     def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
-        return {Key(name, s.name, "values"): torch.zeros(max(1, round(self.density * s.out * s.in_))) for s in sites}
+        _all_match("method.density_pattern", self.pattern, sites)
+        return {Key(name, s.name, "values"): torch.zeros(self.count(s)) for s in sites}
 
     def fixed(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
         return {Key(name, s.name, "index"): self.positions(name, s, *seed) for s in sites}

@@ -11,9 +11,10 @@ A randomly masked matrix is not low rank, so the hand-over records the energy th
 before and after it stand in metrics.jsonl. The SVD's signs are fixed, or a resumed run would differ. The head trains
 densely in both stages and is carried over.
 
-Choices: one density for all layers; R1 by rounds or by a plateau of the mean training loss; base "keep" sends the frozen
-part (sparse values, s B A at the hand-over) with every message of stage 2, "reset" sends nothing more. `second` names the
-method of stage 2: homlora as in the paper, or pf2lora, whose common adapter is primed.
+Choices: one density for all layers, unless density_pattern says otherwise; R1 by rounds or by a plateau of the mean
+training loss; base "keep" sends the frozen part (sparse values, s B A at the hand-over) with every message of stage 2,
+"reset" sends nothing more. `second` names the method of stage 2: homlora as in the paper, or pf2lora, whose common
+adapter is primed.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class SLoRA(SFT):
     def stages(self) -> tuple[SFT, SGDMethod]:
         """The methods of stage 1 and 2, with this method's common settings."""
         common = {f.name: getattr(self, f.name) for f in fields(SGDMethod) if f.name != "tune"}
-        sparse = SFT(**common, density=self.density, layers=self.layers)
+        sparse = SFT(**common, density=self.density, density_pattern=self.density_pattern, layers=self.layers)
         if self.second == "homlora":
             return sparse, HomLoRA(**common)
         r = self.rank_personal

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..adapters import Adapter, AdapterName, Sparse
+from ..adapters import Adapter, AdapterName, Densities, Sparse
 from ..errors import ConfigError, Problem
 from ..sgd import SGDMethod
 from ..tree import Key
@@ -77,7 +77,8 @@ class Pfeiffer(Shared):
 class SFT(Shared):
     """Sparse fine-tuning under a mask that both sides draw from the seed; only values travel.
 
-    density: share of each layer's entries. layers: the target layers, or every linear layer of the base.
+    density: share of each layer's entries; density_pattern: of some layers, named as in rank_pattern. layers: the target
+    layers, or every linear layer of the base.
     """
 
     name: ClassVar[str] = "sft"
@@ -85,6 +86,7 @@ class SFT(Shared):
     paper: ClassVar[str] = "arXiv:2308.06522"
     label: ClassVar[str] = "sparse"
     density: float = 0.01
+    density_pattern: Densities = ()
     layers: str = "target"
 
     def __post_init__(self) -> None:
@@ -92,6 +94,9 @@ class SFT(Shared):
         bad = []
         if not 0 < self.density <= 1:
             bad.append(Problem("method.density", self.density, "a number in (0, 1]", "0.01, 0.05 and 0.1 are usual"))
+        for name, d in self.density_pattern:
+            if not 0 < d <= 1:
+                bad.append(Problem("method.density_pattern", f"{name}: {d}", "densities in (0, 1]"))
         if self.layers not in ("target", "all"):
             bad.append(Problem("method.layers", self.layers, "target or all"))
         if bad:
@@ -99,4 +104,4 @@ class SFT(Shared):
 
     @property
     def form(self) -> Adapter:
-        return Sparse(self.density, "target" if self.layers == "target" else "linear")
+        return Sparse(self.density, "target" if self.layers == "target" else "linear", self.density_pattern)
