@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from fedlora import methods
-from fedlora.errors import ConfigError, Problem
+from fedlora.errors import ConfigError, DataError, ModelError, Problem
 from fedlora.methods import METHODS
 from fedlora.optim import SGD, AdamW
 from fedlora.recipe import Recipe, Train, expand, expand_dict, folders, schema
@@ -562,3 +562,18 @@ def test_schema_knows_every_field() -> None:
     assert by_name.keys() == METHODS.keys()
     assert by_name["fedsa"]["properties"]["rank"] == {"type": "integer", "default": 8}
     assert set(s["required"]) == {"data", "method"}
+
+
+def test_what_another_error_says_stands_alone() -> None:
+    """No "got ..., expected ..." around a text that says all; its own field, where it names one, is the problem's."""
+    told = [
+        Problem.told("method", ModelError("method.rank_pattern: 'x' matches none; write another")),
+        Problem.told("method", ModelError("HomLoRA: rank 9 exceeds the layer")),
+        Problem.told("data", DataError("notes.txt: cannot be read")),
+    ]
+    assert [str(p) for p in told] == [
+        "method.rank_pattern: 'x' matches none; write another",
+        "method: HomLoRA: rank 9 exceeds the layer",
+        "data: notes.txt: cannot be read",
+    ]
+    assert [p.field for p in told] == ["method.rank_pattern", "method", "data"]

@@ -102,7 +102,7 @@ def federation(
         except ConfigError as e:
             problems.extend(e.problems)
         except FedloraError as e:
-            problems.append(Problem(field, "(see text)", str(e)))
+            problems.append(Problem.told(field, e))
         return None
 
     if r.run.threads:

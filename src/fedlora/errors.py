@@ -12,6 +12,7 @@ FedloraError
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -43,6 +44,9 @@ class TrainingError(FedloraError):
     """Training cannot go on."""
 
 
+TOLD = "(see text)"  # what a problem got, where its text says all
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong with a configuration."""
@@ -52,8 +56,15 @@ class Problem:
     expected: str
     remedy: str = ""
 
+    @classmethod
+    def told(cls, field: str, e: FedloraError) -> Problem:
+        """What another error says, which names its field where it knows a nearer one than `field`."""
+        named = re.match(r"((?:model|data|partition|method|train|federation|evaluation|run)(?:\.[a-z_]+)*): ", str(e))
+        return cls(named[1] if named else field, TOLD, str(e)[named.end() if named else 0 :])
+
     def __str__(self) -> str:
-        text = f"{self.field}: got {self.got!r}, expected {self.expected}"
+        got = "" if self.got is TOLD else f"got {self.got!r}, expected "
+        text = f"{self.field}: {got}{self.expected}"
         return f"{text}; {self.remedy}" if self.remedy else text
 
 
