@@ -58,6 +58,8 @@ MUTANTS = (
     Mutant("rows are padded beyond the table of positions", "tasks.py", "return wide if wide <= model.longest else length", "return wide", "tests/test_tasks.py -k half"),
     # HetLoRA
     Mutant("stage 1 forgets the densities of layers", "methods/slora.py", "density_pattern=self.density_pattern, ", "", "tests/test_law_slora.py"),
+    Mutant("a global score stands under personal", "report/tables.py", "return views.pop() if len(views) == 1 else", "return 'personal' if True else", "tests/test_report.py"),
+    Mutant("the worst tenth is of personal models or not at all", "report/tables.py", '_view(s, view, "worst_decile")', '_view(s, "personal", "worst_decile")', "tests/test_report.py"),
     Mutant("aggregation weights by examples", "methods/hetlora.py", "return lambda k: sizes.get(whole._replace(site=k.site), sizes[whole])", "return lambda k: float(u.client.examples)", "tests/test_law_hetlora.py"),
     Mutant("norms per site weigh by the whole model", "methods/hetlora.py", "return lambda k: sizes.get(whole._replace(site=k.site), sizes[whole])", "return lambda k: sizes[whole]", "tests/test_law_hetlora.py"),
     Mutant("tails per site are of the whole model", "methods/hetlora.py", 'whole = self.norms == "model" and self.decide == "client"', 'whole = self.decide == "client"', "tests/test_law_hetlora.py"),

@@ -147,6 +147,29 @@ def test_the_answer_without_a_model_is_one_number_or_a_range() -> None:
     assert report.tables.constant(rows(0.8, 0.25, 0.5)) == "0.250 to 0.800"
 
 
+def test_a_score_is_said_to_be_of_its_view(run: Path, tmp_path: Path) -> None:
+    """A run without personal views is not shown under "personal"; where runs differ, each says its own."""
+    for name, views in (("own", "[personal, global]"), ("shared", "[global]")):
+        sets = [f"evaluation.views={views}", "federation.rounds=1"]
+        fl.run(run.parent / "recipe.yaml", sets, tmp_path / name)
+    own, shared = (report.compare_rows([tmp_path / n])[0] for n in ("own", "shared"))
+    assert (own["view"], shared["view"]) == ("personal", "global")
+    assert shared["test"] == shared["global"] == own["global"] and shared["worst_decile"] is not None
+    assert [report.tables.heading(r) for r in ([own], [shared], [own, shared])] == ["personal", "global", "test"]
+    assert report.tables.score(shared, "global") == f"{shared['test']:.3f}"
+    assert report.tables.score(shared, "test") == f"{shared['test']:.3f} global"
+    assert report.tables.score(own | {"test_std": 0.1}, "test") == f"{own['test']:.3f} ± 0.100 personal"
+    assert report.tables.score(own | {"test": None}, "test") == "–"
+
+    def heads(*names: str) -> list[str]:
+        page = report.write_comparison([tmp_path / n for n in names], tmp_path / "c.html").read_text(encoding="utf-8")
+        return re.findall(r"<th[^>]*>([^<]*)</th>", page)
+
+    assert "personal" in heads("own") and "global" in heads("own")
+    assert "personal" not in heads("shared") and heads("shared").count("global") == 1
+    assert {"test", "global"} <= set(heads("own", "shared")) and "personal" not in heads("own", "shared")
+
+
 def test_settings_of_one_method_are_told_apart(run: Path, tmp_path: Path) -> None:
     for rank in (1, 2):
         fl.run(

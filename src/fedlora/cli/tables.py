@@ -184,23 +184,23 @@ def plan(out: Console, r: Recipe, facts: Mapping[str, Any]) -> None:
 
 def comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """Methods side by side; rows as report.tables.compare_rows gives them."""
-    from ..report.tables import constant
+    from ..report.tables import constant, heading, score
 
     if not rows:
         return
     seeds = {r["seeds"] for r in rows}
     alike = len(seeds) == 1 and not any(r["unfinished"] for r in rows)
     spread = f", {max(seeds)} seeds" if alike and max(seeds) > 1 else ""
-    globe = any(r["global"] is not None for r in rows)
-    columns = ["method", "personal", *(["global"] if globe else []), "worst", "trained", "sent", "time"]
+    head = heading(rows)
+    globe = head != "global" and any(r["global"] is not None for r in rows)
+    columns = ["method", head, *(["global"] if globe else []), "worst", "trained", "sent", "time"]
     title = f"{rows[0]['metric']} on test, at the round chosen on validation{spread}"
     table = _table(title, *columns, *([] if alike else ["seeds"]))
     for r in rows:
-        more = f" ± {r['test_std']:.3f}" if r.get("test_std") is not None else ""
         unfinished = f" ({r['unfinished']} unfinished)" if r["unfinished"] else ""
         table.add_row(
             r["method"],
-            number(r["test"]) + more,
+            score(r, head),
             *([number(r["global"])] if globe else []),
             number(r["worst_decile"]),
             "-" if r["trainable"] is None else count(r["trainable"]),

@@ -10,7 +10,7 @@ import yaml
 
 from . import figures
 from .read import Records
-from .tables import constant, flat, grouped, paired
+from .tables import constant, flat, grouped, heading, paired, score
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -237,10 +237,12 @@ def _source(data: Mapping[str, Any]) -> str:
 
 def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     unseen = any(r["unseen"] is not None for r in rows)
+    view = heading(rows)
+    globe = view != "global" and any(r["global"] is not None for r in rows)
     head = (
         "method",
-        "personal",
-        "global",
+        view,
+        *(["global"] if globe else []),
         *(["unseen"] if unseen else []),
         "worst tenth",
         "last ten",
@@ -253,10 +255,9 @@ def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     )
     out: list[tuple[str, ...]] = [head]
     for r in rows:
-        spread = f" ± {r['test_std']:.3f}" if r["test_std"] is not None else ""
         count = lambda n: "–" if n is None else f"{n:,}"  # noqa: E731
         out.append((
-            r["method"], number(r["test"]) + spread, number(r["global"]), *([number(r["unseen"])] if unseen else []), number(r["worst_decile"]),
+            r["method"], score(r, view), *([number(r["global"])] if globe else []), *([number(r["unseen"])] if unseen else []), number(r["worst_decile"]),
             number(r["test_last10"]), count(r["trainable"]), count(r["shared"]), size(r["bytes_total"]), seconds(r["seconds"]),
             size(r["peak_memory_bytes"]), str(r["seeds"]) + (f" ({r['unfinished']} unfinished)" if r["unfinished"] else ""),
         ))  # fmt: skip

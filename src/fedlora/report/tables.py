@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,20 @@ def constant(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """What always giving a client's most frequent class scores: one number, or its range over the rows."""
     known = sorted({f"{r['constant']:.3f}" for r in rows if r["constant"] is not None})
     return " to ".join(dict.fromkeys((known[0], known[-1]))) if known else None
+
+
+def heading(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the column of test scores is called: the view that all rows are of, or "test" where they differ."""
+    views = {r["view"] for r in rows if r["test"] is not None}
+    return views.pop() if len(views) == 1 else "test"
+
+
+def score(row: Mapping[str, Any], heading: str) -> str:
+    """A row's test score with its spread over seeds, and its view where the heading does not say it."""
+    if row["test"] is None or math.isnan(row["test"]):
+        return "–"
+    spread = f" ± {row['test_std']:.3f}" if row["test_std"] is not None else ""
+    return f"{row['test']:.3f}{spread}" + (f" {row['view']}" if heading == "test" else "")
 
 
 @dataclass(frozen=True)
@@ -172,15 +187,17 @@ def flat(x: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 def _row(label: str, runs: Sequence[Records]) -> Row:
     done = [r.summary for r in runs if r.summary]
     tests = _known([s["test"] for s in done])
+    view = runs[0].main
     return {
         "method": label,
         "metric": runs[0].metric,
+        "view": view,  # whose score "test", "weighted" and "worst_decile" are
         "test": _mean(tests),
         "test_std": statistics.stdev(tests) if len(tests) > 1 else None,
         "global": _mean(_known([_view(s, "global", "mean") for s in done])),
         "unseen": _mean(_known([_view(s, "unseen", "mean") for s in done])),
-        "weighted": _mean(_known([_view(s, "personal", "weighted") for s in done])),
-        "worst_decile": _mean(_known([_view(s, "personal", "worst_decile") for s in done])),
+        "weighted": _mean(_known([_view(s, view, "weighted") for s in done])),
+        "worst_decile": _mean(_known([_view(s, view, "worst_decile") for s in done])),
         "test_last10": _mean(_known([s["test_last10"] for s in done])),
         "constant": _mean(_known([s.get("constant") for s in done])),
         "chosen_round": _mean(_known([s["chosen_round"] for s in done])),
