@@ -57,6 +57,7 @@ MUTANTS = (
     Mutant("bias correction is gone", "optim.py", "size, root = rate / (1 - b1**t), (1 - b2**t).sqrt()", "size, root = rate / (1 - b1**t), (1 - b2**t) ** 0", "tests/test_model.py"),
     Mutant("rows are padded beyond the table of positions", "tasks.py", "return wide if wide <= model.longest else length", "return wide", "tests/test_tasks.py -k half"),
     # HetLoRA
+    Mutant("the loss before the hand-over is only there by chance", "federation.py", 'if self._due(server.round) else {"before": server, "handover": new}', 'if True else {}', "tests/test_law_slora.py"),
     Mutant("stage 1 forgets the densities of layers", "methods/slora.py", "density_pattern=self.density_pattern, ", "", "tests/test_law_slora.py"),
     Mutant("a global score stands under personal", "report/tables.py", "return views.pop() if len(views) == 1 else", "return 'personal' if True else", "tests/test_report.py"),
     Mutant("the worst tenth is of personal models or not at all", "report/tables.py", '_view(s, view, "worst_decile")', '_view(s, "personal", "worst_decile")', "tests/test_report.py"),

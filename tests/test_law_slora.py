@@ -22,7 +22,7 @@ from fedlora import wire
 from fedlora.data.batches import Plan
 from fedlora.engine import Schedule, train_block
 from fedlora.errors import ConfigError, ModelError
-from fedlora.federation import Federation, Sampling
+from fedlora.federation import Evaluation, Federation, Sampling
 from fedlora.merge import merge
 from fedlora.method import Client, Order, Server
 from fedlora.methods import METHODS
@@ -201,10 +201,11 @@ def test_reset_is_the_truncated_svd(split: str, adapter: str, tmp_path: Path) ->
     assert all(torch.equal(new.params[k], again.params[k]) for k in new.params)
 
 
-def test_loss_before_and_after_is_recorded(tmp_path: Path) -> None:
-    f = tiny.federation(
-        SLORA(rank=2, density=0.3, sparse_rounds=2, optimizer=AdamW(2e-2)), tmp_path, sampling=Sampling(rounds=4)
-    )
+@pytest.mark.parametrize("every", [1, 3])
+def test_loss_before_and_after_is_recorded(every: int, tmp_path: Path) -> None:
+    """Also where the round before the hand-over is not one that is evaluated; then it is no round to choose from."""
+    method = SLORA(rank=2, density=0.3, sparse_rounds=2, optimizer=AdamW(2e-2))
+    f = tiny.federation(method, tmp_path, sampling=Sampling(rounds=4), evaluation=Evaluation(every))
     f.run()
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     [hand] = [x for x in lines if x["kind"] == "handover"]
@@ -214,7 +215,8 @@ def test_loss_before_and_after_is_recorded(tmp_path: Path) -> None:
     assert {(x["view"], x["split"]) for x in after} == {
         (v, s) for v in ("personal", "global") for s in ("validation", "test")
     }
-    before = [x for x in lines if x["kind"] == "eval" and x["round"] == 2 and "stage" not in x]
+    marked = "before" if every == 3 else None
+    before = [x for x in lines if x["kind"] == "eval" and x["round"] == 2 and x.get("stage") == marked]
     assert len(before) == 4
     assert before[0]["mean"]["loss"] != after[0]["mean"]["loss"]
 

@@ -204,13 +204,20 @@ class Federation:
         return runtime.evaluate(server)
 
     def _advance(self, runtime: Runtime, server: Server, watch: Watch) -> Server:
-        """Let a method with stages change its parametrisation; what that does to the scores is recorded."""
+        """Let a method with stages change its parametrisation; what that does to the scores is recorded.
+
+        The scores before are the round's own where it was evaluated, and else are taken here, as stage "before"."""
         new = self.method.advance(self.scene, server)
         if new is server:
             return server
-        lines = [{**line, "stage": "handover"} for line in self.evaluate(runtime, new, watch)]
+        stages = {"handover": new} if self._due(server.round) else {"before": server, "handover": new}
+        lines = [{**line, "stage": stage} for stage, s in stages.items() for line in self.evaluate(runtime, s, watch)]
         self._commit(new, [{"kind": "handover", "round": new.round, **new.notes.get("handover", {})}, *lines], watch)
         return new
+
+    def _due(self, round: int) -> bool:
+        """Whether a round is evaluated: every so many, and the last."""
+        return round % self.evaluation.every == 0 or round == self.sampling.rounds
 
     def _round(self, runtime: Runtime, server: Server, watch: Watch) -> Server:
         start = time.perf_counter()
@@ -220,7 +227,7 @@ class Federation:
         new, log = runtime.round(server, self.sampling.rounds, cohort, meter.see)
         trained = time.perf_counter()
         lines = [self._train_line(new, cohort, log, meter.error(new))]
-        if new.round % self.evaluation.every == 0 or new.round == self.sampling.rounds:
+        if self._due(new.round):
             lines += self.evaluate(runtime, new, watch)
         evaluated = time.perf_counter()
         self._commit(new, lines, watch)
