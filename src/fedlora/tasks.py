@@ -253,7 +253,7 @@ class Loss:
         total = self._count(batch)
         value, sums = torch.zeros_like(total), None
         for piece in self.pieces(batch):
-            with self.model.training(piece):
+            with torch.enable_grad(), self.model.training(piece):  # also for a caller who serves under no_grad
                 part = self._share(ready(leaves), piece, total)
                 found = list(differentiate(part, leaves))
             value = value + part.detach()
