@@ -262,6 +262,8 @@ def test_targets_are_named_with_near_misses() -> None:
         matching(base, ["quary"])
     with pytest.raises(ModelError, match="matches no layer"):
         matching(base, "nothing.*")
+    with pytest.raises(ModelError, match=r"'quer\[y' is not a regular expression: unterminated"):
+        matching(base, "quer[y")
     with pytest.raises(ModelError, match=r"is a Dropout, expected Linear"):
         Adapted(base, {"target": ["bert.embeddings.dropout"]})
 

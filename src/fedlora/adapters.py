@@ -28,7 +28,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from .errors import ModelError
+from .errors import ModelError, Problem
 from .model import Site
 from .seeds import rng
 from .tree import Key, Params
@@ -74,8 +74,25 @@ def _zeros(out: int, r: int, site: Key) -> Tensor:
     return torch.zeros(out, r)
 
 
+def _expression(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
 def _matches(pattern: str, site: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", site) is not None
+    return _expression(pattern).match(site) is not None
+
+
+def pattern_problems(field: str, patterns: Iterable[tuple[str, float]], most: float, expected: str) -> list[Problem]:
+    """What is wrong with a pattern field on its own: values outside (0, most], and what is no regular expression."""
+    bad = []
+    for pattern, value in patterns:
+        if not 0 < value <= most:
+            bad.append(Problem(field, f"{pattern}: {value}", expected))
+        try:
+            _expression(pattern)
+        except re.error as e:
+            bad.append(Problem(field, pattern, "the end of a layer's name, or a regular expression", e.msg))
+    return bad
 
 
 def _all_match(field: str, patterns: Iterable[tuple[str, object]], sites: Sequence[Site]) -> None:

@@ -232,7 +232,10 @@ def matching(base: nn.Module, targets: str | Iterable[str]) -> list[str]:
 
     names = {n: m for n, m in base.named_modules() if n and (s := site_of(n, m)) is not None and s.kind == "linear"}
     if isinstance(targets, str):
-        found = [n for n in names if re.fullmatch(targets, n)]
+        try:
+            found = [n for n in names if re.fullmatch(targets, n)]
+        except re.error as e:
+            raise ModelError(f"model.targets: pattern {targets!r} is not a regular expression: {e}") from e
         endings = sorted({n.rsplit(".", 1)[-1] for n in names})
         if not found:
             raise ModelError(f"model.targets: pattern {targets!r} matches no layer; {near(targets, endings)}")

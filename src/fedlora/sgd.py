@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .adapters import LOW_RANK, Adapter, AdapterName, LoRA, Pattern, init_head, make
+from .adapters import LOW_RANK, Adapter, AdapterName, LoRA, Pattern, init_head, make, pattern_problems
 from .errors import ConfigError, ModelError, Problem
 from .method import Client, Method, Metrics, Order, Scene, Server, Upload, Work
 from .model import Batch, Site
@@ -21,6 +21,7 @@ from .tree import Key, Params, mean, select, stack, unstack
 Head = Literal["shared", "personal", "frozen"]
 Weights = Literal["examples", "uniform"]
 MOST_RANK = 100_000  # no layer is wider
+RANKS = f"ranks from 1 to {MOST_RANK:,}"
 
 
 def block_size(p: Params) -> int:
@@ -73,9 +74,7 @@ class SGDMethod(Method):
                     "or use homlora",
                 )
             )
-        for pattern, r in self.rank_pattern:
-            if not 1 <= r <= MOST_RANK:
-                bad.append(Problem("method.rank_pattern", f"{pattern}: {r}", f"ranks from 1 to {MOST_RANK:,}"))
+        bad += pattern_problems("method.rank_pattern", self.rank_pattern, MOST_RANK, RANKS)
         if self.rank_pattern and self.adapter not in (*LOW_RANK, "dora"):
             bad.append(Problem("method.rank_pattern", dict(self.rank_pattern), "none: it is of lora, rslora and dora"))
         if self.clip is not None and not self.clip > 0:

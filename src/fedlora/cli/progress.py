@@ -17,16 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..units import size
 from ..watch import Watch
-
-
-def size(n: float) -> str:
-    """Bytes for people: 1.2 MB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(n) < 1000 or unit == "TB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    raise AssertionError
 
 
 class JsonLines(Watch):

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .progress import size
+from ..units import NOTHING, count, number, seconds, size
 
 if TYPE_CHECKING:
     from ..cost import Cost
@@ -27,16 +27,6 @@ def _table(title: str, *columns: str) -> Table:
     for i, c in enumerate(columns):
         table.add_column(c, justify="left" if i == 0 else "right")
     return table
-
-
-def number(x: Any, digits: int = 3) -> str:
-    """A score; a dash for what was not measured."""
-    return "-" if x is None or x != x else f"{x:.{digits}f}"
-
-
-def count(n: float) -> str:
-    """Parameters, in thousands or millions."""
-    return f"{n:.0f}" if n < 1000 else f"{n / 1e3:.0f} k" if n < 1e6 else f"{n / 1e6:.1f} M"
 
 
 COLOURS = {
@@ -60,7 +50,7 @@ def status(s: Mapping[str, Any]) -> Table:
         state = s["clients"].get(c, "idle")
         table.add_row(Text(c), where[c], Text(state, style=COLOURS.get(state, "")))
     for node, reason in s["failed"].items():
-        table.add_row(Text("-"), node, Text(reason, style="red"))
+        table.add_row(Text(NOTHING), node, Text(reason, style="red"))
     if s["state"] == "waiting":
         table.caption = f"waiting for clients: {s['have']} of {s['need']} are here"
     return table
@@ -141,14 +131,14 @@ def bench(out: Console, found: Mapping[str, Any]) -> None:
             out.print(Text(f"{m['title']} failed: ", style="yellow") + Text(m["failed"]), soft_wrap=True)
             continue
         ratio, d = m.get("ratio"), m["difference"]
-        between = f"{ratio['median']:.2f} ({ratio['least']:.1f}-{ratio['most']:.1f})" if ratio else "-"
+        between = f"{ratio['median']:.2f} ({ratio['least']:.1f}-{ratio['most']:.1f})" if ratio else NOTHING
         table.add_row(
             m["title"],
             f"{m['tokens_per_second']:,.0f}",
             between,
             f"{m['share_of_bf16_peak']:.0%}",
             f"{m['memory'] / 1e9:.1f} GB",
-            "-" if d is None else f"{d:.0e}",
+            NOTHING if d is None else f"{d:.0e}",
         )
     out.print(table)
 
@@ -184,15 +174,14 @@ def plan(out: Console, r: Recipe, facts: Mapping[str, Any]) -> None:
 
 def comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """Methods side by side; rows as report.tables.compare_rows gives them."""
-    from ..report.tables import constant, heading, score
+    from ..report.tables import constant, has_global, heading, score
 
     if not rows:
         return
     seeds = {r["seeds"] for r in rows}
     alike = len(seeds) == 1 and not any(r["unfinished"] for r in rows)
     spread = f", {max(seeds)} seeds" if alike and max(seeds) > 1 else ""
-    head = heading(rows)
-    globe = head != "global" and any(r["global"] is not None for r in rows)
+    head, globe = heading(rows), has_global(rows)
     columns = ["method", head, *(["global"] if globe else []), "worst", "trained", "sent", "time"]
     title = f"{rows[0]['metric']} on test, at the round chosen on validation{spread}"
     table = _table(title, *columns, *([] if alike else ["seeds"]))
@@ -203,9 +192,9 @@ def comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
             score(r, head),
             *([number(r["global"])] if globe else []),
             number(r["worst_decile"]),
-            "-" if r["trainable"] is None else count(r["trainable"]),
-            "-" if r["bytes_total"] is None else size(r["bytes_total"]),
-            "-" if r["seconds"] is None else f"{r['seconds']:.0f} s",
+            count(r["trainable"]),
+            size(r["bytes_total"]),
+            seconds(r["seconds"]),
             *([] if alike else [str(r["seeds"]) + unfinished]),
         )
     for column in table.columns:  # on a narrow terminal the method's settings wrap, and no number does

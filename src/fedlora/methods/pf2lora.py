@@ -27,11 +27,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..adapters import LOW_RANK, Adapter, Pattern, make
+from ..adapters import LOW_RANK, Adapter, Pattern, make, pattern_problems
 from ..errors import ConfigError, Problem
 from ..method import Client, Metrics, Scene, Work
 from ..model import Batch
-from ..sgd import SGDMethod, Weights
+from ..sgd import MOST_RANK, RANKS, SGDMethod, Weights
 from ..tasks import Loss
 from ..tree import Key, Params, norm, per_client, select
 
@@ -74,6 +74,7 @@ class PF2LoRA(SGDMethod):
                     "r/4 or r/2 is usual",
                 )
             )
+        bad += pattern_problems("method.rank_pattern_personal", self.rank_pattern_personal, MOST_RANK, RANKS)
         if self.adapter not in LOW_RANK:
             bad.append(Problem("method.adapter", self.adapter, "lora or rslora: PF2LoRA adds two low-rank products"))
         if self.lr_personal < 0:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..adapters import Adapter, AdapterName, Densities, Sparse
+from ..adapters import Adapter, AdapterName, Densities, Sparse, pattern_problems
 from ..errors import ConfigError, Problem
 from ..sgd import SGDMethod
 from ..tree import Key
@@ -94,9 +94,7 @@ class SFT(Shared):
         bad = []
         if not 0 < self.density <= 1:
             bad.append(Problem("method.density", self.density, "a number in (0, 1]", "0.01, 0.05 and 0.1 are usual"))
-        for name, d in self.density_pattern:
-            if not 0 < d <= 1:
-                bad.append(Problem("method.density_pattern", f"{name}: {d}", "densities in (0, 1]"))
+        bad += pattern_problems("method.density_pattern", self.density_pattern, 1, "densities in (0, 1]")
         if self.layers not in ("target", "all"):
             bad.append(Problem("method.layers", self.layers, "target or all"))
         if bad:

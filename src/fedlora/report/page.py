@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..units import NOTHING, number, seconds, size
 from . import figures
 from .read import Records
-from .tables import constant, flat, grouped, heading, paired, score
+from .tables import constant, flat, grouped, has_global, heading, paired, score
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -38,27 +39,6 @@ class Block:
     code: str = ""
     wide: bool = False
     folded: bool = False
-
-
-def size(n: float | None) -> str:
-    """Bytes for people."""
-    if n is None:
-        return "–"
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} TB"
-
-
-def number(x: float | None, digits: int = 3) -> str:
-    return "–" if x is None or x != x else f"{x:.{digits}f}"
-
-
-def seconds(s: float | None) -> str:
-    if s is None:
-        return "–"
-    return f"{s:.0f} s" if s < 120 else f"{s / 60:.1f} min"
 
 
 def run_page(run: Records) -> dict[str, Any]:
@@ -202,7 +182,7 @@ def _to_target(rows: Sequence[Mapping[str, Any]], metric: str) -> Block:
         return Block("")
     head = ("method", "round", "sent", "simulated")
     body = [
-        (r["method"], "never", "–", "–")
+        (r["method"], "never", NOTHING, NOTHING)
         if r["target_round"] is None
         else (r["method"], f"{r['target_round']:.0f}", size(r["target_bytes"]), seconds(r["target_seconds"]))
         for r in rows
@@ -237,8 +217,7 @@ def _source(data: Mapping[str, Any]) -> str:
 
 def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     unseen = any(r["unseen"] is not None for r in rows)
-    view = heading(rows)
-    globe = view != "global" and any(r["global"] is not None for r in rows)
+    view, globe = heading(rows), has_global(rows)
     head = (
         "method",
         view,
@@ -253,12 +232,12 @@ def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         "memory",
         "seeds",
     )
+    exact = lambda n: NOTHING if n is None else f"{n:,}"  # noqa: E731
     out: list[tuple[str, ...]] = [head]
     for r in rows:
-        count = lambda n: "–" if n is None else f"{n:,}"  # noqa: E731
         out.append((
             r["method"], score(r, view), *([number(r["global"])] if globe else []), *([number(r["unseen"])] if unseen else []), number(r["worst_decile"]),
-            number(r["test_last10"]), count(r["trainable"]), count(r["shared"]), size(r["bytes_total"]), seconds(r["seconds"]),
+            number(r["test_last10"]), exact(r["trainable"]), exact(r["shared"]), size(r["bytes_total"]), seconds(r["seconds"]),
             size(r["peak_memory_bytes"]), str(r["seeds"]) + (f" ({r['unfinished']} unfinished)" if r["unfinished"] else ""),
         ))  # fmt: skip
     return out

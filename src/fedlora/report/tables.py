@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..metrics import better
+from ..units import NOTHING, number
 from .read import Records, records
 
 Row = dict[str, Any]
@@ -40,12 +40,17 @@ def heading(rows: Sequence[Mapping[str, Any]]) -> str:
     return views.pop() if len(views) == 1 else "test"
 
 
+def has_global(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the global model's scores need a column of their own."""
+    return heading(rows) != "global" and any(r["global"] is not None for r in rows)
+
+
 def score(row: Mapping[str, Any], heading: str) -> str:
     """A row's test score with its spread over seeds, and its view where the heading does not say it."""
-    if row["test"] is None or math.isnan(row["test"]):
-        return "–"
-    spread = f" ± {row['test_std']:.3f}" if row["test_std"] is not None else ""
-    return f"{row['test']:.3f}{spread}" + (f" {row['view']}" if heading == "test" else "")
+    if row["test"] is None:
+        return NOTHING
+    spread = f" ± {number(row['test_std'])}" if row["test_std"] is not None else ""
+    return number(row["test"]) + spread + (f" {row['view']}" if heading == "test" else "")
 
 
 @dataclass(frozen=True)

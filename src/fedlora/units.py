@@ -1,0 +1,37 @@
+"""Numbers as people read them; a dash for what was not measured. The tables of commands and of pages share them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NOTHING = "–"
+
+
+def number(x: Any, digits: int = 3) -> str:
+    """A score."""
+    return NOTHING if x is None or x != x else f"{x:.{digits}f}"
+
+
+def count(n: float | None) -> str:
+    """Parameters, in thousands or millions."""
+    if n is None:
+        return NOTHING
+    return f"{n:.0f}" if n < 1000 else f"{n / 1e3:.0f} k" if n < 1e6 else f"{n / 1e6:.1f} M"
+
+
+def size(n: float | None) -> str:
+    """Bytes: 1.2 MB."""
+    if n is None:
+        return NOTHING
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n) < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def seconds(s: float | None) -> str:
+    """A time: 85 s, 2.5 min."""
+    if s is None:
+        return NOTHING
+    return f"{s:.0f} s" if s < 120 else f"{s / 60:.1f} min"
