@@ -1,6 +1,7 @@
 """The picture of docs/performance.md: python bench/plot.py RESULT.json ... OUTPUT.html, to be opened in a browser.
 
-Bars are speeds over the first system's, lines reach from the slowest to the fastest pair of rounds.
+Bars are speeds over the first system's, lines reach from the slowest to the fastest pair of rounds. Two systems are left out,
+whose bars would stand beside others of the same height: the loop that keeps freed memory and fedlora one by one in fp32.
 """
 
 from __future__ import annotations
@@ -15,33 +16,34 @@ from plotly.subplots import make_subplots
 
 from fedlora.report.figures import FONT, PALETTE
 
+LEFT_OUT = ("peft-bf16-kept", "one")
+
 
 def draw(results: list[dict[str, Any]]) -> go.Figure:
     """One panel for each source of texts; in it a group of bars for each regime."""
     titles = [Path(r["regimes"][0]["work"]["source"]).parent.name for r in results]
-    fig = make_subplots(1, len(results), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04)
-    names = list(dict.fromkeys(m["title"] for r in results for g in r["regimes"] for m in g["systems"] if m["seconds"]))
-    for column, r in enumerate(results, 1):
+    fig = make_subplots(len(results), 1, subplot_titles=titles, vertical_spacing=0.17)
+    found = [m for r in results for g in r["regimes"] for m in g["systems"] if m["seconds"]]
+    names = list(dict.fromkeys(m["title"] for m in found if m["system"] not in LEFT_OUT))
+    for row, r in enumerate(results, 1):
         for name, colour in zip(names, PALETTE, strict=False):
-            found = [
-                (g["work"]["regime"], m["ratio"]) for g in r["regimes"] for m in g["systems"] if m["title"] == name
-            ]
-            x = [f"{w['name']}<br>{w['clients']} x {w['steps']} x {w['batch']}" for w, _ in found]
-            y = [q["median"] for _, q in found]
+            mine = [(g["work"]["regime"], m["ratio"]) for g in r["regimes"] for m in g["systems"] if m["title"] == name]
+            x = [f"{w['name']}<br>{w['clients']} x {w['steps']} x {w['batch']}" for w, _ in mine]
+            y = [q["median"] for _, q in mine]
             bars = {
                 "type": "data",
                 "symmetric": False,
-                "array": [q["most"] - q["median"] for _, q in found],
-                "arrayminus": [q["median"] - q["least"] for _, q in found],
+                "array": [q["most"] - q["median"] for _, q in mine],
+                "arrayminus": [q["median"] - q["least"] for _, q in mine],
                 "thickness": 1,
             }
             shown = [f"{v:.1f}" for v in y]
             fig.add_bar(x=x, y=y, name=name, marker_color=colour, error_y=bars, text=shown, textposition="inside",
-                        insidetextanchor="start", textangle=0, legendgroup=name, showlegend=column == 1, row=1, col=column)  # fmt: skip
-    fig.update_yaxes(gridcolor="#e8eaed", rangemode="tozero")
-    fig.update_yaxes(title="times the fp32 PyTorch + PEFT loop", col=1)
-    fig.update_layout(width=1100, height=460, barmode="group", bargap=0.2, plot_bgcolor="white", margin={"l": 60, "r": 10, "t": 110, "b": 50},
-                      font={"family": FONT, "size": 13}, legend={"orientation": "h", "y": 1.12, "yanchor": "bottom", "x": 0})  # fmt: skip
+                        insidetextanchor="start", textangle=0, legendgroup=name, showlegend=row == 1, row=row, col=1)  # fmt: skip
+    fig.update_yaxes(gridcolor="#e8eaed", rangemode="tozero", title="times the fp32 PEFT loop")
+    height = 100 + 300 * len(results)
+    fig.update_layout(width=1000, height=height, barmode="group", bargap=0.2, plot_bgcolor="white", margin={"l": 60, "r": 10, "t": 90, "b": 50},
+                      font={"family": FONT, "size": 13}, legend={"orientation": "h", "y": 1.06, "yanchor": "bottom", "x": 0})  # fmt: skip
     return fig
 
 
