@@ -107,6 +107,11 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     done = fedlora("bench", "--system", "flower", "--method", "pf2lora", "--regime", "huge", code=2)
     assert "a system that does pf2lora" in done.stderr and "--regime" in done.stderr
     assert "--method" in fedlora("bench", "--method", "pf3lora", code=2).stderr
+    assert "--device: got 'gpu'" in fedlora("bench", "--device", "gpu", code=2).stderr
+    if not torch.cuda.is_available():
+        done = fedlora("bench", "--device", "cuda", "--system", "flower", code=2)
+        assert "--device: got 'cuda', expected a device of this machine (cpu" in done.stderr
+        assert "a system that does homlora on cuda" in done.stderr
     (tmp_path / "n.csv").write_text("note\na\n")
     done = fedlora("bench", "--model", folder, "--source", tmp_path / "n.csv", code=1)
     assert "no column 'text' among the columns ['note']" in done.stderr

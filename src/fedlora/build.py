@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def device_of(name: str) -> str:
+def device_of(name: str, field: str = "model.device") -> str:
     """The device to run on; "auto" takes cuda, then mps, then the CPU."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return next(d for d in ("cuda", "mps", "cpu") if found[d])
-    if not found[name.split(":")[0]]:
+    if not found.get(name.split(":")[0]):
         have = [d for d, ok in found.items() if ok]
-        raise ConfigError([Problem("model.device", name, f"a device of this machine ({', '.join(have)})", "use auto")])
+        raise ConfigError([Problem(field, name, f"a device of this machine ({', '.join(have)})", "use auto")])
     return name
 
 

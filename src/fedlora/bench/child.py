@@ -61,22 +61,42 @@ SYSTEMS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
-def gemm(threads: int) -> dict[str, float]:
+def wait(device: str) -> None:
+    """Until the device has done what it was told: an accelerator works on after the call."""
+    if device != "cpu":
+        import torch
+
+        torch.accelerator.synchronize(device)
+
+
+def gemm(threads: int, device: str) -> dict[str, float]:
     """Peak of matrix products on this machine now, GFLOP/s, by dtype."""
     import torch
 
     torch.set_num_threads(threads)
     out = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a = torch.randn(2048, 2048).to(dtype)
+        n = 2048 if device == "cpu" else 8192
+        a = torch.randn(n, n, device=device).to(dtype)
         a @ a
+        wait(device)
         seconds = []
         for _ in range(5):
             start = time.perf_counter()
             a @ a
+            wait(device)
             seconds.append(time.perf_counter() - start)
-        out[name] = 2 * 2048**3 / min(seconds) / 1e9
+        out[name] = 2 * n**3 / min(seconds) / 1e9
     return out
+
+
+def allocated(device: str) -> int:
+    """Most bytes of tensors on an accelerator so far; 0 on the CPU, whose processes are weighed from outside."""
+    if device == "cpu":
+        return 0
+    import torch
+
+    return int(torch.accelerator.max_memory_allocated(device))
 
 
 def answer(**said: Any) -> None:
@@ -94,6 +114,8 @@ def main(name: str, raw: str) -> None:
     work = Work.from_json(json.loads(raw))
     torch.set_num_threads(work.threads)
     system = SYSTEMS[name][1](work)
+    if work.device != "cpu":
+        torch.accelerator.reset_peak_memory_stats(work.device)  # what making the start took is not counted
     ready = time.perf_counter() - started
     work.batches(0)  # reads and tokenises the texts, which is not a system's own cost
     answer(ready=ready)
@@ -112,13 +134,15 @@ def serve(work: Any, system: Any) -> None:
             batches = work.batches(request["round"])
             start = time.perf_counter()
             leaves = system.round(batches)
-            answer(seconds=time.perf_counter() - start, tokens=tokens(batches))
+            wait(work.device)
+            seconds = time.perf_counter() - start
+            answer(seconds=seconds, tokens=tokens(batches), memory=allocated(work.device))
         elif request["do"] == "peak":
-            answer(**gemm(work.threads))
+            answer(**gemm(work.threads, work.device))
         elif request["do"] == "save":
             from safetensors.torch import save_file
 
-            save_file({n: v.float().contiguous() for n, v in leaves.items()}, Path(request["path"]))
+            save_file({n: v.float().cpu().contiguous() for n, v in leaves.items()}, Path(request["path"]))
             answer(saved=True)
         else:
             break

@@ -19,7 +19,7 @@ class PeftLoop(System):
     def __init__(self, work: Work, dtype: str, keeps: bool = False):
         super().__init__(work)
         self.keeps = keeps
-        loaded = pretrained.load(work.model, work.task, CLASSES, seed=work.seed, dtype="fp32", attention="eager")
+        loaded = pretrained.load(work.model, work.task, CLASSES, seed=work.seed, attention="eager", device=work.device)
         self.start, targets = start(work)
         config = LoraConfig(
             r=RANK, lora_alpha=ALPHA, target_modules=targets,
@@ -57,8 +57,9 @@ class PeftLoop(System):
         self.reset()
         optimizer = torch.optim.AdamW(self.leaves.values(), lr=LR, weight_decay=0.0)
         for b in batches:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
-                loss = self.model(**b).loss
+            there = {n: v.to(self.work.device) for n, v in b.items()}
+            with torch.autocast(self.work.device.split(":")[0], torch.bfloat16, enabled=self.half):
+                loss = self.model(**there).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -33,6 +33,7 @@ class Measured:
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     memory: int = 0  # bytes, peak of the process tree
+    device_memory: int = 0  # bytes, peak of tensors on the accelerator
     peaks: list[dict[str, float]] = field(default_factory=list)  # GEMM, GFLOP/s
     difference: float | None = None  # largest, of the averaged leaves from the reference's
     failed: str = ""
@@ -125,6 +126,7 @@ def measure(
                     if r:
                         peak = c.ask(do="peak")
                     said = c.ask(do="round", round=r)
+                    c.measured.device_memory = max(c.measured.device_memory, said.get("memory", 0))
                     if r == 0:
                         c.ask(do="save", path=str(Path(folder) / c.measured.system))
                     elif said:
@@ -175,8 +177,10 @@ def flops_per_token(model: str, task: Literal["classification", "causal-lm"] = "
     return 4.0 * sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
     """Hardware and versions."""
+    import torch
+
     found = {}
     for name in ("fedlora", "torch", "transformers", "peft", "flwr", "ray", "pfl"):
         try:
@@ -186,7 +190,8 @@ def environment(threads: int) -> dict[str, Any]:
     cpu = next((x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")), platform.processor())
     flags = next((x for x in _cpuinfo() if x.startswith("flags")), "")
     features = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags.split()]
-    return {"cpu": cpu, "cores": os.cpu_count(), "features": features, "threads": threads, "python": platform.python_version(),
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    return {"cpu": cpu, "cores": os.cpu_count(), "device": name, "features": features, "threads": threads, "python": platform.python_version(),
             "versions": found, "date": time.strftime("%Y-%m-%d", time.gmtime())}  # fmt: skip
 
 

@@ -48,7 +48,9 @@ class Fedlora(System):
 
     def __init__(self, work: Work, block: int | None, dtype: str):
         super().__init__(work)
-        loaded = pretrained.load(work.model, work.task, CLASSES, seed=work.seed, dtype=dtype, attention="eager")
+        loaded = pretrained.load(
+            work.model, work.task, CLASSES, seed=work.seed, dtype=dtype, attention="eager", device=work.device
+        )
         names = [n for n in matching(loaded.base, peft_io.default_targets(loaded.model_type)) if n not in loaded.head]
         self.method = work.method()
         found = groups(self.method.groups, loaded.base, loaded.model_type, names, loaded.head)

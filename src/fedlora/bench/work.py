@@ -28,7 +28,16 @@ class Regime:
     batch: int
 
 
-REGIMES = {r.name: r for r in (Regime("small", 32, 2, 4), Regime("middle", 16, 4, 8), Regime("large", 8, 8, 16))}
+REGIMES = {
+    r.name: r
+    for r in (
+        Regime("small", 32, 2, 4),
+        Regime("middle", 16, 4, 8),
+        Regime("large", 8, 8, 16),
+        Regime("wide", 32, 4, 8),
+    )
+}
+USUAL = ("small", "middle", "large")  # wide is for accelerators
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class Work:
     regime: Regime = REGIMES["middle"]
     threads: int = 2
     seed: int = 0
+    device: str = "cpu"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

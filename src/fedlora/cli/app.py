@@ -87,7 +87,9 @@ def example(
 def bench(
     regime: Annotated[
         list[str] | None,
-        typer.Option(help="small, middle or large: many clients of few rows, or few of many. Default: all."),
+        typer.Option(
+            help="small, middle and large (the default): many clients of few rows, or few of many. wide: many of many."
+        ),
     ] = None,
     system: Annotated[list[str] | None, typer.Option(help="Systems to measure; default: all.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of each, after one that warms up.")] = 3,
@@ -99,12 +101,15 @@ def bench(
     source: Annotated[str, typer.Option(help="Texts: a file, or demo for those that Python carries.")] = "demo",
     text: Annotated[str, typer.Option(help="Column of the text.")] = "text",
     threads: Annotated[int, typer.Option(min=1)] = 2,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1 and so on, or auto; peers but the loop are for the CPU.")
+    ] = "cpu",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("bench/results"),
 ) -> None:
     """Measure speed beside plain PyTorch + PEFT, on the same work, in alternation."""
     from . import measures
 
-    measures.bench(regime or [], system or [], rounds, method, model, task, source, text, threads, output)
+    measures.bench(regime or [], system or [], rounds, method, model, task, source, text, threads, device, output)
 
 
 @app.command()

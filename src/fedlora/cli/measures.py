@@ -80,28 +80,40 @@ def bench(
     source: str,
     text: str,
     threads: int,
+    device: str,
     output: Path,
 ) -> None:
     from ..bench.child import SYSTEMS
     from ..bench.run import environment, flops_per_token, measure
     from ..bench.run import report as of
-    from ..bench.work import REGIMES, Work
+    from ..bench.work import REGIMES, USUAL, Work
+    from ..build import device_of
     from ..methods import METHODS
 
     kind = _task(task)
-    can = [x for x in SYSTEMS if method == "homlora" or x.startswith(("one", "blocks"))]
-    odd = [Problem("--regime", r, "a regime", near(r, REGIMES)) for r in regimes if r not in REGIMES]
-    odd += [Problem("--system", x, f"a system that does {method}", near(x, can)) for x in systems if x not in can]
+    odd: list[Problem] = []
+    try:
+        device = device_of(device, "--device")
+    except ConfigError as e:
+        odd += e.problems
+    peers = ("one", "blocks") if method != "homlora" else ("one", "blocks", "peft") if device != "cpu" else ("",)
+    can = [x for x in SYSTEMS if x.startswith(peers)]
+    odd += [Problem("--regime", r, "a regime", near(r, REGIMES)) for r in regimes if r not in REGIMES]
+    odd += [
+        Problem("--system", x, f"a system that does {method} on {device}", near(x, can))
+        for x in systems
+        if x not in can
+    ]
     if method not in METHODS:
         odd.append(Problem("--method", method, "a method", near(method, METHODS)))
     if odd:
         raise ConfigError(odd)
     flops = flops_per_token(model, kind)
-    where, found = environment(threads), []
+    where, found = environment(threads, device), []
     what = "" if method == "homlora" else f"-{method}"
     path = output / f"{where['date']}-{Path(model).name}-{Path(source).parent.name or source}{what}.json"
-    for name in regimes or REGIMES:
-        work = Work(model, kind, method, source, text, regime=REGIMES[name], threads=threads)
+    for name in regimes or USUAL:
+        work = Work(model, kind, method, source, text, regime=REGIMES[name], threads=threads, device=device)
         assert work.rows  # bad data is said before anything is started
         with err.status(name) as status:
 

@@ -137,7 +137,7 @@ def bench(out: Console, found: Mapping[str, Any]) -> None:
             f"{m['tokens_per_second']:,.0f}",
             between,
             f"{m['share_of_bf16_peak']:.0%}",
-            f"{m['memory'] / 1e9:.1f} GB",
+            f"{(m['device_memory'] or m['memory']) / 1e9:.1f} GB",
             NOTHING if d is None else f"{d:.0e}",
         )
     out.print(table)
