@@ -50,6 +50,7 @@ MUTANTS = (
     Mutant("patterns are expressions unchecked", "adapters.py", "            _expression(pattern)\n", "            pass\n", "tests/test_law_compose.py -k refused"),
     Mutant("the optimizer's factors stay on the host", "optim.py", "factor = factor.to(like[0])", "factor = factor.to(like[0].dtype)", "tests/test_device.py"),
     Mutant("HetLoRA's rank cut stays on the host", "methods/hetlora.py", ".floor().to(v.device)[:, None])", ".floor().cpu()[:, None])", "tests/test_device.py"),
+    Mutant("a method's own problems hide those of its family", "methods/hetlora.py", "bad = super().problems()", "bad: list[Problem] = []", "tests/test_law_compose.py -k at_once"),
     Mutant("groups are averaged, not summed", "tasks.py", "value = value + part.detach()", "value = part.detach()", "tests/test_tasks.py"),
     Mutant("the answer without a model looks at the test rows", "data/federated.py", "right = test[both, train[both].argmax(1)]", "right = test[both, test[both].argmax(1)]", "tests/test_partition.py"),
     Mutant("second derivatives of the last group alone", "tasks.py", "sums = found if sums is None else list(torch._foreach_add(sums, found))", "sums = found", "tests/test_tasks.py"),

@@ -181,6 +181,17 @@ def test_refused_with_the_reason(make: Any, message: str) -> None:
         make()
 
 
+def test_all_that_is_wrong_with_a_method_is_said_at_once() -> None:
+    """What every method has, what the family has and what the method alone has."""
+    with pytest.raises(ConfigError) as e:
+        PF2HetLoRA(rank=4, rank_min=9, alpha=0.0, gamma=2.0, lr_personal=-1.0, share="first", rank_personal=1)
+    fields = ["alpha", "rank_min", "gamma", "lr_personal", "share"]
+    assert sorted(p.field for p in e.value.problems) == sorted(f"method.{f}" for f in fields)
+    with pytest.raises(ConfigError) as e:
+        PF2LoRA(rank=0, rank_personal=0, lr_personal=-1.0)
+    assert [p.field for p in e.value.problems] == ["method.rank", "method.lr_personal"]
+
+
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
     model = tiny.adapt(tiny.bert())
     m = dataclasses.replace(HomLoRA(rank=4), rank_pattern=(("q_proj", 2),))

@@ -93,9 +93,8 @@ class Ranked(SGDMethod):
     exponent: float = 1.0
     ranks: tuple[tuple[str, float], ...] = ()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        bad = []
+    def problems(self) -> list[Problem]:
+        bad = super().problems()
         if self.rank_pattern:
             bad.append(
                 Problem(
@@ -105,7 +104,7 @@ class Ranked(SGDMethod):
                     "use plan and ranks",
                 )
             )
-        if not 1 <= self.rank_min <= self.rank:
+        if self.rank >= 1 and not 1 <= self.rank_min <= self.rank:
             bad.append(
                 Problem("method.rank_min", self.rank_min, f"1 to rank_max={self.rank}", "lower it or raise method.rank")
             )
@@ -130,8 +129,7 @@ class Ranked(SGDMethod):
                             f"{self.rank_min} to {self.rank}",
                         )
                     )
-        if bad:
-            raise ConfigError(bad)
+        return bad
 
     # ranks ------------------------------------------------------------------------------------------------------
     def first_rank(self, scene: Scene, client: Client) -> int:

@@ -59,10 +59,16 @@ class SGDMethod(Method):
     shares_head: ClassVar[bool] = True  # Local-only shares nothing, whatever the switch says
 
     def __post_init__(self) -> None:
+        if bad := self.problems():
+            raise ConfigError(bad)
+
+    def problems(self) -> list[Problem]:
+        """What is wrong with the fields; a method with fields of its own adds to it, so that all is shown at once."""
         bad = []
         if not isinstance(self.rank, int) or not 1 <= self.rank <= MOST_RANK:
             bad.append(Problem("method.rank", self.rank, f"an integer from 1 to {MOST_RANK:,}", "choose 4, 8 or 16"))
-            raise ConfigError(bad)
+            if not isinstance(self.rank, int):
+                raise ConfigError(bad)  # what is asked below cannot be asked
         if not self.alpha > 0:
             bad.append(Problem("method.alpha", self.alpha, "a number > 0", "alpha = 2 * rank is usual"))
         if self.needs_halves and not self.form.first:
@@ -79,8 +85,7 @@ class SGDMethod(Method):
             bad.append(Problem("method.rank_pattern", dict(self.rank_pattern), "none: it is of lora, rslora and dora"))
         if self.clip is not None and not self.clip > 0:
             bad.append(Problem("train.clip", self.clip, "a number > 0 or null"))
-        if bad:
-            raise ConfigError(bad)
+        return bad
 
     @property
     def form(self) -> Adapter:

@@ -18,7 +18,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..adapters import LOW_RANK
-from ..errors import ConfigError, Problem
+from ..errors import Problem
 from ..method import Client, Method, Metrics, Order, Scene, Work
 from ..model import Batch
 from ..sgd import SGDMethod
@@ -36,15 +36,13 @@ class Mixed(SGDMethod):
     paper: ClassVar[str] = "arXiv:2403.19211"
     mix: float = 0.5
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        bad = []
+    def problems(self) -> list[Problem]:
+        bad = super().problems()
         if not 0 <= self.mix <= 1:
             bad.append(Problem("method.mix", self.mix, "a number in [0, 1]", "0.5 weighs both adapters alike"))
         if self.adapter not in LOW_RANK:
             bad.append(Problem("method.adapter", self.adapter, "lora or rslora: FedDPA mixes two low-rank products"))
-        if bad:
-            raise ConfigError(bad)
+        return bad
 
     def trains(self, k: Key) -> bool:
         return True

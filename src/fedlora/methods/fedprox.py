@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, Problem
+from ..errors import Problem
 from ..method import Order, Scene, Work
 from ..tree import Params, norm, select
 from .average import HomLoRA
@@ -26,10 +26,11 @@ class FedProx(HomLoRA):
     paper: ClassVar[str] = "arXiv:1812.06127"
     mu: float = 0.01
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> list[Problem]:
+        bad = super().problems()
         if self.mu < 0:
-            raise ConfigError([Problem("method.mu", self.mu, "a number >= 0", "0.001 to 1 are in use")])
+            bad.append(Problem("method.mu", self.mu, "a number >= 0", "0.001 to 1 are in use"))
+        return bad
 
     def begin(self, scene: Scene, order: Order, down: Params, kept: Params) -> Work:
         work = super().begin(scene, order, down, kept)

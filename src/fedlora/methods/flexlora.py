@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 
 from ..adapters import LOW_RANK
-from ..errors import ConfigError, Problem
+from ..errors import Problem
 from ..method import Scene, Server, Upload
 from ..ranks import Ranked
 from ..tree import Key, Params, factor_product, mean, select
@@ -34,12 +34,13 @@ class FlexLoRA(Ranked):
     paper: ClassVar[str] = "arXiv:2402.11505"
     split: Literal["B", "sqrt"] = "B"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> list[Problem]:
+        bad = super().problems()
         if self.adapter not in LOW_RANK:
-            raise ConfigError(
-                [Problem("method.adapter", self.adapter, "lora or rslora: FlexLoRA decomposes a low-rank product")]
+            bad.append(
+                Problem("method.adapter", self.adapter, "lora or rslora: FlexLoRA decomposes a low-rank product")
             )
+        return bad
 
     def trains(self, k: Key) -> bool:
         return k.part != "rank"

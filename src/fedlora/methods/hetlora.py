@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..adapters import LOW_RANK
 from ..analysis import gram_norm
-from ..errors import ConfigError, Problem
+from ..errors import Problem
 from ..method import Scene, Server, Upload, Work
 from ..ranks import Ranked, padded_mean
 from ..tree import Key, Params, norm, pad_rank, rank, select
@@ -47,17 +47,15 @@ class HetLoRA(Ranked):
     padding: Literal["keep", "zero"] = "keep"
     share: Literal["both", "first"] = "both"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        bad = []
+    def problems(self) -> list[Problem]:
+        bad = super().problems()
         if not 0 < self.gamma <= 1:
             bad.append(Problem("method.gamma", self.gamma, "a number in (0, 1]", "0.99, 0.85 and 0.5 are in use"))
         if self.lam < 0:
             bad.append(Problem("method.lam", self.lam, "a number >= 0"))
         if self.adapter not in LOW_RANK:
             bad.append(Problem("method.adapter", self.adapter, "lora or rslora: the others have no ranks to truncate"))
-        if bad:
-            raise ConfigError(bad)
+        return bad
 
     def trains(self, k: Key) -> bool:
         return k.part != "rank"

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from ..errors import ConfigError, Problem
+from ..errors import Problem
 from ..method import Method, Metrics, Work
 from ..model import Batch
 from ..optim import SGD
@@ -37,10 +37,11 @@ class PerFedAvg(HomLoRA):
     hypergradient: Literal["exact", "first_order"] = "exact"
     tune: int = 1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> list[Problem]:
+        bad = super().problems()
         if self.lr_personal < 0:
-            raise ConfigError([Problem("method.lr_personal", self.lr_personal, "a number >= 0")])
+            bad.append(Problem("method.lr_personal", self.lr_personal, "a number >= 0"))
+        return bad
 
     @property
     def draws(self) -> int:  # type: ignore[override]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import ConfigError, Problem
+from ..errors import Problem
 from .hetlora import HetLoRA
 from .pf2lora import PF2LoRA
 
@@ -26,9 +26,8 @@ class PF2HetLoRA(PF2LoRA, HetLoRA):
     paper: ClassVar[str] = ""
     rank_min: int = 3
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        bad = []
+    def problems(self) -> list[Problem]:
+        bad = super().problems()
         if self.rank_personal >= self.rank_min:
             bad.append(
                 Problem(
@@ -42,5 +41,4 @@ class PF2HetLoRA(PF2LoRA, HetLoRA):
             bad.append(
                 Problem("method.share", self.share, "both: PF2LoRA's common adapter is shared whole", "or use hetlora")
             )
-        if bad:
-            raise ConfigError(bad)
+        return bad

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import LOW_RANK, Adapter, Pattern, make, pattern_problems
-from ..errors import ConfigError, Problem
+from ..errors import Problem
 from ..method import Client, Metrics, Scene, Work
 from ..model import Batch
 from ..sgd import MOST_RANK, RANKS, SGDMethod, Weights
@@ -62,10 +62,9 @@ class PF2LoRA(SGDMethod):
     hypergradient: Literal["exact", "first_order", "finite_difference"] = "exact"
     batches: Literal["independent", "shared"] = "independent"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        bad = []
-        if not 0 <= self.rank_personal < self.rank:
+    def problems(self) -> list[Problem]:
+        bad = super().problems()
+        if not 0 <= self.rank_personal < max(self.rank, 1):
             bad.append(
                 Problem(
                     "method.rank_personal",
@@ -79,8 +78,7 @@ class PF2LoRA(SGDMethod):
             bad.append(Problem("method.adapter", self.adapter, "lora or rslora: PF2LoRA adds two low-rank products"))
         if self.lr_personal < 0:
             bad.append(Problem("method.lr_personal", self.lr_personal, "a number >= 0"))
-        if bad:
-            raise ConfigError(bad)
+        return bad
 
     @property
     def draws(self) -> int:  # type: ignore[override]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import LOW_RANK, LoRA
-from ..errors import ConfigError, Problem
+from ..errors import Problem
 from ..method import Client, Metrics, Order, Scene, Server, Upload, Work
 from ..model import Batch
 from ..sgd import SGDMethod
@@ -64,9 +64,8 @@ class SLoRA(SFT):
     rank_personal: int = 2
     lr_personal: float = 0.01
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        bad = []
+    def problems(self) -> list[Problem]:
+        bad = super().problems()
         if self.sparse_rounds < 1:
             bad.append(Problem("method.sparse_rounds", self.sparse_rounds, "an integer >= 1"))
         if self.patience < 1:
@@ -78,8 +77,7 @@ class SLoRA(SFT):
             bad.append(
                 Problem("method.second", self.second, f"homlora or pf2lora; {self.second} cannot be primed: {why}")
             )
-        if bad:
-            raise ConfigError(bad)
+        return bad
 
     # stages -----------------------------------------------------------------------------------------------------
     @property

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..adapters import Adapter, AdapterName, Densities, Sparse, pattern_problems
-from ..errors import ConfigError, Problem
+from ..errors import Problem
 from ..sgd import SGDMethod
 from ..tree import Key
 
@@ -89,16 +89,14 @@ class SFT(Shared):
     density_pattern: Densities = ()
     layers: str = "target"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        bad = []
+    def problems(self) -> list[Problem]:
+        bad = super().problems()
         if not 0 < self.density <= 1:
             bad.append(Problem("method.density", self.density, "a number in (0, 1]", "0.01, 0.05 and 0.1 are usual"))
         bad += pattern_problems("method.density_pattern", self.density_pattern, 1, "densities in (0, 1]")
         if self.layers not in ("target", "all"):
             bad.append(Problem("method.layers", self.layers, "target or all"))
-        if bad:
-            raise ConfigError(bad)
+        return bad
 
     @property
     def form(self) -> Adapter:
