@@ -53,7 +53,7 @@ def task_of(r: Recipe, data: FederatedData) -> Task:
 
 def attention_of(r: Recipe, method: Method) -> str:
     """Eager attention where it must be differentiated twice, where there is attention dropout (its masks are ours), and
-    on the CPU, where sdpa's backward is the slower one; sdpa otherwise."""
+    on the CPU, where sdpa is slower in bf16 and gains little in fp32 (docs/performance.md); sdpa otherwise."""
     if r.model.attention != "auto":
         if r.model.attention == "sdpa" and method.second_order:
             raise ConfigError([Problem("model.attention", "sdpa", f"auto or eager, because {method.title} differentiates "
