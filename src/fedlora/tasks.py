@@ -100,9 +100,7 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
 TOKENWISE = {"input_ids", "attention_mask", "token_type_ids", "labels"}  # leaves [K b L]
 OVERHEAD = {"cpu": 128}  # what a further forward and backward costs, in padded tokens
 LAUNCHES = 16_384  # the same on an accelerator, where many small kernels cost more than padding
-REPACKED = (
-    8  # how many times as dear a further pass is in half precision: tokens are faster, and weights are repacked for it
-)
+HALF = {"cpu": 8}  # how many times as much in half precision: tokens are faster, and oneDNN packs the weights anew
 INF = float("inf")
 CACHED = {torch.float32: 2048, torch.bfloat16: 4096}  # padded tokens whose activations a CPU's caches still hold, about
 EVEN = 8  # in half precision lengths are multiples of this, and rows come in SIZES: see `cut`
@@ -209,9 +207,10 @@ class Loss:
             for n, v in batch.items()
         }
         longest = lengths.gather(1, order).amax(0).tolist()  # of the j-th longest rows
-        overhead = OVERHEAD.get(batch["weight"].device.type, LAUNCHES) * (REPACKED if self.model.half else 1)
+        device = batch["weight"].device.type
+        overhead = OVERHEAD.get(device, LAUNCHES) * (HALF.get(device, 2) if self.model.half else 1)
         wide = [even(n, self.model) for n in longest]
-        tokens = CACHED.get(self.model.dtype, INF) if batch["weight"].device.type == "cpu" else INF
+        tokens = CACHED.get(self.model.dtype, INF) if device == "cpu" else INF
         cuts = cut(wide, k, overhead, most, SIZES if self.model.half else None, tokens)
         return [fitted(_rows(batch, i, j), wide[i]) for i, j in cuts if longest[i] > 0]
 
