@@ -43,8 +43,9 @@ def test_all_errors_at_once(tmp_path: Path) -> None:
     """Of the recipe, each naming field, value and remedy."""
     said = refused(
         tmp_path, "method.rank: got 0", "train.lr: got -1", "partition.kind: got 'dirichle'", "did you mean 'dirichlet'",
+        "model.targets: got 'quer[', expected auto, names of layers, or a regular expression",
         "federation.rounds: got 0", "method.alhpa", "problems in the configuration",
-        method={"rank": 0, "alhpa": 3}, train={"lr": -1}, partition={"kind": "dirichle"}, federation={"rounds": 0},
+        method={"rank": 0, "alhpa": 3}, train={"lr": -1}, partition={"kind": "dirichle"}, federation={"rounds": 0}, model={"targets": "quer["},
     )  # fmt: skip
     assert said.count(" - ") >= 5
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import inspect
+import re
 import string
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -34,6 +35,14 @@ def work(train: Train) -> Iterator[Problem]:
         yield Problem(
             "train.betas", list(train.betas), "no betas with sgd", "set train.momentum, or train.optimizer to adamw"
         )
+
+
+def targets(model: Model) -> Iterator[Problem]:
+    if isinstance(model.targets, str):
+        try:
+            re.compile(model.targets)
+        except re.error as e:
+            yield Problem("model.targets", model.targets, "auto, names of layers, or a regular expression", e.msg)
 
 
 def columns(model: Model, data: Data) -> Iterator[Problem]:
@@ -190,7 +199,7 @@ def output(run: Run) -> Iterator[Problem]:
             )
 
 
-RULES: tuple[Rule, ...] = (work, columns, encoding, clients, labels, cohort, views, output)
+RULES: tuple[Rule, ...] = (work, targets, columns, encoding, clients, labels, cohort, views, output)
 
 
 class Wrong(Exception):
