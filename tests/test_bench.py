@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -74,6 +75,14 @@ def test_a_system_that_fails_is_named(folder: Path) -> None:
     work = Work(str(folder / "nowhere"), threads=1)
     [m] = measure(work, ["blocks"], 1)
     assert "does not exist" in m.failed and not m.seconds
+
+
+@pytest.mark.parametrize("system, package", [("flower", "ray"), ("pfl", "pfl")])
+def test_a_missing_peer_is_named(system: str, package: str, folder: Path) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    [m] = measure(Work(str(folder), threads=1), [system], 1)
+    assert m.failed == f"{package} is not installed; docs/performance.md says how a peer is"
 
 
 def test_work_is_the_same_for_everybody(folder: Path) -> None:

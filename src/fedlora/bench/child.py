@@ -113,7 +113,10 @@ def main(name: str, raw: str) -> None:
 
     work = Work.from_json(json.loads(raw))
     torch.set_num_threads(work.threads)
-    system = SYSTEMS[name][1](work)
+    try:
+        system = SYSTEMS[name][1](work)
+    except ModuleNotFoundError as e:
+        sys.exit(f"{e.name} is not installed; docs/performance.md says how a peer is")
     if work.device != "cpu":
         torch.accelerator.reset_peak_memory_stats(work.device)  # what making the start took is not counted
     ready = time.perf_counter() - started

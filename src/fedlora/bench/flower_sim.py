@@ -10,6 +10,7 @@ import os
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 import functools
+import importlib
 import json
 import queue
 import threading
@@ -66,6 +67,7 @@ class FlowerSimulation(System):
 
         from flwr.simulation import run_simulation
 
+        importlib.import_module("ray")  # Flower asks for it in another thread, and its absence is then not told
         self.raw = json.dumps(work.to_json())
         self.todo: queue.Queue[int | None] = queue.Queue()
         self.done: queue.Queue[Any] = queue.Queue()
