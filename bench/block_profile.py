@@ -17,7 +17,8 @@ from fedlora.bench.systems import Fedlora
 from fedlora.bench.work import REGIMES, Work, tokens
 from fedlora.memory import kept
 
-POOL = 1_000_000_000  # entries of 4 bytes, freed at once
+# Entries of 4 bytes, touched and freed: the profiler's records come to lie between freed blocks, and without room page faults count.
+ROOM = 1_000_000_000
 KINDS = {
     "products of the base": ("aten::addmm", "aten::mm"),
     "batched products (attention, adapters)": ("aten::bmm", "aten::baddbmm"),
@@ -34,9 +35,7 @@ def main(source: str, regime: str = "middle", dtype: str = "bf16", model: str = 
     work = Work(model, source=source, regime=REGIMES[regime], threads=threads)
     system = Fedlora(work, None, dtype)
     with kept():
-        torch.ones(
-            POOL
-        )  # the profiler's records come to lie between the freed blocks: without room, page faults would count
+        torch.ones(ROOM)
         for r in range(3):
             system.round(work.batches(r))
         batches, start = work.batches(3), time.perf_counter()

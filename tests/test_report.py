@@ -160,6 +160,7 @@ def test_a_score_is_said_to_be_of_its_view(run: Path, tmp_path: Path) -> None:
     assert report.tables.score(shared, "test") == f"{shared['test']:.3f} global"
     assert report.tables.score(own | {"test_std": 0.1}, "test") == f"{own['test']:.3f} ± 0.100 personal"
     assert report.tables.score(own | {"test": None}, "test") == "–"
+    assert report.tables.score(own | {"test": float("nan"), "test_std": 0.1}, "test") == "–"
 
     def heads(*names: str) -> list[str]:
         page = report.write_comparison([tmp_path / n for n in names], tmp_path / "c.html").read_text(encoding="utf-8")

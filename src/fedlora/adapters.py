@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal, get_args
@@ -82,11 +82,13 @@ def _matches(pattern: str, site: str) -> bool:
     return _expression(pattern).match(site) is not None
 
 
-def pattern_problems(field: str, patterns: Iterable[tuple[str, float]], most: float, expected: str) -> list[Problem]:
-    """What is wrong with a pattern field on its own: values outside (0, most], and what is no regular expression."""
+def pattern_problems(
+    field: str, patterns: Iterable[tuple[str, float]], good: Callable[[float], bool], expected: str
+) -> list[Problem]:
+    """What is wrong with a pattern field on its own: values that are not good, and what is no regular expression."""
     bad = []
     for pattern, value in patterns:
-        if not 0 < value <= most:
+        if not good(value):
             bad.append(Problem(field, f"{pattern}: {value}", expected))
         try:
             _expression(pattern)

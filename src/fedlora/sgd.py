@@ -21,7 +21,11 @@ from .tree import Key, Params, mean, select, stack, unstack
 Head = Literal["shared", "personal", "frozen"]
 Weights = Literal["examples", "uniform"]
 MOST_RANK = 100_000  # no layer is wider
-RANKS = f"ranks from 1 to {MOST_RANK:,}"
+
+
+def rank_problems(field: str, patterns: Pattern) -> list[Problem]:
+    """What is wrong with ranks of some layers."""
+    return pattern_problems(field, patterns, lambda r: 1 <= r <= MOST_RANK, f"ranks from 1 to {MOST_RANK:,}")
 
 
 def block_size(p: Params) -> int:
@@ -80,7 +84,7 @@ class SGDMethod(Method):
                     "or use homlora",
                 )
             )
-        bad += pattern_problems("method.rank_pattern", self.rank_pattern, MOST_RANK, RANKS)
+        bad += rank_problems("method.rank_pattern", self.rank_pattern)
         if self.rank_pattern and self.adapter not in (*LOW_RANK, "dora"):
             bad.append(Problem("method.rank_pattern", dict(self.rank_pattern), "none: it is of lora, rslora and dora"))
         if self.clip is not None and not self.clip > 0:

@@ -27,11 +27,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..adapters import LOW_RANK, Adapter, Pattern, make, pattern_problems
+from ..adapters import LOW_RANK, Adapter, Pattern, make
 from ..errors import Problem
 from ..method import Client, Metrics, Scene, Work
 from ..model import Batch
-from ..sgd import MOST_RANK, RANKS, SGDMethod, Weights
+from ..sgd import SGDMethod, Weights, rank_problems
 from ..tasks import Loss
 from ..tree import Key, Params, norm, per_client, select
 
@@ -73,7 +73,7 @@ class PF2LoRA(SGDMethod):
                     "r/4 or r/2 is usual",
                 )
             )
-        bad += pattern_problems("method.rank_pattern_personal", self.rank_pattern_personal, MOST_RANK, RANKS)
+        bad += rank_problems("method.rank_pattern_personal", self.rank_pattern_personal)
         if self.adapter not in LOW_RANK:
             bad.append(Problem("method.adapter", self.adapter, "lora or rslora: PF2LoRA adds two low-rank products"))
         if self.lr_personal < 0:

@@ -93,7 +93,9 @@ class SFT(Shared):
         bad = super().problems()
         if not 0 < self.density <= 1:
             bad.append(Problem("method.density", self.density, "a number in (0, 1]", "0.01, 0.05 and 0.1 are usual"))
-        bad += pattern_problems("method.density_pattern", self.density_pattern, 1, "densities in (0, 1]")
+        bad += pattern_problems(
+            "method.density_pattern", self.density_pattern, lambda d: 0 < d <= 1, "densities in (0, 1]"
+        )
         if self.layers not in ("target", "all"):
             bad.append(Problem("method.layers", self.layers, "target or all"))
         return bad

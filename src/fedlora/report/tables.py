@@ -47,10 +47,10 @@ def has_global(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 def score(row: Mapping[str, Any], heading: str) -> str:
     """A row's test score with its spread over seeds, and its view where the heading does not say it."""
-    if row["test"] is None:
+    if (shown := number(row["test"])) == NOTHING:
         return NOTHING
     spread = f" ± {number(row['test_std'])}" if row["test_std"] is not None else ""
-    return number(row["test"]) + spread + (f" {row['view']}" if heading == "test" else "")
+    return shown + spread + (f" {row['view']}" if heading == "test" else "")
 
 
 @dataclass(frozen=True)
