@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedlora import kernels
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src/fedlora"
 
@@ -56,6 +58,11 @@ MUTANTS = (
     Mutant("second derivatives of the last group alone", "tasks.py", "sums = found if sums is None else list(torch._foreach_add(sums, found))", "sums = found", "tests/test_tasks.py"),
     Mutant("the mixed product is with the wrong leaves", "tasks.py", "g = grad(value.sum(), [leaves[k] for k in v], create_graph=True)", "g = grad(value.sum(), [leaves[k] for k in list(leaves)[: len(v)]], create_graph=True)", "tests/test_tasks.py"),
     Mutant("labels stay behind when rows are sorted", "tasks.py", "order.to(v.device)] if v.ndim > 1 else v", 'order.to(v.device)] if v.ndim > 1 and n != "labels" else v', "tests/test_tasks.py"),
+    # compiled operators
+    Mutant("hidden keys get a gradient", "kernels/amx.c", "x = _mm512_maskz_mov_ps(seen, exponential(", "x = _mm512_maskz_mov_ps(0xffff, exponential(", "tests/test_kernels.py"),
+    Mutant("of heads that share a key the first alone counts", "kernels/amx.c", "dV[i] += O[i];", "dV[i] += 0;", "tests/test_kernels.py"),
+    Mutant("a second derivative is lost", "kernels/functions.py", "        (x,) = ctx.saved_tensors\n        if torch.is_grad_enabled():", "        (x,) = ctx.saved_tensors\n        if False:", "tests/test_kernels.py"),
+    Mutant("a trained layer is taken for a frozen one", "kernels/functions.py", "_fits(input, weight, bias) and frozen and", "_fits(input, weight, bias) and", "tests/test_kernels.py"),
     # model and optimizers
     Mutant("the adapter forgets its scale", "adapters.py", "self.alpha / r**0.5 if self.rs else self.alpha / r", "self.alpha / r", "tests/test_model.py -k peft"),
     Mutant("decay is coupled", "optim.py", "shrink = 1 - rate * self.weight_decay", "shrink = 1 - rate * self.weight_decay * 0.5", "tests/test_model.py -k optimizers"),
@@ -194,6 +201,10 @@ def main() -> int:
     parser.add_argument("-k", default="", help="only those whose description or file holds this text")
     options = parser.parse_args()
     chosen = [m for m in MUTANTS if options.k in m.why or options.k in m.file]
+    if why := kernels.unavailable():
+        left = [m for m in chosen if m.file.startswith("kernels/")]
+        chosen = [m for m in chosen if m not in left]
+        print(f"{len(left)} of compiled operators are left out: {why}")
     alive = 0
     with ThreadPoolExecutor(options.j) as pool:
         for m, dead in zip(chosen, pool.map(lambda m: found(m, sys.executable), chosen), strict=True):

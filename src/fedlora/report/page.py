@@ -280,7 +280,7 @@ def _about(run: Records) -> list[Block]:
     versions = ", ".join(f"{k} {v}" for k, v in e.get("packages", {}).items())
     where = (
         f"{e.get('processor', '')}, {e.get('cores', '?')} cores, {e.get('threads', '?')} threads, "
-        f"device {e.get('device', '?')}; Python {e.get('python', '?')}, {versions}"
+        f"device {e.get('device', '?')}{', compiled kernels' if e.get('kernels') == 'compiled' else ''}; Python {e.get('python', '?')}, {versions}"
     )
     recipe = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True) if run.recipe else ""
     out = [Block("Machine and versions", where if e else "unknown", wide=True)]

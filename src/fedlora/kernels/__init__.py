@@ -1,0 +1,19 @@
+"""Compiled forms of a few of PyTorch's operators in bf16, for CPUs with AMX.
+
+They compute what the operators compute, from the same arguments, with derivatives of any order; nothing above knows of them.
+Where the CPU, the compiler or the shape does not fit, PyTorch's own operators do the work.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .functions import MOST, Fused
+from .library import unavailable
+
+__all__ = ["MOST", "Fused", "unavailable", "useful"]
+
+
+def useful(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a base of this dtype on this device gains from them, and this process has them."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and unavailable() is None

@@ -1,0 +1,87 @@
+"""amx.c as a library: compiled by the system's C compiler when it is first wanted, and kept in the user's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("amx.c")
+FLAGS = ("-O3", "-std=c11", "-fPIC", "-fopenmp", "-mprefer-vector-width=512", "-mfma", "-mamx-tile", "-mamx-bf16",
+         "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16")  # fmt: skip
+NEEDS = ("amx_tile", "amx_bf16", "avx512_f", "avx512_bw", "avx512_vl", "avx512_bf16")  # of the CPU
+SECONDS = 120  # a compiler that takes longer hangs
+
+
+def folder() -> Path:
+    """Where compiled libraries are kept: $XDG_CACHE_HOME/fedlora, by default ~/.cache/fedlora."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedlora"
+
+
+def openmp() -> str | None:
+    """The OpenMP library that PyTorch has loaded. A second one would have threads of its own, which wait for the cores of the first."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    return next((path for line in maps.splitlines() if "libgomp" in (path := line.split(maxsplit=5)[-1])), None)
+
+
+def _compile(compiler: str, threads: str, to: Path) -> None:
+    """Raises OSError or subprocess.SubprocessError."""
+    to.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to.parent) as work:
+        half, whole = Path(work) / "amx.o", Path(work) / to.name
+        for command in (
+            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(half)],
+            [compiler, "-shared", str(half), threads, "-lm", "-o", str(whole)],
+        ):
+            subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
+        whole.replace(to)  # at once: another process may do the same now
+
+
+@cache
+def _loaded() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    able = torch.cpu.get_capabilities()
+    if missing := [n for n in NEEDS if not able.get(n)]:
+        return f"the CPU has no {missing[0]}"
+    compiler = shutil.which(os.environ.get("CC") or "cc")
+    if compiler is None:
+        return "there is no C compiler (cc, or the one that CC names)"
+    threads = openmp()
+    if threads is None:
+        return "PyTorch runs without GNU's OpenMP"
+    if not torch.cpu._init_amx():
+        return "the system does not let this process use AMX"
+    said = "\0".join((SOURCE.read_text(), *FLAGS, compiler, threads))
+    file = folder() / f"amx-{hashlib.sha256(said.encode()).hexdigest()[:16]}.so"
+    try:
+        if not file.exists():
+            _compile(compiler, threads, file)
+        return ctypes.CDLL(str(file))
+    except subprocess.CalledProcessError as e:
+        lines = e.stderr.decode(errors="replace").strip().splitlines()
+        return f"{compiler} cannot compile it: {lines[0] if lines else e}"
+    except (OSError, subprocess.SubprocessError) as e:
+        return f"it cannot be compiled and kept in {folder()}: {e}"
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot be used in this process; None if they can."""
+    found = _loaded()
+    return found if isinstance(found, str) else None
+
+
+def library() -> ctypes.CDLL:
+    """The library; `unavailable` says before whether there is one."""
+    found = _loaded()
+    assert not isinstance(found, str), found
+    return found

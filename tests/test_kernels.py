@@ -1,0 +1,276 @@
+"""Laws of the compiled operators: float64 and PyTorch's own operators say what they must compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import grad
+
+from fedlora import kernels
+from fedlora.kernels import functions, library
+from fedlora.tasks import CausalLM, Classification, Loss
+from fedlora.tree import Key, Params
+
+needs_kernels = pytest.mark.skipif(kernels.unavailable() is not None, reason=f"kernels: {kernels.unavailable()}")
+ROUNDING = 4e-3  # of bf16 through one attention, relative in norm; PyTorch's own is at 2 to 5e-3
+
+
+def away(a: Tensor, b: Tensor) -> float:
+    return float(((a.double() - b.double()).norm() / b.double().norm()).detach())
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+CASES = {  # rows, heads, heads per key head, queries, keys, width, mask
+    "minilm": (3, 4, 1, 64, 64, 32, "lengths"),
+    "odd sides": (2, 2, 1, 17, 17, 40, "lengths"),
+    "no mask": (2, 2, 1, 33, 33, 64, None),
+    "causal, key heads shared": (2, 4, 2, 40, 40, 16, "causal"),
+    "longer than a vector of threads": (1, 2, 1, 250, 250, 64, "lengths"),
+    "other keys than queries": (2, 2, 1, 20, 45, 32, "lengths"),
+}
+
+
+def case(name: str) -> tuple[list[Tensor], dict[str, Any], Tensor]:
+    """Tensors as a model hands them over: heads beside each other in memory, tokens apart."""
+    b, h, g, n, m, d, kind = CASES[name]
+    q = draw(b, n, h, d).transpose(1, 2).requires_grad_()
+    k, v = (draw(b, m, h // g, d, seed=i).transpose(1, 2).requires_grad_() for i in (1, 2))
+    said: dict[str, Any] = {"enable_gqa": g > 1, "is_causal": kind == "causal"}
+    if kind == "lengths":
+        lengths = torch.tensor([m, *(m // 2 + 1,) * (b - 1)])
+        said["attn_mask"] = (torch.arange(m)[None] < lengths[:, None])[:, None, None]
+    return [q, k, v], said, draw(b, h, n, d, seed=3)
+
+
+def in_double(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.detach().double().requires_grad_() for t in tensors]
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", CASES)
+def test_attention_and_its_derivatives_are_the_formula_in_float64(name: str) -> None:
+    tensors, said, g = case(name)
+    with kernels.Fused():
+        out = F.scaled_dot_product_attention(*tensors, **said)
+    assert type(out.grad_fn).__name__ == "AttentionBackward"
+    exact = in_double(tensors)
+    right = F.scaled_dot_product_attention(*exact, **said)
+    found, wanted = grad(out, tensors, g), grad(right, exact, g.double())
+    for a, b in zip((out, *found), (right, *wanted), strict=True):
+        assert away(a, b) < ROUNDING
+
+
+@needs_kernels
+def test_second_derivatives_of_attention_are_as_good_as_eager_ones() -> None:
+    tensors, said, g = case("minilm")
+    unseen = torch.where(said["attn_mask"], 0.0, -1e9)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT * 32**-0.5 + unseen.to(q)).softmax(-1) @ v
+
+    def second(tensors: list[Tensor], g: Tensor, compiled: bool = False) -> Tensor:
+        with kernels.Fused():
+            out = F.scaled_dot_product_attention(*tensors, **said) if compiled else eager(*tensors)
+        first = grad(out, tensors, g, create_graph=True)
+        found = grad(sum((x.square().sum() for x in first), torch.zeros(())), tensors)
+        return torch.cat([x.flatten() for x in found])
+
+    exact = second(in_double(tensors), g.double())
+    assert away(second(tensors, g, compiled=True), exact) < 1.2 * away(second(tensors, g), exact)
+
+
+@needs_kernels
+def test_a_row_that_sees_no_key_is_zero_and_gives_no_gradient() -> None:
+    tensors, _, g = case("minilm")
+    mask = torch.ones(3, 1, 64, 64, dtype=torch.bool)
+    mask[1, 0, 5] = False
+    with kernels.Fused():
+        out = F.scaled_dot_product_attention(*tensors, attn_mask=mask)
+    assert not out[1, :, 5].any() and out[1, :, 4].any()
+    dq = grad(out, tensors[0], g)[0]
+    assert not dq[1, :, 5].any() and dq[1, :, 4].any() and bool(dq.isfinite().all())
+
+
+@needs_kernels
+def test_a_number_that_is_none_stays_visible() -> None:
+    tensors, said, _ = case("no mask")
+    with torch.no_grad():
+        tensors[0][0, 0, 3, 0] = float("nan")
+        with kernels.Fused():
+            out = F.scaled_dot_product_attention(*tensors, **said)
+    assert bool(out[0, 0, 3].isnan().all()) and bool(out[1].isfinite().all())
+
+
+@needs_kernels
+def test_threads_change_no_bit_and_other_products_are_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN leaves the tiles of a thread as it set them, and looks at nothing before its next product."""
+    tensors, said, g = case("odd sides")
+    a, b = draw(300, 200), draw(200, 100)
+    product, found = a @ b, []
+    for n in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n: n)
+        with kernels.Fused():
+            out = F.scaled_dot_product_attention(*tensors, **said)
+        found.append([out, *grad(out, tensors, g)])
+        assert torch.equal(a @ b, product)
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu of tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_pytorchs(name: str) -> None:
+    """Values and second derivatives to the bit, first ones but for a rounding here and there."""
+    f, x, g = ACTIVATIONS[name], (draw(7, 33, 50) * 3).requires_grad_(), draw(7, 33, 50, seed=1)
+
+    def derivatives(y: Tensor) -> list[Tensor]:
+        twice = grad(y, x, g, create_graph=True)[0]
+        return [grad(twice.square().sum(), x, retain_graph=True)[0], grad(y, x, g)[0]]
+
+    with kernels.Fused():
+        y = f(x)
+    assert type(y.grad_fn).__name__ == "ActivationBackward" and torch.equal(y, f(x))
+    (second, first), (second_of, first_of) = derivatives(y), derivatives(f(x))
+    assert torch.equal(second, second_of) and away(first, first_of) < 1e-4
+
+
+@needs_kernels
+def test_a_frozen_layer_is_the_same_product() -> None:
+    x, w, b, g = draw(3, 5, 40).requires_grad_(), draw(24, 40), draw(24), draw(3, 5, 24)
+    with kernels.Fused():
+        y = F.linear(x, w, b)
+    assert type(y.grad_fn).__name__ == "LinearBackward"
+    assert away(y, F.linear(x, w, b)) < ROUNDING and away(grad(y, x, g)[0], grad(F.linear(x, w, b), x, g)[0]) < ROUNDING
+
+
+@needs_kernels
+def test_what_they_are_not_made_for_is_pytorchs() -> None:
+    """Each would be wrong, or a trained layer would get no gradient."""
+    (q, k, v), _, g = case("no mask")
+    learned = draw(1, 2, 33, 33).requires_grad_()
+    trained = draw(24, 64).requires_grad_()
+    with kernels.Fused():
+        added = F.scaled_dot_product_attention(q, k, v, attn_mask=learned)
+        layer = F.linear(q, trained)
+        full = F.gelu(q.float())
+    right = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v, learned)))
+    assert away(added, right) < 2 * ROUNDING
+    assert away(grad(added, learned, g)[0], grad(right, learned, g.double())[0]) < 2 * ROUNDING
+    assert grad(layer.sum(), trained)[0].any() and type(full.grad_fn).__name__ == "GeluBackward0"
+
+
+FAMILIES = {
+    **{
+        name: (make, False) for name, make in tiny.families().items() if not name.startswith("deberta")
+    },  # which has no sdpa
+    **{f"causal {name}": (make, True) for name, make in tiny.causal_families().items()},
+}
+
+
+def gradients(family: str, dtype: torch.dtype, attention: str, twice: bool = False, **more: Any) -> Tensor:
+    """Of the adapters on padded rows of two clients; twice: the product of the Hessian with a vector."""
+    make, causal = FAMILIES[family]
+    base = tiny.seeded(make).to(dtype)
+    base.config._attn_implementation = attention
+    ids = torch.randint(3, tiny.VOCABULARY, (2, 3, 32), generator=torch.Generator().manual_seed(5))
+    mask = (torch.arange(32) < torch.tensor([[32, 20, 9], [31, 30, 12]])[..., None]).long()
+    labels = torch.where(mask > 0, ids, -100) if causal else ids[..., 0] % tiny.CLASSES
+    batch = {
+        "input_ids": torch.where(mask > 0, ids, base.config.pad_token_id or 0),
+        "attention_mask": mask,
+        "labels": labels,
+    }
+    batch["weight"] = torch.ones(2, 3)
+    model = tiny.adapt(base, "causal-lm" if causal else "classification", dropout=False, **more)
+    loss = Loss(model, CausalLM() if causal else Classification(tiny.CLASSES))
+    leaves: Params = {}
+    for i, s in enumerate(model.groups["target"]):
+        for j, (part, shape) in enumerate((("A", (2, 4, s.in_)), ("B", (2, s.out, 4)))):
+            leaves[Key("lora", s.name, part)] = draw(*shape, seed=2 * i + j).float() / 4
+    if twice:
+        found = loss.hessian_vector(lambda p: p, leaves, {k: torch.ones_like(v) for k, v in leaves.items()}, batch)
+    else:
+        found = loss.gradient(lambda p: p, leaves, batch)[1]
+    return torch.cat([found[k].flatten() for k in sorted(found)])
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [*((f, "") for f in FAMILIES), ("bert", "twice"), ("causal llama", "twice"), ("bert", "checkpointing")],
+)
+def test_a_bases_gradient_is_as_near_to_fp32_as_without_them(
+    family: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the compiled attention is what was called."""
+    called: list[bool] = []
+    forward = functions.Attention.forward
+
+    def seen(*args: Any) -> Tensor:
+        called.append(True)
+        return forward(*args)
+
+    monkeypatch.setattr(functions.Attention, "forward", staticmethod(seen))
+    twice = way == "twice"
+    exact = gradients(family, torch.float32, "eager", twice)
+    plain = gradients(family, torch.bfloat16, "eager", twice, compiled=False)
+    assert not called
+    ours = gradients(family, torch.bfloat16, "sdpa", twice, checkpointing=way == "checkpointing")
+    assert called and away(ours, exact) < 1.5 * away(plain, exact)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """As in a process that has asked for no kernel yet."""
+    library._loaded.cache_clear()
+    yield
+    library._loaded.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_a_compiler_or_the_cpu_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    able = dict.fromkeys(library.NEEDS, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able | {"amx_bf16": False})
+    assert library.unavailable() == "the CPU has no amx_bf16"
+    assert not kernels.useful(torch.device("cpu"), torch.bfloat16)
+    library._loaded.cache_clear()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
+    monkeypatch.setattr(library, "openmp", lambda: "libgomp.so.1")
+    monkeypatch.setenv("CC", str(tmp_path / "none"))
+    assert library.unavailable() == "there is no C compiler (cc, or the one that CC names)"
+    library._loaded.cache_clear()
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'cc: error: unrecognized option -mamx-bf16' >&2\nexit 1\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert library.unavailable() == f"{compiler} cannot compile it: cc: error: unrecognized option -mamx-bf16"
+    assert list((tmp_path / "cache/fedlora").iterdir()) == []
+
+
+@needs_kernels
+@pytest.mark.usefixtures("fresh")
+def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert library.unavailable() is None
+    [file] = (tmp_path / "fedlora").iterdir()
+    made = file.stat().st_mtime_ns
+    library._loaded.cache_clear()
+    assert library.unavailable() is None and file.stat().st_mtime_ns == made
