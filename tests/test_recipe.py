@@ -416,7 +416,7 @@ def test_own_method(monkeypatch: pytest.MonkeyPatch) -> None:
 # hash ----------------------------------------------------------------------------------------------------------------
 OTHER = """
 model: {name: other, task: regression, targets: [query], attention: eager, dtype: bf16, device: cpu,
-        gradient_checkpointing: true, revision: v1}
+        gradient_checkpointing: true, revision: v1, kernels: none}
 data: {source: b.csv, subset: s, split: s, format: csv, text: other, label: other, template: 't {text}', test: t, validation: v,
        classes: [a, b], site: s, client: file, max_length: 32, limit: 10, encoding: latin-1}
 partition: {kind: quantity, clients: 9, alpha: 1.0, share: 0.1, classes: 3, column: c, domains: 2, min_size: 2,

@@ -37,7 +37,7 @@ class Model(Section):
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the frozen base; adapters are always fp32."""
-    kernels: Literal["auto", "off"] = "auto"
+    kernels: Literal["auto", "none"] = "auto"
     """Compiled forms of attention and activations, for a bf16 base on CPUs with AMX; the system's C compiler makes them."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     """One of auto, cpu, mps, cuda, cuda:0, cuda:1 and so on."""
