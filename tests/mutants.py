@@ -61,8 +61,8 @@ MUTANTS = (
     # compiled operators
     Mutant("hidden keys get a gradient", "kernels/amx.c", "x = _mm512_maskz_mov_ps(seen, exponential(", "x = _mm512_maskz_mov_ps(0xffff, exponential(", "tests/test_kernels.py"),
     Mutant("of heads that share a key the first alone counts", "kernels/amx.c", "dV[i] += O[i];", "dV[i] += 0;", "tests/test_kernels.py"),
-    Mutant("a second derivative is lost", "kernels/functions.py", "        (x,) = ctx.saved_tensors\n        if torch.is_grad_enabled():", "        (x,) = ctx.saved_tensors\n        if False:", "tests/test_kernels.py"),
-    Mutant("a trained layer is taken for a frozen one", "kernels/functions.py", "_fits(input, weight, bias) and frozen and", "_fits(input, weight, bias) and", "tests/test_kernels.py"),
+    Mutant("a second derivative is lost", "kernels/activations.py", "        (x,) = ctx.saved_tensors\n        if torch.is_grad_enabled():", "        (x,) = ctx.saved_tensors\n        if False:", "tests/test_kernels.py"),
+    Mutant("a trained layer is taken for a frozen one", "kernels/linear.py", "fits(input, weight, bias) and frozen and", "fits(input, weight, bias) and", "tests/test_kernels.py"),
     # model and optimizers
     Mutant("the adapter forgets its scale", "adapters.py", "self.alpha / r**0.5 if self.rs else self.alpha / r", "self.alpha / r", "tests/test_model.py -k peft"),
     Mutant("decay is coupled", "optim.py", "shrink = 1 - rate * self.weight_decay", "shrink = 1 - rate * self.weight_decay * 0.5", "tests/test_model.py -k optimizers"),

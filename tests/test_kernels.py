@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from fedlora import kernels
-from fedlora.kernels import functions, library
+from fedlora.kernels import attention, library
 from fedlora.tasks import CausalLM, Classification, Loss
 from fedlora.tree import Key, Params
 
@@ -220,13 +220,13 @@ def test_a_bases_gradient_is_as_near_to_fp32_as_without_them(
 ) -> None:
     """And the compiled attention is what was called."""
     called: list[bool] = []
-    forward = functions.Attention.forward
+    forward = attention.Attention.forward
 
     def seen(*args: Any) -> Tensor:
         called.append(True)
         return forward(*args)
 
-    monkeypatch.setattr(functions.Attention, "forward", staticmethod(seen))
+    monkeypatch.setattr(attention.Attention, "forward", staticmethod(seen))
     twice = way == "twice"
     exact = gradients(family, torch.float32, "eager", twice)
     plain = gradients(family, torch.bfloat16, "eager", twice, compiled=False)

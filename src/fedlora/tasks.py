@@ -6,6 +6,7 @@ their weighted sums. Rows of a block that only pad have weight 0. Metrics of pre
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import grad
 
+from .kernels import width
 from .model import Adapted, Batch
 from .tree import Key, Params
 
@@ -154,6 +156,19 @@ def fitted(batch: Batch, length: int) -> Batch:
     return {n: fit(n, v) if v.ndim > 2 else v for n, v in batch.items()}
 
 
+def packed(batch: Batch, lengths: Tensor, parts: int) -> list[Batch]:
+    """Groups of rows that are sorted by length, alike in their tokens, for a model that computes them without padding.
+
+    lengths [K b] of the rows; a client's rows that only pad count as one token.
+    """
+    pieces = []
+    for i in range(min(parts, lengths.shape[1])):
+        rows = {n: v[:, i::parts] if v.ndim > 1 else v for n, v in batch.items()}
+        piece = fitted(rows, int(lengths[:, i].max()))
+        pieces.append(piece | {"lengths": lengths[:, i::parts].clamp_min(1)})
+    return pieces
+
+
 def even(length: int, model: Adapted) -> int:
     """The length that rows of `length` tokens are computed at.
 
@@ -206,11 +221,14 @@ class Loss:
             n: v[torch.arange(k, device=v.device)[:, None], order.to(v.device)] if v.ndim > 1 else v
             for n, v in batch.items()
         }
-        longest = lengths.gather(1, order).amax(0).tolist()  # of the j-th longest rows
+        lengths = lengths.gather(1, order)
+        longest = lengths.amax(0).tolist()  # of the j-th longest rows
         device = batch["weight"].device.type
+        tokens = CACHED.get(self.model.dtype, INF) if device == "cpu" else INF
+        if self.model.packs(batch):
+            return packed(batch, lengths, max(self.parts, math.ceil(k * width(lengths) / tokens)))
         overhead = OVERHEAD.get(device, LAUNCHES) * (HALF.get(device, 2) if self.model.half else 1)
         wide = [even(n, self.model) for n in longest]
-        tokens = CACHED.get(self.model.dtype, INF) if device == "cpu" else INF
         cuts = cut(wide, k, overhead, most, SIZES if self.model.half else None, tokens)
         return [fitted(_rows(batch, i, j), wide[i]) for i, j in cuts if longest[i] > 0]
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from .functions import MOST, Fused
+from .attention import MOST
+from .fused import Fused, Next
 from .library import unavailable
+from .linear import LowRank
+from .packing import Packing, width
 
-__all__ = ["MOST", "Fused", "unavailable", "useful"]
+__all__ = ["MOST", "Fused", "LowRank", "Next", "Packing", "unavailable", "useful", "width"]
 
 
 def useful(device: torch.device, dtype: torch.dtype) -> bool:

@@ -167,7 +167,19 @@ static void tiles(Tiles *before) {
 
 /* ---- attention ----------------------------------------------------------------------------------------------------- */
 
-typedef struct { int rows, heads, per_key, queries, keys, width, threads; float scale; } Shape; /* per_key: query heads of a key head */
+/* per_key: query heads of a key head; queries: the most of a row. */
+typedef struct { int rows, heads, per_key, queries, keys, width, threads; float scale; } Shape;
+
+/* Where a row's tokens lie, for rows that follow each other without padding: they are its queries and its keys. A negative length
+   is of tokens that belong to no row, and zeros are put there. */
+typedef struct { int64_t row, start, length; } Place;
+
+static inline Place place(const Place *places, Shape z, int b) {
+  return places ? places[b] : (Place){.row = b, .start = 0, .length = z.queries};
+}
+
+/* First entry of a row. */
+static inline int64_t at(Place p, Strides s) { return p.row * s.row + p.start * s.token; }
 
 static void *take(char **room, size_t bytes) {
   void *here = *room;
@@ -183,60 +195,69 @@ static inline __m512 scores(const float *s, float scale, const uint8_t *mask, in
 }
 
 /* out = softmax(scale q k' + mask) v and the logarithms of the softmax's sums, for the backward pass; rows without a key are zero.
-   Strides: q, k, v, out, mask. Returns 1 without memory. */
+   places: 0 for rows that are rows of the tensors. Strides: q, k, v, out, mask. Returns 1 without memory. */
 int attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const uint8_t *mask, bf16 *out, float *sums, const Strides *s,
-                      Shape z) {
-  int L = padded(z.queries), M = padded(z.keys), D = padded(z.width), failed = 0;
+                      const Place *places, Shape z) {
+  size_t L = padded(z.queries), M = padded(z.keys), D = padded(z.width);
+  int failed = 0;
 #pragma omp parallel num_threads(z.threads)
   {
-    char *room = aligned_alloc(64, (size_t)L * M * 6 + (size_t)(L + M) * D * 6 + 512), *at = room;
+    char *room = aligned_alloc(64, L * M * 6 + (L + M) * D * 6 + 512), *left = room;
     if (!room) failed = 1;
-    float *S = take(&at, (size_t)L * M * 4), *O = take(&at, (size_t)L * D * 4);
-    bf16 *P = take(&at, (size_t)L * M * 2), *Q = take(&at, (size_t)L * D * 2), *K = take(&at, (size_t)M * D * 2);
-    uint32_t *right = take(&at, (size_t)M * D * 2);
+    float *S = take(&left, L * M * 4), *O = take(&left, L * D * 4);
+    bf16 *P = take(&left, L * M * 2), *Q = take(&left, L * D * 2), *K = take(&left, M * D * 2);
+    uint32_t *right = take(&left, M * D * 2);
     Tiles before;
     tiles(&before);
 #pragma omp for schedule(static) collapse(2)
     for (int b = 0; b < z.rows; b++)
       for (int h = 0; h < z.heads; h++) {
         if (!room) continue;
-        load(Q, q + b * s[0].row + h * s[0].head, s[0].token, z.queries, z.width);
-        load(K, k + b * s[1].row + h / z.per_key * s[1].head, s[1].token, z.keys, z.width);
-        if (b + 1 < z.rows) {
-          expect(q + (b + 1) * s[0].row, s[0], z.queries, z.heads, z.width, h, z.heads);
-          expect(k + (b + 1) * s[1].row, s[1], z.keys, z.heads / z.per_key, z.width, h, z.heads);
-          expect(v + (b + 1) * s[2].row, s[2], z.keys, z.heads / z.per_key, z.width, h, z.heads);
+        Place p = place(places, z, b);
+        bf16 *to = out + at(p, s[3]) + h * s[3].head;
+        if (p.length < 0) {
+          for (int i = 0; i < -p.length; i++) memset(to + i * s[3].token, 0, (size_t)z.width * 2);
+          continue;
         }
-        pairs_of_transpose(right, K, M, D);
-        product(S, Q, right, L, M, D);
-        for (int i = 0; i < z.queries; i++) {
-          const uint8_t *m = mask ? mask + b * s[4].row + h * s[4].head + i * s[4].token : 0;
-          float *line = S + (size_t)i * M;
+        int n = (int)p.length, m = places ? n : z.keys, l = padded(n), w = padded(m), shared = h / z.per_key;
+        load(Q, q + at(p, s[0]) + h * s[0].head, s[0].token, n, z.width);
+        load(K, k + at(p, s[1]) + shared * s[1].head, s[1].token, m, z.width);
+        if (b + 1 < z.rows) {
+          Place next = place(places, z, b + 1);
+          expect(q + at(next, s[0]), s[0], n, z.heads, z.width, h, z.heads);
+          expect(k + at(next, s[1]), s[1], m, z.heads / z.per_key, z.width, h, z.heads);
+          expect(v + at(next, s[2]), s[2], m, z.heads / z.per_key, z.width, h, z.heads);
+        }
+        pairs_of_transpose(right, K, w, D);
+        product(S, Q, right, l, w, D);
+        for (int i = 0; i < n; i++) {
+          const uint8_t *seeing = mask ? mask + b * s[4].row + h * s[4].head + i * s[4].token : 0;
+          float *line = S + (size_t)i * w;
           __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
           __mmask16 seen;
-          for (int j = 0; j < M; j += 16) {
-            __m512 x = scores(line + j, z.scale, m ? m + j : 0, z.keys - j, &seen);
+          for (int j = 0; j < w; j += 16) {
+            __m512 x = scores(line + j, z.scale, seeing ? seeing + j : 0, m - j, &seen);
             x = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, x);
             _mm512_storeu_ps(line + j, x);
             most = _mm512_max_ps(x, most); /* a NaN of x is not lost below: the exponential keeps it */
           }
           float top = _mm512_reduce_max_ps(most);
           if (top == -INFINITY) top = 0;
-          for (int j = 0; j < M; j += 16) {
+          for (int j = 0; j < w; j += 16) {
             __m512 x = exponential(_mm512_sub_ps(_mm512_loadu_ps(line + j), _mm512_set1_ps(top)));
             _mm512_storeu_ps(line + j, x);
             sum = _mm512_add_ps(sum, x);
           }
           float all = _mm512_reduce_add_ps(sum);
           __m512 share = _mm512_set1_ps(all == 0 ? 0 : 1 / all);
-          for (int j = 0; j < M; j += 16) put(P + (size_t)i * M + j, _mm512_mul_ps(_mm512_loadu_ps(line + j), share));
+          for (int j = 0; j < w; j += 16) put(P + (size_t)i * w + j, _mm512_mul_ps(_mm512_loadu_ps(line + j), share));
           sums[((int64_t)b * z.heads + h) * z.queries + i] = top + (all == 0 ? 0 : logf(all));
         }
-        memset(P + (size_t)z.queries * M, 0, (size_t)(L - z.queries) * M * 2);
-        load(K, v + b * s[2].row + h / z.per_key * s[2].head, s[2].token, z.keys, z.width);
-        pairs(right, K, M, D);
-        product(O, P, right, L, D, M);
-        store(out + b * s[3].row + h * s[3].head, s[3].token, O, z.queries, z.width);
+        memset(P + (size_t)n * w, 0, (size_t)(l - n) * w * 2);
+        load(K, v + at(p, s[2]) + shared * s[2].head, s[2].token, m, z.width);
+        pairs(right, K, w, D);
+        product(O, P, right, l, D, w);
+        store(to, s[3].token, O, n, z.width);
       }
     _tile_loadconfig(&before);
     free(room);
@@ -247,74 +268,86 @@ int attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const uint8_t
 /* Gradients of sum(g out) by q, k and v; P and X are the softmax and the gradient of the scores.
    Strides: q, k, v, g, mask, dq, dk, dv. Returns 1 without memory. */
 int attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *g, const uint8_t *mask, const float *sums, bf16 *dq,
-                       bf16 *dk, bf16 *dv, const Strides *s, Shape z) {
-  int L = padded(z.queries), M = padded(z.keys), D = padded(z.width), N = L > M ? L : M, failed = 0;
+                       bf16 *dk, bf16 *dv, const Strides *s, const Place *places, Shape z) {
+  size_t L = padded(z.queries), M = padded(z.keys), D = padded(z.width), N = L > M ? L : M;
+  int heads = z.heads / z.per_key, failed = 0;
 #pragma omp parallel num_threads(z.threads)
   {
-    char *room = aligned_alloc(64, (size_t)L * M * 14 + (size_t)(L + M) * D * 4 + (size_t)N * D * 18 + 1024), *at = room;
+    char *room = aligned_alloc(64, L * M * 14 + (L + M) * D * 4 + N * D * 18 + 1024), *left = room;
     if (!room) failed = 1;
-    float *S = take(&at, (size_t)L * M * 4), *dP = take(&at, (size_t)L * M * 4);
-    bf16 *P = take(&at, (size_t)L * M * 2), *X = take(&at, (size_t)L * M * 2);
-    uint32_t *turned = take(&at, (size_t)L * M * 2), *right = take(&at, (size_t)N * D * 2);
-    bf16 *Q = take(&at, (size_t)L * D * 2), *G = take(&at, (size_t)L * D * 2);
-    bf16 *K = take(&at, (size_t)M * D * 2), *V = take(&at, (size_t)M * D * 2);
-    float *O = take(&at, (size_t)N * D * 4), *dK = take(&at, (size_t)M * D * 4), *dV = take(&at, (size_t)M * D * 4);
+    float *S = take(&left, L * M * 4), *dP = take(&left, L * M * 4);
+    bf16 *P = take(&left, L * M * 2), *X = take(&left, L * M * 2);
+    uint32_t *turned = take(&left, L * M * 2), *right = take(&left, N * D * 2);
+    bf16 *Q = take(&left, L * D * 2), *G = take(&left, L * D * 2), *K = take(&left, M * D * 2), *V = take(&left, M * D * 2);
+    float *O = take(&left, N * D * 4), *dK = take(&left, M * D * 4), *dV = take(&left, M * D * 4);
     Tiles before;
     tiles(&before);
 #pragma omp for schedule(static) collapse(2)
     for (int b = 0; b < z.rows; b++)
-      for (int c = 0; c < z.heads / z.per_key; c++) {
+      for (int c = 0; c < heads; c++) {
         if (!room) continue;
-        load(K, k + b * s[1].row + c * s[1].head, s[1].token, z.keys, z.width);
-        load(V, v + b * s[2].row + c * s[2].head, s[2].token, z.keys, z.width);
+        Place p = place(places, z, b);
+        bf16 *to_q = dq + at(p, s[5]), *to_k = dk + at(p, s[6]) + c * s[6].head, *to_v = dv + at(p, s[7]) + c * s[7].head;
+        if (p.length < 0) {
+          for (int i = 0; i < -p.length; i++) {
+            for (int h = c * z.per_key; h < (c + 1) * z.per_key; h++)
+              memset(to_q + h * s[5].head + i * s[5].token, 0, (size_t)z.width * 2);
+            memset(to_k + i * s[6].token, 0, (size_t)z.width * 2);
+            memset(to_v + i * s[7].token, 0, (size_t)z.width * 2);
+          }
+          continue;
+        }
+        int n = (int)p.length, m = places ? n : z.keys, l = padded(n), w = padded(m);
+        load(K, k + at(p, s[1]) + c * s[1].head, s[1].token, m, z.width);
+        load(V, v + at(p, s[2]) + c * s[2].head, s[2].token, m, z.width);
         if (b + 1 < z.rows) {
-          int heads = z.heads / z.per_key;
-          expect(q + (b + 1) * s[0].row, s[0], z.queries, z.heads, z.width, c, heads);
-          expect(g + (b + 1) * s[3].row, s[3], z.queries, z.heads, z.width, c, heads);
-          expect(k + (b + 1) * s[1].row, s[1], z.keys, heads, z.width, c, heads);
-          expect(v + (b + 1) * s[2].row, s[2], z.keys, heads, z.width, c, heads);
+          Place next = place(places, z, b + 1);
+          expect(q + at(next, s[0]), s[0], n, z.heads, z.width, c, heads);
+          expect(g + at(next, s[3]), s[3], n, z.heads, z.width, c, heads);
+          expect(k + at(next, s[1]), s[1], m, heads, z.width, c, heads);
+          expect(v + at(next, s[2]), s[2], m, heads, z.width, c, heads);
         }
         for (int h = c * z.per_key; h < (c + 1) * z.per_key; h++) {
-          load(Q, q + b * s[0].row + h * s[0].head, s[0].token, z.queries, z.width);
-          load(G, g + b * s[3].row + h * s[3].head, s[3].token, z.queries, z.width);
-          pairs_of_transpose(right, K, M, D);
-          product(S, Q, right, L, M, D);
-          pairs_of_transpose(right, V, M, D);
-          product(dP, G, right, L, M, D);
-          for (int i = 0; i < z.queries; i++) {
-            const uint8_t *m = mask ? mask + b * s[4].row + h * s[4].head + i * s[4].token : 0;
-            float *line = S + (size_t)i * M, *d = dP + (size_t)i * M;
+          load(Q, q + at(p, s[0]) + h * s[0].head, s[0].token, n, z.width);
+          load(G, g + at(p, s[3]) + h * s[3].head, s[3].token, n, z.width);
+          pairs_of_transpose(right, K, w, D);
+          product(S, Q, right, l, w, D);
+          pairs_of_transpose(right, V, w, D);
+          product(dP, G, right, l, w, D);
+          for (int i = 0; i < n; i++) {
+            const uint8_t *seeing = mask ? mask + b * s[4].row + h * s[4].head + i * s[4].token : 0;
+            float *line = S + (size_t)i * w, *d = dP + (size_t)i * w;
             __m512 log = _mm512_set1_ps(sums[((int64_t)b * z.heads + h) * z.queries + i]), sum = _mm512_setzero_ps();
             __mmask16 seen;
-            for (int j = 0; j < M; j += 16) {
-              __m512 x = scores(line + j, z.scale, m ? m + j : 0, z.keys - j, &seen);
+            for (int j = 0; j < w; j += 16) {
+              __m512 x = scores(line + j, z.scale, seeing ? seeing + j : 0, m - j, &seen);
               x = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(x, log)));
               _mm512_storeu_ps(line + j, x);
-              put(P + (size_t)i * M + j, x);
+              put(P + (size_t)i * w + j, x);
               sum = _mm512_fmadd_ps(x, _mm512_loadu_ps(d + j), sum);
             }
             __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
-            for (int j = 0; j < M; j += 16) {
+            for (int j = 0; j < w; j += 16) {
               __m512 x = _mm512_mul_ps(_mm512_loadu_ps(line + j), _mm512_sub_ps(_mm512_loadu_ps(d + j), mean));
-              put(X + (size_t)i * M + j, _mm512_mul_ps(x, _mm512_set1_ps(z.scale)));
+              put(X + (size_t)i * w + j, _mm512_mul_ps(x, _mm512_set1_ps(z.scale)));
             }
           }
-          memset(P + (size_t)z.queries * M, 0, (size_t)(L - z.queries) * M * 2);
-          memset(X + (size_t)z.queries * M, 0, (size_t)(L - z.queries) * M * 2);
-          pairs(right, K, M, D);
-          product(O, X, right, L, D, M);
-          store(dq + b * s[5].row + h * s[5].head, s[5].token, O, z.queries, z.width);
-          turn(P, turned, L, M);
-          pairs(right, G, L, D);
-          product(h % z.per_key ? O : dV, P, right, M, D, L);
-          if (h % z.per_key) for (int i = 0; i < M * D; i++) dV[i] += O[i];
-          turn(X, turned, L, M);
-          pairs(right, Q, L, D);
-          product(h % z.per_key ? O : dK, X, right, M, D, L);
-          if (h % z.per_key) for (int i = 0; i < M * D; i++) dK[i] += O[i];
+          memset(P + (size_t)n * w, 0, (size_t)(l - n) * w * 2);
+          memset(X + (size_t)n * w, 0, (size_t)(l - n) * w * 2);
+          pairs(right, K, w, D);
+          product(O, X, right, l, D, w);
+          store(to_q + h * s[5].head, s[5].token, O, n, z.width);
+          turn(P, turned, l, w);
+          pairs(right, G, l, D);
+          product(h % z.per_key ? O : dV, P, right, w, D, l);
+          if (h % z.per_key) for (size_t i = 0; i < w * D; i++) dV[i] += O[i];
+          turn(X, turned, l, w);
+          pairs(right, Q, l, D);
+          product(h % z.per_key ? O : dK, X, right, w, D, l);
+          if (h % z.per_key) for (size_t i = 0; i < w * D; i++) dK[i] += O[i];
         }
-        store(dk + b * s[6].row + c * s[6].head, s[6].token, dK, z.keys, z.width);
-        store(dv + b * s[7].row + c * s[7].head, s[7].token, dV, z.keys, z.width);
+        store(to_k, s[6].token, dK, m, z.width);
+        store(to_v, s[7].token, dV, m, z.width);
       }
     _tile_loadconfig(&before);
     free(room);

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 SOURCE = Path(__file__).with_name("amx.c")
 FLAGS = ("-O3", "-std=c11", "-fPIC", "-fopenmp", "-mprefer-vector-width=512", "-mfma", "-mamx-tile", "-mamx-bf16",
@@ -85,3 +86,13 @@ def library() -> ctypes.CDLL:
     found = _loaded()
     assert not isinstance(found, str), found
     return found
+
+
+def fits(*tensors: Tensor | None) -> bool:
+    """Whether they are what the kernels compute on."""
+    return all(t is None or (t.dtype == torch.bfloat16 and t.device.type == "cpu") for t in tensors)
+
+
+def at(x: Tensor | None) -> ctypes.c_void_p:
+    """Its address, for the library."""
+    return ctypes.c_void_p(0 if x is None else x.data_ptr())

@@ -1,0 +1,52 @@
+"""PyTorch functions of a frozen base, answered by faster forms of the same: `with Fused(): base(...)`.
+
+Every answer takes what the function takes, and hands on to it what it is not made for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .activations import gelu, silu
+from .attention import attention, packed_attention
+from .linear import LowRank, linear
+from .packing import Packing
+
+ANSWERS: Mapping[Any, Callable[..., Tensor]] = {
+    F.scaled_dot_product_attention: attention,
+    F.gelu: gelu,
+    F.silu: silu,
+    F.linear: linear,
+}
+
+
+@dataclass
+class Next:
+    """What is to be added by the next linear layer of that weight; None once it is."""
+
+    delta: LowRank | None = None
+
+
+class Fused(TorchFunctionMode):
+    """Answers the functions above while it is active. packing: of the rows that attention will be asked for."""
+
+    def __init__(self, packing: Packing | None = None, adding: Next | None = None):
+        super().__init__()
+        self.packing, self.adding = packing, adding or Next()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs, delta = kwargs or {}, self.adding.delta
+        if func is F.scaled_dot_product_attention and self.packing is not None:
+            return packed_attention(self.packing, *args, **kwargs)
+        if func is F.linear and delta is not None and args[1:2] and args[1] is delta.weight:
+            self.adding.delta = None
+            return linear(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias"), delta)
+        return ANSWERS.get(func, func)(*args, **kwargs)

@@ -1,0 +1,75 @@
+"""Frozen linear layers, alone or with low-rank deltas, with fewer passes over their activations."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from .library import fits
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W' + b; the bias is part of the product, where F.linear fills the output with it first."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+class Linear(Function):
+    """x W' + b for frozen W and b."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return gs[0] @ weight, None, None
+
+
+class LowRank(NamedTuple):
+    """Deltas of the clients of a block at one layer: A [K r i], B [K o r], scaled, of the layer's dtype."""
+
+    weight: Tensor  # of the layer, [o i]
+    a: Tensor
+    b: Tensor
+
+
+class LowRankLinear(Function):
+    """x W' + b + (x A') B' for each client's rows of x; the delta is added into the product's own memory, and so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        y, rows = _product(x, weight, bias), x.reshape(len(a), -1, x.shape[-1])
+        h = torch.bmm(rows, a.mT)
+        y.view(len(a), -1, y.shape[-1]).baddbmm_(h, b.mT)
+        ctx.save_for_backward(x, weight, a, b)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b = ctx.saved_tensors
+        rows, g = x.reshape(len(a), -1, x.shape[-1]), gs[0].reshape(len(a), -1, len(weight))
+        dh, dx = torch.bmm(g, b), None
+        if x.requires_grad:
+            dx = gs[0].reshape(-1, len(weight)) @ weight
+            dx = dx.view(rows.shape)
+            dx = (torch.baddbmm(dx, dh, a) if torch.is_grad_enabled() else dx.baddbmm_(dh, a)).view(x.shape)
+        return dx, None, None, torch.bmm(dh.mT, rows), torch.bmm(g.mT, torch.bmm(rows, a.mT))
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, delta: LowRank | None = None) -> Tensor:
+    """F.linear, with a delta of this layer."""
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    able = fits(input, weight, bias) and frozen and weight.ndim == 2 and input.numel() > 0
+    if delta is not None:
+        assert able, "a delta is handed over for frozen layers in bf16 only"
+        y: Tensor = LowRankLinear.apply(input, weight, bias, delta.a, delta.b)
+    else:
+        y = Linear.apply(input, weight, bias) if able else F.linear(input, weight, bias)
+    return y

@@ -1,0 +1,69 @@
+"""Rows without padding: the tokens of a client's rows follow each other, [K b L] becomes [K T] with T the most of a client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+EVEN = 16  # T is a multiple: every shape of a bf16 product is compiled anew
+
+
+def width(lengths: Tensor) -> int:
+    """T of rows of these lengths, [K b]."""
+    return -(-int(lengths.sum(1).max()) // EVEN) * EVEN
+
+
+class Gather(Function):
+    """Rows of x [n d] at `index`, zeros where it is negative; `back` is the inverse, [n]. Any derivative is a gather too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(index, back)
+        return x.index_select(0, index.clamp_min(0)).masked_fill_((index < 0)[:, None], 0)
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
+        index, back = ctx.saved_tensors
+        return Gather.apply(gs[0], back, index), None, None
+
+
+class Packing:
+    """Where the tokens of right-padded rows lie. lengths: [K b], each at least 1; longest: L of the padded rows."""
+
+    def __init__(self, lengths: Tensor, longest: int):
+        self.lengths, self.clients, self.longest = lengths, len(lengths), longest
+        self.width = width(lengths)
+        starts = lengths.cumsum(1) - lengths
+        client = torch.arange(self.clients)[:, None].expand_as(lengths)
+        token = torch.arange(longest)
+        place = (client * self.width + starts)[..., None] + token
+        self.outside = torch.where(token < lengths[..., None], place, -1).flatten()  # packed token of each padded one
+        self.inside = torch.full((self.clients * self.width,), -1)  # padded token of each packed one
+        real = (self.outside >= 0).nonzero().flatten()
+        self.inside[self.outside[real]] = real
+        used = lengths.sum(1)
+        rest = torch.stack([torch.arange(self.clients), used, used - self.width], 1)
+        rows = torch.stack([client, starts, lengths], -1).flatten(0, 1)
+        self.places = torch.cat([rows, rest[rest[:, 2] < 0]]).contiguous()  # as amx.c has them
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[K*b L ...] to [K T ...]."""
+        rest: Sequence[int] = x.shape[2:]
+        y: Tensor = Gather.apply(x.flatten(0, 1).flatten(1), self.inside, self.outside)
+        return y.view(self.clients, self.width, *rest)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[K T ...] to [K*b L ...], zeros in the padding."""
+        rest: Sequence[int] = x.shape[2:]
+        y: Tensor = Gather.apply(x.flatten(0, 1).flatten(1), self.outside, self.inside)
+        return y.view(-1, self.longest, *rest)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Real tokens of the padded rows, bool [K*b 1 1 L]."""
+        return (self.outside >= 0).view(-1, 1, 1, self.longest)
