@@ -59,10 +59,14 @@ MUTANTS = (
     Mutant("the mixed product is with the wrong leaves", "tasks.py", "g = grad(value.sum(), [leaves[k] for k in v], create_graph=True)", "g = grad(value.sum(), [leaves[k] for k in list(leaves)[: len(v)]], create_graph=True)", "tests/test_tasks.py"),
     Mutant("labels stay behind when rows are sorted", "tasks.py", "order.to(v.device)] if v.ndim > 1 else v", 'order.to(v.device)] if v.ndim > 1 and n != "labels" else v', "tests/test_tasks.py"),
     # compiled operators
-    Mutant("hidden keys get a gradient", "kernels/amx.c", "x = _mm512_maskz_mov_ps(seen, exponential(", "x = _mm512_maskz_mov_ps(0xffff, exponential(", "tests/test_kernels.py"),
+    Mutant("hidden keys get a gradient", "kernels/amx.c", "seen, x[j]);\n    x[j] = _mm512_mul_ps(", "0xffff, x[j]);\n    x[j] = _mm512_mul_ps(", "tests/test_kernels.py"),
     Mutant("of heads that share a key the first alone counts", "kernels/amx.c", "dV[i] += O[i];", "dV[i] += 0;", "tests/test_kernels.py"),
     Mutant("a second derivative is lost", "kernels/activations.py", "        (x,) = ctx.saved_tensors\n        if torch.is_grad_enabled():", "        (x,) = ctx.saved_tensors\n        if False:", "tests/test_kernels.py"),
     Mutant("a trained layer is taken for a frozen one", "kernels/linear.py", "fits(input, weight, bias) and frozen and", "fits(input, weight, bias) and", "tests/test_kernels.py"),
+    Mutant("packed rows are taken for the first", "kernels/amx.c", "return p.row * s.row + p.start * s.token;", "return p.row * s.row;", "tests/test_kernels.py"),
+    Mutant("a delta is added by the layer and by its hook", "kernels/fused.py", "            self.adding.delta = None\n", "", "tests/test_kernels.py"),
+    Mutant("what a delta gives to lower layers is lost", "kernels/linear.py", "else dx.baddbmm_(dh, a)).view(x.shape)", "else dx).view(x.shape)", "tests/test_kernels.py"),
+    Mutant("rows of a packed group are lost", "tasks.py", "rows = {n: v[:, i::parts] if", "rows = {n: v[:, i : i + parts] if", "tests/test_kernels.py"),
     # model and optimizers
     Mutant("the adapter forgets its scale", "adapters.py", "self.alpha / r**0.5 if self.rs else self.alpha / r", "self.alpha / r", "tests/test_model.py -k peft"),
     Mutant("decay is coupled", "optim.py", "shrink = 1 - rate * self.weight_decay", "shrink = 1 - rate * self.weight_decay * 0.5", "tests/test_model.py -k optimizers"),

@@ -15,7 +15,7 @@ from torch.autograd import grad
 
 from fedlora import kernels
 from fedlora.kernels import attention, library
-from fedlora.tasks import CausalLM, Classification, Loss
+from fedlora.tasks import CausalLM, Classification, Loss, packed
 from fedlora.tree import Key, Params
 
 needs_kernels = pytest.mark.skipif(kernels.unavailable() is not None, reason=f"kernels: {kernels.unavailable()}")
@@ -175,7 +175,23 @@ def test_what_they_are_not_made_for_is_pytorchs() -> None:
     assert grad(layer.sum(), trained)[0].any() and type(full.grad_fn).__name__ == "GeluBackward0"
 
 
+PACKED = {"bert", "roberta", "distilbert", "electra", "xlm-roberta"}  # whose rows do without padding
+
+
+def encoders() -> dict[str, Any]:
+    """Encoders beside those of tiny.families."""
+    import transformers as t
+
+    small = {"vocab_size": tiny.VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+             "num_labels": tiny.CLASSES, "pad_token_id": 1, "max_position_embeddings": 64}  # fmt: skip
+    return {
+        "electra": lambda: t.ElectraForSequenceClassification(t.ElectraConfig(**small, embedding_size=8)),
+        "xlm-roberta": lambda: t.XLMRobertaForSequenceClassification(t.XLMRobertaConfig(**small)),
+    }
+
+
 FAMILIES = {
+    **{name: (make, False) for name, make in encoders().items()},
     **{
         name: (make, False) for name, make in tiny.families().items() if not name.startswith("deberta")
     },  # which has no sdpa
@@ -183,8 +199,11 @@ FAMILIES = {
 }
 
 
-def gradients(family: str, dtype: torch.dtype, attention: str, twice: bool = False, **more: Any) -> Tensor:
-    """Of the adapters on padded rows of two clients; twice: the product of the Hessian with a vector."""
+def gradients(
+    family: str, dtype: torch.dtype, attention: str, way: str = "", rows: slice = slice(None), **more: Any
+) -> Tensor:
+    """Of the adapters on padded rows of two clients, of which `rows` are taken. way "twice": the product of the Hessian with a vector;
+    "two adapters": two low-rank deltas at each layer."""
     make, causal = FAMILIES[family]
     base = tiny.seeded(make).to(dtype)
     base.config._attn_implementation = attention
@@ -196,43 +215,95 @@ def gradients(family: str, dtype: torch.dtype, attention: str, twice: bool = Fal
         "attention_mask": mask,
         "labels": labels,
     }
-    batch["weight"] = torch.ones(2, 3)
-    model = tiny.adapt(base, "causal-lm" if causal else "classification", dropout=False, **more)
+    batch = {n: v[rows] for n, v in (batch | {"weight": torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])}).items()}
+    model = tiny.adapt(
+        base, "causal-lm" if causal else "classification", dropout=False, checkpointing=way == "checkpointing", **more
+    )
     loss = Loss(model, CausalLM() if causal else Classification(tiny.CLASSES))
     leaves: Params = {}
     for i, s in enumerate(model.groups["target"]):
-        for j, (part, shape) in enumerate((("A", (2, 4, s.in_)), ("B", (2, s.out, 4)))):
-            leaves[Key("lora", s.name, part)] = draw(*shape, seed=2 * i + j).float() / 4
-    if twice:
+        for j, name in enumerate(("lora", "own") if way == "two adapters" else ("lora",)):
+            for n, (part, shape) in enumerate((("A", (2, 4, s.in_)), ("B", (2, s.out, 4)))):
+                leaves[Key(name, s.name, part)] = draw(*shape, seed=4 * i + 2 * j + n)[rows].float() / 4
+    if way == "twice":
         found = loss.hessian_vector(lambda p: p, leaves, {k: torch.ones_like(v) for k, v in leaves.items()}, batch)
     else:
         found = loss.gradient(lambda p: p, leaves, batch)[1]
-    return torch.cat([found[k].flatten() for k in sorted(found)])
+    return torch.cat([found[k].flatten(1) for k in sorted(found)], 1)
+
+
+WAYS = [
+    ("bert", "twice"),
+    ("causal llama", "twice"),
+    ("bert", "checkpointing"),
+    ("bert", "two adapters"),
+    ("gpt2", "two adapters"),
+]
 
 
 @needs_kernels
-@pytest.mark.parametrize(
-    ("family", "way"),
-    [*((f, "") for f in FAMILIES), ("bert", "twice"), ("causal llama", "twice"), ("bert", "checkpointing")],
-)
+@pytest.mark.parametrize(("family", "way"), [*((f, "") for f in FAMILIES), *WAYS])
 def test_a_bases_gradient_is_as_near_to_fp32_as_without_them(
     family: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the compiled attention is what was called."""
+    """And the compiled attention is what was called, without padding where the architecture is known to allow it."""
     called: list[bool] = []
     forward = attention.Attention.forward
 
-    def seen(*args: Any) -> Tensor:
-        called.append(True)
-        return forward(*args)
+    def seen(ctx: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any, packing: Any = None) -> Tensor:
+        called.append(packing is not None)
+        return forward(ctx, q, k, v, mask, scale, packing)
 
     monkeypatch.setattr(attention.Attention, "forward", staticmethod(seen))
-    twice = way == "twice"
-    exact = gradients(family, torch.float32, "eager", twice)
-    plain = gradients(family, torch.bfloat16, "eager", twice, compiled=False)
+    exact = gradients(family, torch.float32, "eager", way)
+    plain = gradients(family, torch.bfloat16, "eager", way, compiled=False)
     assert not called
-    ours = gradients(family, torch.bfloat16, "sdpa", twice, checkpointing=way == "checkpointing")
-    assert called and away(ours, exact) < 1.5 * away(plain, exact)
+    ours = gradients(family, torch.bfloat16, "sdpa", way)
+    assert called and set(called) == {family in PACKED and way != "checkpointing"}
+    assert away(ours, exact) < 1.5 * away(plain, exact)
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_clients_gradient_is_its_own(family: str) -> None:
+    """In a block as by itself, but for roundings; each has rows of its own lengths."""
+    block = gradients(family, torch.bfloat16, "sdpa")
+    for k in range(2):
+        alone = gradients(family, torch.bfloat16, "sdpa", rows=slice(k, k + 1))
+        assert away(block[k : k + 1], alone) < 5 * ROUNDING
+
+
+def test_rows_lie_behind_each_other_and_come_back() -> None:
+    lengths = torch.tensor([[5, 2, 1], [3, 3, 3], [20, 1, 1]])
+    packing = kernels.Packing(lengths, longest=20)
+    assert packing.width == 32 and kernels.width(lengths[:2]) == 16
+    x = torch.arange(1.0, 9 * 20 * 2 + 1).view(9, 20, 2)
+    real = torch.arange(20) < lengths.flatten()[:, None]
+    x = torch.where(real[..., None], x, 0).requires_grad_()
+    rows = packing.pack(x)
+    assert rows.shape == (3, 32, 2) and torch.equal(rows[1, 3:6], x[4, :3]) and not rows[1, 9:].any()
+    assert torch.equal(packing.unpack(rows), x)
+    g = draw(3, 32, 2).float().requires_grad_()
+    [found] = grad(rows, x, g, create_graph=True)
+    assert torch.equal(found, packing.unpack(g)) and torch.equal(grad(found.sum(), g)[0][1, :9], torch.ones(9, 2))
+    starts = {(int(r), int(s)): int(n) for r, s, n in packing.places}
+    assert starts == {(0, 0): 5, (0, 5): 2, (0, 7): 1, (0, 8): -24, (1, 0): 3, (1, 3): 3, (1, 6): 3, (1, 9): -23,
+                      (2, 0): 20, (2, 20): 1, (2, 21): 1, (2, 22): -10}  # fmt: skip
+
+
+def test_packed_groups_hold_every_row_once() -> None:
+    lengths = torch.tensor([[9, 8, 7, 4, 3], [9, 9, 2, 2, 0]])  # the last only pads
+    ids = torch.arange(1, 11).view(2, 5, 1).expand(2, 5, 9) * (torch.arange(9) < lengths[..., None])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": (ids > 0).long(),
+        "labels": torch.arange(10).view(2, 5),
+        "weight": (lengths > 0).float(),
+    }
+    pieces = packed(batch, lengths, 2)
+    assert [p["lengths"].tolist() for p in pieces] == [[[9, 7, 3], [9, 2, 1]], [[8, 4], [9, 2]]]
+    assert torch.equal(torch.cat([p["labels"] for p in pieces], 1).sort(1).values, batch["labels"])
+    assert [p["input_ids"].shape[2] for p in pieces] == [9, 9] and pieces[0]["weight"][1].tolist() == [1, 1, 0]
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def attention_of(r: Recipe, method: Method) -> str | None:
     if device == "cpu":
         dtype = pretrained.DTYPES[r.model.dtype]
         ours = r.model.kernels == "auto" and kernels.useful(torch.device(device), dtype)
-        return None if ours and r.data.max_length**2 <= kernels.MOST else "eager"
+        return None if ours and r.data.max_length <= kernels.MOST else "eager"
     return "eager" if method.second_order else None
 
 

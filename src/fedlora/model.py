@@ -22,10 +22,6 @@ Batch = dict[
     str, Tensor
 ]  # leaves [K b ...]; "labels" [K b ...], "weight" [K b] 0 on padding rows, "seed" [K b] of dropout; "lengths" [K b] if packed
 NOT_INPUTS = frozenset({"labels", "weight", "seed", "common", "lengths"})
-STACKS = {
-    "bert": "encoder.layer", "electra": "encoder.layer", "roberta": "encoder.layer", "xlm-roberta": "encoder.layer",
-    "camembert": "encoder.layer", "distilbert": "transformer.layer",
-}  # layers of encoders whose tokens meet in attention alone, by model type: their rows can do without padding  # fmt: skip
 
 
 class Site(NamedTuple):
@@ -76,11 +72,12 @@ class Adapted:
             config.use_cache = False  # keys and values of past tokens are only for generation
         self.base, self.call, self.dropout = base, call or _logits, dropout
         self.checkpointing = checkpointing
-        self.compiled = compiled and kernels.useful(self.device, self.dtype)
+        useful = compiled and kernels.useful(self.device, self.dtype)
+        self.compiled = kernels.Compiled(base, packs=not checkpointing) if useful else None
         self._bound: dict[str, list[deltas.Parts]] = {}
         self._fired: set[str] = set()  # sites that some forward has reached
         self._common: set[str] = set()  # sites that work on a tensor all examples share
-        self._rows = (1, 1)  # clients, clients * b of the batch at hand
+        self._clients, self._all_rows = 1, 1  # K and K * b of the batch at hand
         self._mode: ClientDropout | None = None
         self.groups: dict[str, tuple[Site, ...]] = {}
         modules = dict(base.named_modules())
@@ -88,14 +85,9 @@ class Adapted:
             self.groups[group] = tuple(self._site(n, modules) for n in names)
         hooked = {s.name for sites in self.groups.values() for s in sites}
         self.hooks = [modules[n].register_forward_hook(self._hook(n)) for n in sorted(hooked)]
-        self._adding, self._handed = kernels.Next(), False
         if self.compiled:
+            self.hooks += self.compiled.hooks
             self.hooks += [modules[n].register_forward_pre_hook(self._hand(n)) for n in sorted(hooked)]
-        self._packing: kernels.Packing | None = None
-        self.stack = self._stack()
-        if self.stack:
-            self.hooks.append(self.stack[0].register_forward_pre_hook(self._pack))
-            self.hooks.append(self.stack[-1].register_forward_hook(self._unpack))
         if checkpointing:
             self._enable_checkpointing()
 
@@ -132,7 +124,7 @@ class Adapted:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def add(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-            clients, rows = self._rows
+            clients, rows = self._clients, self._rows
             self._fired.add(name)
             if len(y) != rows and not isinstance(module, nn.Embedding):
                 self._common.add(name)
@@ -146,10 +138,8 @@ class Adapted:
                     f"model: site {name!r} works on a tensor that all examples share ({len(y)} rows, batch {rows}), so "
                     f"{clients} clients cannot be in one block; set run.block to 1 or choose other targets"
                 )
-            handed, left = self._handed, self._adding.delta
-            self._handed, self._adding.delta = False, None
-            if handed and left is None:
-                return y  # the layer has added it
+            if self.compiled and self.compiled.added():
+                return y
             for parts in bound:
                 y = deltas.apply(args[0], y, parts, module)
             return y
@@ -158,48 +148,22 @@ class Adapted:
 
     def _hand(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hand(module: nn.Module, args: tuple[Any, ...]) -> None:
-            """Low-rank deltas can be added within the layer's own product."""
             bound = self._bound.get(name)
-            if (
-                not bound
-                or any(p.keys() != {"A", "B"} for p in bound)
-                or not isinstance(module, nn.Linear)
-                or len(args[0]) != self._rows[1]
-            ):
-                return
-            a, b = (
-                torch.cat([p[part].to(module.weight.dtype) for p in bound], axis) for part, axis in (("A", 1), ("B", 2))
-            )
-            self._handed, self._adding.delta = True, kernels.LowRank(module.weight, a, b)
+            if self.compiled and bound and len(args[0]) == self._rows:
+                self.compiled.hand(module, bound)
 
         return hand
 
-    def _stack(self) -> list[nn.Module]:
-        """The layers that can do without padding, [] for none."""
-        config: Any = getattr(self.base, "config", None)
-        inner: Any = getattr(self.base, "base_model", None)
-        path = STACKS.get(getattr(config, "model_type", ""))
-        able = self.compiled and not self.checkpointing and getattr(config, "_attn_implementation", "") == "sdpa"
-        if path is None or inner is None or not able or getattr(config, "is_decoder", False):
-            return []
-        return list(inner.get_submodule(path))
+    @property
+    def _rows(self) -> int:
+        """Of the tensors that layers see: clients * b, or one for each client where its rows follow each other."""
+        return self._clients if self.compiled and self.compiled.inside else self._all_rows
 
     def packs(self, batch: Batch) -> bool:
         """Whether right-padded rows with their "lengths" are computed without the padding: where nothing is dropped."""
-        longest = batch["attention_mask"].shape[-1] if "attention_mask" in batch else kernels.MOST
-        return bool(self.stack) and not (self.dropout and "seed" in batch) and longest**2 <= kernels.MOST
-
-    def _pack(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._packing is None:
-            return None
-        self._rows = (self._packing.clients, self._packing.clients)
-        return (self._packing.pack(args[0]), *args[1:])
-
-    def _unpack(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        if self._packing is None:
-            return None
-        self._rows = (self._packing.clients, self._packing.lengths.numel())
-        return self._packing.unpack(out) if isinstance(out, Tensor) else (self._packing.unpack(out[0]), *out[1:])
+        if self.compiled is None or "attention_mask" not in batch or (self.dropout and "seed" in batch):
+            return False
+        return self.compiled.packs(batch["attention_mask"].shape[-1])
 
     def _enable_checkpointing(self) -> None:
         def contexts() -> Any:
@@ -243,28 +207,34 @@ class Adapted:
 
     def _operators(self) -> AbstractContextManager[Any]:
         """Around the base's own code."""
-        return kernels.Fused(self._packing, self._adding) if self.compiled else nullcontext()
+        return self.compiled.operators() if self.compiled else nullcontext()
+
+    @contextmanager
+    def _packed(self, batch: Batch) -> Iterator[None]:
+        if self.compiled is None or "lengths" not in batch:
+            yield
+            return
+        self.compiled.packing = kernels.Packing(batch["lengths"], batch["attention_mask"].shape[-1])
+        try:
+            yield
+        finally:
+            self.compiled.packing, self.compiled.inside = None, False
 
     def forward(self, p: Params, batch: Batch) -> Tensor:
         """Output of every row, [K b ...]. batch leaves [K b ...]."""
         self.bind(p)
         inputs = {n: v.flatten(0, 1) for n, v in batch.items() if n not in NOT_INPUTS}
         first = next(iter(batch.values()))
-        self._rows = (first.shape[0], first.shape[0] * first.shape[1])
-        lengths = batch.get("lengths")
-        self._packing = None if lengths is None else kernels.Packing(lengths, batch["attention_mask"].shape[-1])
-        try:
-            with self._operators() if self._mode is None else nullcontext():
-                y: Tensor = self.call(self.base, inputs)
-        finally:
-            self._packing = None
+        self._clients, self._all_rows = first.shape[0], first.shape[0] * first.shape[1]
+        with self._packed(batch), self._operators() if self._mode is None else nullcontext():
+            y: Tensor = self.call(self.base, inputs)
         return y.unflatten(0, first.shape[:2])
 
     @contextmanager
     def serving(self, p: Params) -> Iterator[None]:
         """The base itself computes with deltas p (K = 1) bound: for `generate`, which calls it many times."""
         self.bind(p)
-        self._rows = (1, 1)
+        self._clients, self._all_rows = 1, 1
         config: Any = self.base.config
         cache = getattr(config, "use_cache", None)
         config.use_cache = True

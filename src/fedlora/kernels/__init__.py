@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 
 from .attention import MOST
-from .fused import Fused, Next
+from .fused import Fused
+from .hooks import Compiled
 from .library import unavailable
-from .linear import LowRank
 from .packing import Packing, width
 
-__all__ = ["MOST", "Fused", "LowRank", "Next", "Packing", "unavailable", "useful", "width"]
+__all__ = ["MOST", "Compiled", "Fused", "Packing", "unavailable", "useful", "width"]
 
 
 def useful(device: torch.device, dtype: torch.dtype) -> bool:

@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { KEYS = 1024 }; /* at most, for a query */
+
 typedef uint16_t bf16;
 typedef struct { int64_t row, head, token; } Strides; /* in entries; the last axis is dense */
 
@@ -194,9 +196,60 @@ static inline __m512 scores(const float *s, float scale, const uint8_t *mask, in
   return _mm512_mul_ps(_mm512_loadu_ps(s), _mm512_set1_ps(scale));
 }
 
-/* out = softmax(scale q k' + mask) v and the logarithms of the softmax's sums, for the backward pass; rows without a key are zero.
+typedef struct { float top, share; } Softmax; /* of a query: e^(score - top) share */
+
+/* P of one query over `vectors` * 16 keys. Inlined with a known number of vectors, they stay in registers. */
+static inline __attribute__((always_inline)) Softmax soften(bf16 *P, const float *s, const uint8_t *mask, int keys, int vectors, float scale) {
+  __m512 x[KEYS / 16], most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+  __mmask16 seen;
+  for (int j = 0; j < vectors; j++) {
+    x[j] = scores(s + 16 * j, scale, mask ? mask + 16 * j : 0, keys - 16 * j, &seen);
+    x[j] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, x[j]);
+    most = _mm512_max_ps(x[j], most); /* a NaN is not lost below: the exponential keeps it */
+  }
+  float top = _mm512_reduce_max_ps(most);
+  if (top == -INFINITY) top = 0;
+  for (int j = 0; j < vectors; j++) {
+    x[j] = exponential(_mm512_sub_ps(x[j], _mm512_set1_ps(top)));
+    sum = _mm512_add_ps(sum, x[j]);
+  }
+  float all = _mm512_reduce_add_ps(sum), share = all == 0 ? 0 : 1 / all;
+  for (int j = 0; j < vectors; j++) put(P + 16 * j, _mm512_mul_ps(x[j], _mm512_set1_ps(share)));
+  return (Softmax){top, share};
+}
+
+/* The same P again, and X, the gradient of the query's scores, of dP. */
+static inline __attribute__((always_inline)) void harden(bf16 *P, bf16 *X, const float *s, const float *dP, Softmax of, const uint8_t *mask,
+                                                         int keys, int vectors, float scale) {
+  __m512 x[KEYS / 16], sum = _mm512_setzero_ps();
+  __mmask16 seen;
+  for (int j = 0; j < vectors; j++) {
+    x[j] = scores(s + 16 * j, scale, mask ? mask + 16 * j : 0, keys - 16 * j, &seen);
+    x[j] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, x[j]);
+    x[j] = _mm512_mul_ps(exponential(_mm512_sub_ps(x[j], _mm512_set1_ps(of.top))), _mm512_set1_ps(of.share));
+    put(P + 16 * j, x[j]);
+    sum = _mm512_fmadd_ps(x[j], _mm512_loadu_ps(dP + 16 * j), sum);
+  }
+  __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
+  for (int j = 0; j < vectors; j++) {
+    __m512 d = _mm512_mul_ps(x[j], _mm512_sub_ps(_mm512_loadu_ps(dP + 16 * j), mean));
+    put(X + 16 * j, _mm512_mul_ps(d, _mm512_set1_ps(scale)));
+  }
+}
+
+/* A statement for the usual numbers of vectors, V, and for any. */
+#define FOR_VECTORS(number, statement)                                   \
+  switch (number) {                                                      \
+    case 2: { enum { V = 2 }; statement; break; }                        \
+    case 4: { enum { V = 4 }; statement; break; }                        \
+    case 6: { enum { V = 6 }; statement; break; }                        \
+    case 8: { enum { V = 8 }; statement; break; }                        \
+    default: { const int V = number; statement; }                        \
+  }
+
+/* out = softmax(scale q k' + mask) v and what the backward pass needs of the softmax; rows without a key are zero.
    places: 0 for rows that are rows of the tensors. Strides: q, k, v, out, mask. Returns 1 without memory. */
-int attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const uint8_t *mask, bf16 *out, float *sums, const Strides *s,
+int attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const uint8_t *mask, bf16 *out, Softmax *softmax, const Strides *s,
                       const Place *places, Shape z) {
   size_t L = padded(z.queries), M = padded(z.keys), D = padded(z.width);
   int failed = 0;
@@ -230,29 +283,10 @@ int attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const uint8_t
         }
         pairs_of_transpose(right, K, w, D);
         product(S, Q, right, l, w, D);
-        for (int i = 0; i < n; i++) {
-          const uint8_t *seeing = mask ? mask + b * s[4].row + h * s[4].head + i * s[4].token : 0;
-          float *line = S + (size_t)i * w;
-          __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-          __mmask16 seen;
-          for (int j = 0; j < w; j += 16) {
-            __m512 x = scores(line + j, z.scale, seeing ? seeing + j : 0, m - j, &seen);
-            x = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, x);
-            _mm512_storeu_ps(line + j, x);
-            most = _mm512_max_ps(x, most); /* a NaN of x is not lost below: the exponential keeps it */
-          }
-          float top = _mm512_reduce_max_ps(most);
-          if (top == -INFINITY) top = 0;
-          for (int j = 0; j < w; j += 16) {
-            __m512 x = exponential(_mm512_sub_ps(_mm512_loadu_ps(line + j), _mm512_set1_ps(top)));
-            _mm512_storeu_ps(line + j, x);
-            sum = _mm512_add_ps(sum, x);
-          }
-          float all = _mm512_reduce_add_ps(sum);
-          __m512 share = _mm512_set1_ps(all == 0 ? 0 : 1 / all);
-          for (int j = 0; j < w; j += 16) put(P + (size_t)i * w + j, _mm512_mul_ps(_mm512_loadu_ps(line + j), share));
-          sums[((int64_t)b * z.heads + h) * z.queries + i] = top + (all == 0 ? 0 : logf(all));
-        }
+        const uint8_t *seeing = mask ? mask + b * s[4].row + h * s[4].head : 0;
+        Softmax *of = softmax + ((int64_t)b * z.heads + h) * z.queries;
+        FOR_VECTORS(w / 16, for (int i = 0; i < n; i++) of[i] = soften(
+          P + i * w, S + i * w, seeing ? seeing + i * s[4].token : 0, m, V, z.scale))
         memset(P + (size_t)n * w, 0, (size_t)(l - n) * w * 2);
         load(K, v + at(p, s[2]) + shared * s[2].head, s[2].token, m, z.width);
         pairs(right, K, w, D);
@@ -267,7 +301,7 @@ int attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const uint8_t
 
 /* Gradients of sum(g out) by q, k and v; P and X are the softmax and the gradient of the scores.
    Strides: q, k, v, g, mask, dq, dk, dv. Returns 1 without memory. */
-int attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *g, const uint8_t *mask, const float *sums, bf16 *dq,
+int attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *g, const uint8_t *mask, const Softmax *softmax, bf16 *dq,
                        bf16 *dk, bf16 *dv, const Strides *s, const Place *places, Shape z) {
   size_t L = padded(z.queries), M = padded(z.keys), D = padded(z.width), N = L > M ? L : M;
   int heads = z.heads / z.per_key, failed = 0;
@@ -314,24 +348,10 @@ int attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *
           product(S, Q, right, l, w, D);
           pairs_of_transpose(right, V, w, D);
           product(dP, G, right, l, w, D);
-          for (int i = 0; i < n; i++) {
-            const uint8_t *seeing = mask ? mask + b * s[4].row + h * s[4].head + i * s[4].token : 0;
-            float *line = S + (size_t)i * w, *d = dP + (size_t)i * w;
-            __m512 log = _mm512_set1_ps(sums[((int64_t)b * z.heads + h) * z.queries + i]), sum = _mm512_setzero_ps();
-            __mmask16 seen;
-            for (int j = 0; j < w; j += 16) {
-              __m512 x = scores(line + j, z.scale, seeing ? seeing + j : 0, m - j, &seen);
-              x = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(x, log)));
-              _mm512_storeu_ps(line + j, x);
-              put(P + (size_t)i * w + j, x);
-              sum = _mm512_fmadd_ps(x, _mm512_loadu_ps(d + j), sum);
-            }
-            __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
-            for (int j = 0; j < w; j += 16) {
-              __m512 x = _mm512_mul_ps(_mm512_loadu_ps(line + j), _mm512_sub_ps(_mm512_loadu_ps(d + j), mean));
-              put(X + (size_t)i * w + j, _mm512_mul_ps(x, _mm512_set1_ps(z.scale)));
-            }
-          }
+          const uint8_t *seeing = mask ? mask + b * s[4].row + h * s[4].head : 0;
+          const Softmax *of = softmax + ((int64_t)b * z.heads + h) * z.queries;
+          FOR_VECTORS(w / 16, for (int i = 0; i < n; i++) harden(
+            P + i * w, X + i * w, S + i * w, dP + i * w, of[i], seeing ? seeing + i * s[4].token : 0, m, V, z.scale))
           memset(P + (size_t)n * w, 0, (size_t)(l - n) * w * 2);
           memset(X + (size_t)n * w, 0, (size_t)(l - n) * w * 2);
           pairs(right, K, w, D);

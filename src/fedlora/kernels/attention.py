@@ -13,7 +13,7 @@ from torch.autograd import Function, grad
 from .library import at, fits, library
 from .packing import Packing
 
-MOST = 1 << 20  # scores of a head: its room on a thread is 14 bytes for each
+MOST = 1024  # queries or keys: a thread's room for the scores of a head is 14 bytes for each
 FEWEST = 8  # queries: a generated token by itself would be padded to 32
 
 
@@ -71,16 +71,16 @@ class Attention(Function):
     ) -> Tensor:
         q, k, v = dense(q), dense(k), dense(v)
         shape, places = _shape(q, k, scale, packing), None if packing is None else packing.places
-        out, sums = _like(q), q.new_empty(shape.rows, shape.heads, shape.queries, dtype=torch.float32)
+        out, softmax = _like(q), q.new_empty(shape.rows, shape.heads, shape.queries, 2, dtype=torch.float32)
         strides = _strides(q, k, v, out, q if mask is None else mask)
-        _done(library().attention_forward(*map(at, (q, k, v, mask, out, sums)), strides, at(places), shape))
-        ctx.save_for_backward(q, k, v, mask, sums)
+        _done(library().attention_forward(*map(at, (q, k, v, mask, out, softmax)), strides, at(places), shape))
+        ctx.save_for_backward(q, k, v, mask, softmax)
         ctx.scale, ctx.packing = scale, packing
         return out
 
     @staticmethod
     def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, sums = ctx.saved_tensors
+        q, k, v, mask, softmax = ctx.saved_tensors
         packing: Packing | None = ctx.packing
         if torch.is_grad_enabled():
             wanted = [x for x in (q, k, v) if x.requires_grad]
@@ -95,7 +95,7 @@ class Attention(Function):
         g = dense(gs[0])
         dq, dk, dv = _like(q), _like(k), _like(v)
         strides = _strides(q, k, v, g, g if mask is None else mask, dq, dk, dv)
-        tensors, places = map(at, (q, k, v, g, mask, sums, dq, dk, dv)), None if packing is None else packing.places
+        tensors, places = map(at, (q, k, v, g, mask, softmax, dq, dk, dv)), None if packing is None else packing.places
         _done(library().attention_backward(*tensors, strides, at(places), _shape(q, k, ctx.scale, packing)))
         return dq, dk, dv, None, None, None
 
@@ -113,7 +113,7 @@ def attention(
     """F.scaled_dot_product_attention."""
     able = (
         fits(query, key, value) and query.ndim == key.ndim == 4 and key.shape == value.shape and not dropout_p
-        and query.shape[2] >= FEWEST and query.shape[2] * key.shape[2] <= MOST and (enable_gqa or query.shape[1] == key.shape[1])
+        and FEWEST <= query.shape[2] <= MOST and key.shape[2] <= MOST and (enable_gqa or query.shape[1] == key.shape[1])
     )  # fmt: skip
     if not able:
         return F.scaled_dot_product_attention(

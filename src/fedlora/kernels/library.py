@@ -51,6 +51,8 @@ def _compile(compiler: str, threads: str, to: Path) -> None:
 @cache
 def _loaded() -> ctypes.CDLL | str:
     """The library, or why there is none."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return f"torch {torch.__version__} does not say what the CPU has"
     able = torch.cpu.get_capabilities()
     if missing := [n for n in NEEDS if not able.get(n)]:
         return f"the CPU has no {missing[0]}"
