@@ -105,6 +105,7 @@ LAUNCHES = 16_384  # the same on an accelerator, where many small kernels cost m
 HALF = {"cpu": 8}  # how many times as much in half precision: tokens are faster, and oneDNN packs the weights anew
 INF = float("inf")
 CACHED = {torch.float32: 2048, torch.bfloat16: 4096}  # padded tokens whose activations a CPU's caches still hold, about
+COMPILED = 8192  # the same with compiled attention, whose scores need no room there
 EVEN = 8  # in half precision lengths are multiples of this, and rows come in SIZES: see `cut`
 SIZES = sorted({a * 2**n for a in (1, 3) for n in range(12)})
 
@@ -225,6 +226,7 @@ class Loss:
         longest = lengths.amax(0).tolist()  # of the j-th longest rows
         device = batch["weight"].device.type
         tokens = CACHED.get(self.model.dtype, INF) if device == "cpu" else INF
+        tokens = COMPILED if self.model.compiled else tokens
         if self.model.packs(batch):
             return packed(batch, lengths, max(self.parts, math.ceil(k * width(lengths) / tokens)))
         overhead = OVERHEAD.get(device, LAUNCHES) * (HALF.get(device, 2) if self.model.half else 1)
