@@ -37,7 +37,7 @@ DEPLOY = "tests/test_deploy.py"
 MUTANTS = (
     # engine: blocks, resume, ownership
     Mutant("a client out of batches goes on training", "engine.py", "work = where(alive[-1], new, work)", "work = new", f"{CONTRACT} -k block_equals"),
-    Mutant("dropout depends on the block", "dropout.py", "start = mix(seeds + signed(call * GOLDEN))", "start = mix(torch.arange(len(seeds)) + signed(call * GOLDEN))", f"{CONTRACT} -k block_equals"),
+    Mutant("dropout depends on the block", "dropout.py", "return mix(seeds + signed(call * GOLDEN))", "return mix(torch.arange(len(seeds)) + signed(call * GOLDEN))", f"{CONTRACT} -k block_equals"),
     Mutant("padding rows count", "tasks.py", 'out["weight"] = (torch.arange(b)[None] < rows[:, None]).float()', 'out["weight"] = torch.ones(len(rows), b)', f"{CONTRACT} -k block_equals"),
     Mutant("a dropped round's client state is taken up", "store.py", 'int(n.split(".")[0]) < before]', 'int(n.split(".")[0]) <= before]', f"tests/test_store.py {CONTRACT} -k 'dropped or crash'"),
     Mutant("the order of leaves follows the file", "tree.py", "for k in sorted(ps[0]):", "for k in ps[0]:", "tests/test_tree.py"),
@@ -66,6 +66,7 @@ MUTANTS = (
     Mutant("packed rows are taken for the first", "kernels/amx.c", "return p.row * s.row + p.start * s.token;", "return p.row * s.row;", "tests/test_kernels.py"),
     Mutant("a delta is added by the layer and by its hook", "kernels/fused.py", "            self.adding.delta = None\n", "", "tests/test_kernels.py"),
     Mutant("what a delta gives to lower layers is lost", "kernels/linear.py", "else dx.baddbmm_(dh, a)).view(x.shape)", "else dx).view(x.shape)", "tests/test_kernels.py"),
+    Mutant("compiled masks repeat along a line", "kernels/dropout.c", "mix(first + (uint64_t)(from / 4 + j) * step", "mix(first + (uint64_t)j * step", "tests/test_kernels.py"),
     Mutant("rows of a packed group are lost", "tasks.py", "rows = {n: v[:, i::parts] if", "rows = {n: v[:, i : i + parts] if", "tests/test_kernels.py"),
     # model and optimizers
     Mutant("the adapter forgets its scale", "adapters.py", "self.alpha / r**0.5 if self.rs else self.alpha / r", "self.alpha / r", "tests/test_model.py -k peft"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from fedlora import kernels
+from fedlora.dropout import ClientDropout
 from fedlora.kernels import attention, library
 from fedlora.tasks import CausalLM, Classification, Loss, packed
 from fedlora.tree import Key, Params
@@ -306,6 +307,41 @@ def test_packed_groups_hold_every_row_once() -> None:
     assert [p["input_ids"].shape[2] for p in pieces] == [9, 9] and pieces[0]["weight"][1].tolist() == [1, 1, 0]
 
 
+needs_dropout = pytest.mark.skipif(
+    kernels.unavailable("dropout") is not None, reason=f"kernels: {kernels.unavailable('dropout')}"
+)
+
+
+@needs_dropout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6, 30), (6, 7, 33), (6, 3, 5, 5), (6, 12, 17, 64), (6, 2, 9001)])
+def test_dropout_is_the_plain_one_to_the_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Two calls in a row with rates of their own, and the gradient; an axis split or turned does not matter."""
+    seeds = torch.randint(0, 2**62, (6,), generator=torch.Generator().manual_seed(0))
+    x, g, found = draw(*shape).to(dtype).requires_grad_(), draw(*shape, seed=1).to(dtype), []
+    for compiled in (True, False):
+        with ClientDropout(seeds, compiled=compiled):
+            first = F.dropout(x, 0.1, training=True)
+            y = F.dropout(first, 0.37, training=True)
+        assert (type(first.grad_fn).__name__ == "DropoutBackward") == compiled
+        found.append((y, *grad(y, x, g)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and found[0][0].any()
+    turned = draw(*reversed(shape)).to(dtype).permute(*reversed(range(len(shape))))
+    with ClientDropout(seeds):
+        one = F.dropout(turned, 0.3, training=True)
+    with ClientDropout(seeds):
+        assert torch.equal(one, F.dropout(turned.contiguous(), 0.3, training=True))
+
+
+@needs_dropout
+def test_dropout_can_be_differentiated_twice() -> None:
+    x = draw(4, 5, 8).float().requires_grad_()
+    with ClientDropout(torch.arange(4)):
+        y = F.dropout(x, 0.5, training=True)
+    first = grad(y.square().sum(), x, create_graph=True)[0]
+    assert torch.equal(grad(first.sum(), x)[0], 8.0 * (y != 0))
+
+
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """As in a process that has asked for no kernel yet."""
@@ -316,7 +352,7 @@ def fresh() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh")
 def test_without_a_compiler_or_the_cpu_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    able = dict.fromkeys(library.NEEDS, True)
+    able = dict.fromkeys(library.SOURCES["amx"].needs, True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able | {"amx_bf16": False})
     assert library.unavailable() == "the CPU has no amx_bf16"
     assert not kernels.useful(torch.device("cpu"), torch.bfloat16)

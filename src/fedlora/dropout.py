@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from . import kernels
 from .errors import ModelError
 
 GOLDEN = -7046029254386353131  # 2^64 / golden ratio as a signed integer: splitmix64's increment
@@ -50,20 +51,31 @@ def keep_mask(seeds: Tensor, call: int, shape: torch.Size, p: float) -> Tensor:
     counter = torch.arange(last, device=seeds.device)
     for n in reversed(shape[1:-1]):
         counter = torch.arange(n, device=seeds.device).view(-1, *[1] * counter.ndim) + counter * WIDEST
-    start = mix(seeds + signed(call * GOLDEN)).view(-1, *[1] * counter.ndim)
+    start = starts(seeds, call).view(-1, *[1] * counter.ndim)
     bits = mix(start + (counter + 1) * GOLDEN).view(torch.int16)
-    return bits.unflatten(-1, (last * 4,))[..., : shape[-1]] >= round(p * 65536) - 32768
+    return bits.unflatten(-1, (last * 4,))[..., : shape[-1]] >= least(p)
+
+
+def starts(seeds: Tensor, call: int) -> Tensor:
+    """What the rows' masks of a call are hashed from, int64 [rows]."""
+    return mix(seeds + signed(call * GOLDEN))
+
+
+def least(p: float) -> int:
+    """The smallest of 16 bits that keep an entry."""
+    return round(p * 65536) - 32768
 
 
 class ClientDropout(TorchFunctionMode):
     """Active around one forward and its backward.
 
-    seeds: int64 [rows], one per row of the flattened batch; None switches dropout off. common: the step's seed.
+    seeds: int64 [rows], one per row of the flattened batch; None switches dropout off. common: the step's seed. compiled: use the
+    compiled form of the same masks where there is one.
     """
 
-    def __init__(self, seeds: Tensor | None, common: int = 0):
+    def __init__(self, seeds: Tensor | None, common: int = 0, compiled: bool = True):
         super().__init__()
-        self.seeds, self.common, self.call = seeds, common, 0
+        self.seeds, self.common, self.compiled, self.call = seeds, common, compiled, 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -83,6 +95,9 @@ class ClientDropout(TorchFunctionMode):
         if self.seeds is None or not named.get("training", True) or p == 0.0:
             return x
         self.call += 1
+        if x.shape[0] == len(self.seeds) and self.compiled and kernels.drops(x):
+            kept = (torch.ones(1) / (1 - p)).to(x.dtype).item()
+            return kernels.Dropout.apply(x, starts(self.seeds, self.call), least(p), kept)
         if x.shape[0] == len(self.seeds):
             mask = keep_mask(self.seeds, self.call, x.shape, p)
         else:

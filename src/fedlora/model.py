@@ -72,6 +72,7 @@ class Adapted:
             config.use_cache = False  # keys and values of past tokens are only for generation
         self.base, self.call, self.dropout = base, call or _logits, dropout
         self.checkpointing = checkpointing
+        self.compiled_dropout = compiled
         useful = compiled and kernels.useful(self.device, self.dtype)
         self.compiled = kernels.Compiled(base, packs=not checkpointing) if useful else None
         self._bound: dict[str, list[deltas.Parts]] = {}
@@ -196,7 +197,7 @@ class Adapted:
         if seeds is None and not self.checkpointing:
             yield
             return
-        self._mode = ClientDropout(seeds, int(batch["common"][0]) if "common" in batch else 0)
+        self._mode = ClientDropout(seeds, int(batch["common"][0]) if "common" in batch else 0, self.compiled_dropout)
         self.base.train()
         try:
             with self._operators(), self._mode:  # dropout is asked first: what it drops in, no kernel knows

@@ -1,4 +1,4 @@
-"""Compiled forms of a few of PyTorch's operators in bf16, for CPUs with AMX.
+"""Compiled forms of a few of PyTorch's operators in bf16 on CPUs with AMX, and of dropout on CPUs with AVX-512.
 
 They compute what the operators compute, from the same arguments, with derivatives of any order; nothing above knows of them.
 Where the CPU, the compiler or the shape does not fit, PyTorch's own operators do the work.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 
 from .attention import MOST
+from .dropout import Dropout, drops
 from .fused import Fused
 from .hooks import Compiled
 from .library import unavailable
 from .packing import Packing, width
 
-__all__ = ["MOST", "Compiled", "Fused", "Packing", "unavailable", "useful", "width"]
+__all__ = ["MOST", "Compiled", "Dropout", "Fused", "Packing", "drops", "unavailable", "useful", "width"]
 
 
 def useful(device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,4 +1,4 @@
-"""amx.c as a library: compiled by the system's C compiler when it is first wanted, and kept in the user's cache."""
+"""The C sources as libraries: compiled by the system's compiler when they are first wanted, and kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -10,14 +10,29 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("amx.c")
-FLAGS = ("-O3", "-std=c11", "-fPIC", "-fopenmp", "-mprefer-vector-width=512", "-mfma", "-mamx-tile", "-mamx-bf16",
-         "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16")  # fmt: skip
-NEEDS = ("amx_tile", "amx_bf16", "avx512_f", "avx512_bw", "avx512_vl", "avx512_bf16")  # of the CPU
+
+class Source(NamedTuple):
+    """needs: what the CPU must have, as torch.cpu names it; flags: of the compiler beside FLAGS."""
+
+    needs: tuple[str, ...]
+    flags: tuple[str, ...]
+
+
+Name = Literal["amx", "dropout"]
+SOURCES: dict[Name, Source] = {
+    "amx": Source(
+        ("amx_tile", "amx_bf16", "avx512_f", "avx512_bw", "avx512_vl", "avx512_bf16"),
+        ("-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma"),
+    ),
+    "dropout": Source(("avx512_f", "avx512_dq", "avx512_bw", "avx512_vl"),
+                      ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-fno-strict-aliasing")),
+}  # fmt: skip
+FLAGS = ("-O3", "-std=c11", "-fPIC", "-fopenmp", "-mprefer-vector-width=512")
 SECONDS = 120  # a compiler that takes longer hangs
 
 
@@ -35,40 +50,46 @@ def openmp() -> str | None:
     return next((path for line in maps.splitlines() if "libgomp" in (path := line.split(maxsplit=5)[-1])), None)
 
 
-def _compile(compiler: str, threads: str, to: Path) -> None:
+def _compile(name: Name, compiler: str, threads: str, to: Path) -> None:
     """Raises OSError or subprocess.SubprocessError."""
     to.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent) as work:
-        half, whole = Path(work) / "amx.o", Path(work) / to.name
+        half, whole = Path(work) / "half.o", Path(work) / to.name
         for command in (
-            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(half)],
+            [compiler, *FLAGS, *SOURCES[name].flags, "-c", str(_file(name)), "-o", str(half)],
             [compiler, "-shared", str(half), threads, "-lm", "-o", str(whole)],
         ):
             subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
         whole.replace(to)  # at once: another process may do the same now
 
 
+def _file(name: Name) -> Path:
+    return Path(__file__).with_name(f"{name}.c")
+
+
 @cache
-def _loaded() -> ctypes.CDLL | str:
+def _loaded(name: Name) -> ctypes.CDLL | str:
     """The library, or why there is none."""
     if not hasattr(torch.cpu, "get_capabilities"):
         return f"torch {torch.__version__} does not say what the CPU has"
     able = torch.cpu.get_capabilities()
-    if missing := [n for n in NEEDS if not able.get(n)]:
+    if missing := [n for n in SOURCES[name].needs if not able.get(n)]:
         return f"the CPU has no {missing[0]}"
+    if not torch.backends.mkldnn.is_available():
+        return "PyTorch was built without oneDNN"
     compiler = shutil.which(os.environ.get("CC") or "cc")
     if compiler is None:
         return "there is no C compiler (cc, or the one that CC names)"
     threads = openmp()
     if threads is None:
         return "PyTorch runs without GNU's OpenMP"
-    if not torch.cpu._init_amx():
+    if name == "amx" and not torch.cpu._init_amx():
         return "the system does not let this process use AMX"
-    said = "\0".join((SOURCE.read_text(), *FLAGS, compiler, threads))
-    file = folder() / f"amx-{hashlib.sha256(said.encode()).hexdigest()[:16]}.so"
+    said = "\0".join((_file(name).read_text(), *FLAGS, *SOURCES[name].flags, compiler, threads))
+    file = folder() / f"{name}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.so"
     try:
         if not file.exists():
-            _compile(compiler, threads, file)
+            _compile(name, compiler, threads, file)
         return ctypes.CDLL(str(file))
     except subprocess.CalledProcessError as e:
         lines = e.stderr.decode(errors="replace").strip().splitlines()
@@ -77,15 +98,15 @@ def _loaded() -> ctypes.CDLL | str:
         return f"it cannot be compiled and kept in {folder()}: {e}"
 
 
-def unavailable() -> str | None:
-    """Why the kernels cannot be used in this process; None if they can."""
-    found = _loaded()
+def unavailable(name: Name = "amx") -> str | None:
+    """Why these kernels cannot be used in this process; None if they can."""
+    found = _loaded(name)
     return found if isinstance(found, str) else None
 
 
-def library() -> ctypes.CDLL:
+def library(name: Name = "amx") -> ctypes.CDLL:
     """The library; `unavailable` says before whether there is one."""
-    found = _loaded()
+    found = _loaded(name)
     assert not isinstance(found, str), found
     return found
 
