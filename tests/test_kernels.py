@@ -16,6 +16,7 @@ from torch.autograd import grad
 from fedlora import kernels
 from fedlora.dropout import ClientDropout
 from fedlora.kernels import attention, library
+from fedlora.kernels.dropout import Drop, dropped
 from fedlora.tasks import CausalLM, Classification, Loss, packed
 from fedlora.tree import Key, Params
 
@@ -204,7 +205,7 @@ def gradients(
     family: str, dtype: torch.dtype, attention: str, way: str = "", rows: slice = slice(None), **more: Any
 ) -> Tensor:
     """Of the adapters on padded rows of two clients, of which `rows` are taken. way "twice": the product of the Hessian with a vector;
-    "two adapters": two low-rank deltas at each layer."""
+    "two adapters": two low-rank deltas at each layer; "dropout": at the architecture's own rates, a tenth."""
     make, causal = FAMILIES[family]
     base = tiny.seeded(make).to(dtype)
     base.config._attn_implementation = attention
@@ -217,16 +218,16 @@ def gradients(
         "labels": labels,
     }
     batch = {n: v[rows] for n, v in (batch | {"weight": torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])}).items()}
-    model = tiny.adapt(
-        base, "causal-lm" if causal else "classification", dropout=False, checkpointing=way == "checkpointing", **more
-    )
+    batch["seed"], batch["common"] = torch.arange(1, 7).view(2, 3)[rows] * 7919, torch.ones(2, dtype=torch.int64)[rows]
+    more = {"dropout": "dropout" in way, "checkpointing": "checkpointing" in way} | more
+    model = tiny.adapt(base, "causal-lm" if causal else "classification", **more)
     loss = Loss(model, CausalLM() if causal else Classification(tiny.CLASSES))
     leaves: Params = {}
     for i, s in enumerate(model.groups["target"]):
         for j, name in enumerate(("lora", "own") if way == "two adapters" else ("lora",)):
             for n, (part, shape) in enumerate((("A", (2, 4, s.in_)), ("B", (2, s.out, 4)))):
                 leaves[Key(name, s.name, part)] = draw(*shape, seed=4 * i + 2 * j + n)[rows].float() / 4
-    if way == "twice":
+    if "twice" in way:
         found = loss.hessian_vector(lambda p: p, leaves, {k: torch.ones_like(v) for k, v in leaves.items()}, batch)
     else:
         found = loss.gradient(lambda p: p, leaves, batch)[1]
@@ -251,26 +252,27 @@ def test_a_bases_gradient_is_as_near_to_fp32_as_without_them(
     called: list[bool] = []
     forward = attention.Attention.forward
 
-    def seen(ctx: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any, packing: Any = None) -> Tensor:
+    def seen(ctx: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any, packing: Any, drop: Any) -> Tensor:
         called.append(packing is not None)
-        return forward(ctx, q, k, v, mask, scale, packing)
+        assert (drop is not None) == ("dropout" in way)
+        return forward(ctx, q, k, v, mask, scale, packing, drop)
 
     monkeypatch.setattr(attention.Attention, "forward", staticmethod(seen))
     exact = gradients(family, torch.float32, "eager", way)
     plain = gradients(family, torch.bfloat16, "eager", way, compiled=False)
     assert not called
     ours = gradients(family, torch.bfloat16, "sdpa", way)
-    assert called and set(called) == {family in PACKED and way != "checkpointing"}
+    assert called and set(called) == {family in PACKED and "checkpointing" not in way}
     assert away(ours, exact) < 1.5 * away(plain, exact)
 
 
 @needs_kernels
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_a_clients_gradient_is_its_own(family: str) -> None:
+@pytest.mark.parametrize(("family", "way"), [("bert", ""), ("gpt2", ""), ("bert", "dropout"), ("gpt2", "dropout")])
+def test_a_clients_gradient_is_its_own(family: str, way: str) -> None:
     """In a block as by itself, but for roundings; each has rows of its own lengths."""
-    block = gradients(family, torch.bfloat16, "sdpa")
+    block = gradients(family, torch.bfloat16, "sdpa", way)
     for k in range(2):
-        alone = gradients(family, torch.bfloat16, "sdpa", rows=slice(k, k + 1))
+        alone = gradients(family, torch.bfloat16, "sdpa", way, rows=slice(k, k + 1))
         assert away(block[k : k + 1], alone) < 5 * ROUNDING
 
 
@@ -316,27 +318,34 @@ needs_dropout = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(6, 30), (6, 7, 33), (6, 3, 5, 5), (6, 12, 17, 64), (6, 2, 9001)])
 def test_dropout_is_the_plain_one_to_the_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Two calls in a row with rates of their own, and the gradient; an axis split or turned does not matter."""
+    """Two calls in a row with rates of their own, and the gradient; how a tensor lies in memory does not matter."""
     seeds = torch.randint(0, 2**62, (6,), generator=torch.Generator().manual_seed(0))
     x, g, found = draw(*shape).to(dtype).requires_grad_(), draw(*shape, seed=1).to(dtype), []
-    for compiled in (True, False):
-        with ClientDropout(seeds, compiled=compiled):
+    for now in (kernels.Now(), None):
+        with ClientDropout(seeds, now=now):
             first = F.dropout(x, 0.1, training=True)
             y = F.dropout(first, 0.37, training=True)
-        assert (type(first.grad_fn).__name__ == "DropoutBackward") == compiled
+        assert (type(first.grad_fn).__name__ == "DropoutBackward") == (now is not None)
         found.append((y, *grad(y, x, g)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and found[0][0].any()
-    turned = draw(*reversed(shape)).to(dtype).permute(*reversed(range(len(shape))))
-    with ClientDropout(seeds):
-        one = F.dropout(turned, 0.3, training=True)
-    with ClientDropout(seeds):
-        assert torch.equal(one, F.dropout(turned.contiguous(), 0.3, training=True))
+    turned, ways = draw(*reversed(shape)).to(dtype).permute(*reversed(range(len(shape)))), []
+    for z in (turned, turned.contiguous()):
+        with ClientDropout(seeds, now=kernels.Now()):
+            ways.append(F.dropout(z, 0.3, training=True))
+    assert torch.equal(*ways)
+
+
+@needs_dropout
+def test_packed_rows_drop_what_padded_ones_drop() -> None:
+    packing = kernels.Packing(torch.tensor([[5, 2, 1], [3, 3, 3]]), longest=6)
+    x, drop = packing.unpack(draw(2, 16, 33)), Drop(torch.arange(6) * 12345, -20000, 1.25)
+    assert torch.equal(packing.pack(dropped(x, drop)), dropped(packing.pack(x), drop, packing))
 
 
 @needs_dropout
 def test_dropout_can_be_differentiated_twice() -> None:
     x = draw(4, 5, 8).float().requires_grad_()
-    with ClientDropout(torch.arange(4)):
+    with ClientDropout(torch.arange(4), now=kernels.Now()):
         y = F.dropout(x, 0.5, training=True)
     first = grad(y.square().sum(), x, create_graph=True)[0]
     assert torch.equal(grad(first.sum(), x)[0], 8.0 * (y != 0))

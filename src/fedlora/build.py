@@ -52,24 +52,21 @@ def task_of(r: Recipe, data: FederatedData) -> Task:
 
 
 def attention_of(r: Recipe, method: Method) -> str | None:
-    """None for transformers' own choice (fused where the model has it), which is ours where our kernels answer it or on a GPU.
+    """None for transformers' own choice (fused where the model has it): where our kernels answer it, dropout included, or on a GPU.
 
-    Eager where there is attention dropout (its masks are ours), where attention must be differentiated twice without our
-    kernels, and on other CPUs, where the fused form is slower in bf16 and gains little in fp32 (docs/performance.md).
+    Eager elsewhere: where there is attention dropout (its masks are ours), where attention must be differentiated twice, and on
+    CPUs, where the fused form is slower in bf16 and gains little in fp32 (docs/performance.md).
     """
     if r.model.attention != "auto":
         if r.model.attention == "sdpa" and method.second_order:
             raise ConfigError([Problem("model.attention", "sdpa", f"auto or eager, because {method.title} differentiates "
                                        "the model twice and fused attention cannot", "set model.attention to auto")])  # fmt: skip
         return r.model.attention
-    device = device_of(r.model.device)
-    if r.train.dropout:
-        return "eager"
-    if device == "cpu":
-        dtype = pretrained.DTYPES[r.model.dtype]
-        ours = r.model.kernels == "auto" and kernels.useful(torch.device(device), dtype)
-        return None if ours and r.data.max_length <= kernels.MOST else "eager"
-    return "eager" if method.second_order else None
+    device = torch.device(device_of(r.model.device))
+    ours = r.model.kernels == "auto" and kernels.useful(device, pretrained.DTYPES[r.model.dtype])
+    if ours and r.data.max_length <= kernels.MOST:
+        return None
+    return "eager" if method.second_order or r.train.dropout or device.type == "cpu" else None
 
 
 def adapted_of(r: Recipe, loaded: pretrained.Pretrained, method: Method) -> Adapted:

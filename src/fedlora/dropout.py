@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from . import kernels
 from .errors import ModelError
+from .kernels.attention import attends, attention
+from .kernels.dropout import GOLDEN, WIDEST, Drop, dropped, drops
 
-GOLDEN = -7046029254386353131  # 2^64 / golden ratio as a signed integer: splitmix64's increment
 MIX = (-4658895280553007687, -7723592293110705685)  # splitmix64's multipliers (Steele, Lea & Flood, OOPSLA 2014)
 ATTENTION = (
     "query",
@@ -30,7 +31,6 @@ ATTENTION = (
     "dropout_p",
     "is_causal",
 )  # of scaled_dot_product_attention, by place
-WIDEST = 1 << 18  # an axis is at most this long; coordinates then never collide
 
 
 def mix(z: Tensor) -> Tensor:
@@ -69,35 +69,49 @@ def least(p: float) -> int:
 class ClientDropout(TorchFunctionMode):
     """Active around one forward and its backward.
 
-    seeds: int64 [rows], one per row of the flattened batch; None switches dropout off. common: the step's seed. compiled: use the
-    compiled form of the same masks where there is one.
+    seeds: int64 [rows], one per row of the flattened batch; None switches dropout off. common: the step's seed. now: what the base is
+    computing, for the compiled forms of the same masks; None for PyTorch's operators alone.
     """
 
-    def __init__(self, seeds: Tensor | None, common: int = 0, compiled: bool = True):
+    def __init__(self, seeds: Tensor | None, common: int = 0, now: kernels.Now | None = None):
         super().__init__()
-        self.seeds, self.common, self.compiled, self.call = seeds, common, compiled, 0
+        self.seeds, self.common, self.now, self.call = seeds, common, now, 0
+
+    def drop(self, p: float, dtype: torch.dtype) -> Drop:
+        """Of the next call."""
+        assert self.seeds is not None
+        self.call += 1
+        return Drop(starts(self.seeds, self.call), least(p), (torch.ones(1) / (1 - p)).to(dtype).item())
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is F.scaled_dot_product_attention and _inner_dropout(args, kwargs or {}):
-            if self.seeds is not None:
+        if func is F.scaled_dot_product_attention and (p := _inner_dropout(args, kwargs or {})):
+            kwargs = dict(zip(ATTENTION, args, strict=False)) | dict(kwargs or {}) | {"dropout_p": 0.0}
+            query, key, value = (kwargs.pop(n) for n in ATTENTION[:3])
+            if self.seeds is None:
+                return func(query, key, value, **kwargs)
+            if self.now is None or not (
+                kernels.useful(query.device, query.dtype) and attends(query, key, value, False)
+            ):
                 raise ModelError(
                     "model: its fused attention (sdpa) drops weights by torch's global generator, so no run could be repeated; load "
                     'it with attn_implementation="eager", or without dropout'
                 )
-            kwargs = dict(zip(ATTENTION, args, strict=False)) | dict(kwargs or {}) | {"dropout_p": 0.0}
-            args = tuple(kwargs.pop(n) for n in ATTENTION[:3])
+            packing = self.now.packing if self.now.inside else None
+            return attention(query, key, value, **kwargs, packing=packing, drop=self.drop(p, query.dtype))
         if func is not F.dropout:
             return func(*args, **(kwargs or {}))
         named = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | dict(kwargs or {})
         x, p = named["input"], named.get("p", 0.5)
         if self.seeds is None or not named.get("training", True) or p == 0.0:
             return x
+        packing = self.now.packing if self.now and self.now.inside else None
+        if packing is not None:  # only where the kernels are
+            return dropped(x, self.drop(p, x.dtype), packing)
+        if x.shape[0] == len(self.seeds) and self.now and drops(x):
+            return dropped(x, self.drop(p, x.dtype))
         self.call += 1
-        if x.shape[0] == len(self.seeds) and self.compiled and kernels.drops(x):
-            kept = (torch.ones(1) / (1 - p)).to(x.dtype).item()
-            return kernels.Dropout.apply(x, starts(self.seeds, self.call), least(p), kept)
         if x.shape[0] == len(self.seeds):
             mask = keep_mask(self.seeds, self.call, x.shape, p)
         else:

@@ -72,9 +72,9 @@ class Adapted:
             config.use_cache = False  # keys and values of past tokens are only for generation
         self.base, self.call, self.dropout = base, call or _logits, dropout
         self.checkpointing = checkpointing
-        self.compiled_dropout = compiled
+        self._now = kernels.Now() if compiled else None
         useful = compiled and kernels.useful(self.device, self.dtype)
-        self.compiled = kernels.Compiled(base, packs=not checkpointing) if useful else None
+        self.compiled = kernels.Compiled(base, self._now, packs=not checkpointing) if useful and self._now else None
         self._bound: dict[str, list[deltas.Parts]] = {}
         self._fired: set[str] = set()  # sites that some forward has reached
         self._common: set[str] = set()  # sites that work on a tensor all examples share
@@ -158,11 +158,11 @@ class Adapted:
     @property
     def _rows(self) -> int:
         """Of the tensors that layers see: clients * b, or one for each client where its rows follow each other."""
-        return self._clients if self.compiled and self.compiled.inside else self._all_rows
+        return self._clients if self.compiled and self.compiled.now.inside else self._all_rows
 
     def packs(self, batch: Batch) -> bool:
-        """Whether right-padded rows with their "lengths" are computed without the padding: where nothing is dropped."""
-        if self.compiled is None or "attention_mask" not in batch or (self.dropout and "seed" in batch):
+        """Whether right-padded rows with their "lengths" are computed without the padding."""
+        if self.compiled is None or "attention_mask" not in batch:
             return False
         return self.compiled.packs(batch["attention_mask"].shape[-1])
 
@@ -197,7 +197,7 @@ class Adapted:
         if seeds is None and not self.checkpointing:
             yield
             return
-        self._mode = ClientDropout(seeds, int(batch["common"][0]) if "common" in batch else 0, self.compiled_dropout)
+        self._mode = ClientDropout(seeds, int(batch["common"][0]) if "common" in batch else 0, self._now)
         self.base.train()
         try:
             with self._operators(), self._mode:  # dropout is asked first: what it drops in, no kernel knows
@@ -208,18 +208,18 @@ class Adapted:
 
     def _operators(self) -> AbstractContextManager[Any]:
         """Around the base's own code."""
-        return self.compiled.operators() if self.compiled else nullcontext()
+        return kernels.Fused(self._now) if self.compiled else nullcontext()
 
     @contextmanager
     def _packed(self, batch: Batch) -> Iterator[None]:
         if self.compiled is None or "lengths" not in batch:
             yield
             return
-        self.compiled.packing = kernels.Packing(batch["lengths"], batch["attention_mask"].shape[-1])
+        self.compiled.now.packing = kernels.Packing(batch["lengths"], batch["attention_mask"].shape[-1])
         try:
             yield
         finally:
-            self.compiled.packing, self.compiled.inside = None, False
+            self.compiled.now.packing, self.compiled.now.inside = None, False
 
     def forward(self, p: Params, batch: Batch) -> Tensor:
         """Output of every row, [K b ...]. batch leaves [K b ...]."""

@@ -9,15 +9,14 @@ from __future__ import annotations
 import torch
 
 from .attention import MOST
-from .dropout import Dropout, drops
-from .fused import Fused
+from .fused import Fused, Now
 from .hooks import Compiled
 from .library import unavailable
 from .packing import Packing, width
 
-__all__ = ["MOST", "Compiled", "Dropout", "Fused", "Packing", "drops", "unavailable", "useful", "width"]
+__all__ = ["MOST", "Compiled", "Fused", "Now", "Packing", "unavailable", "useful", "width"]
 
 
 def useful(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a base of this dtype on this device gains from them, and this process has them."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and unavailable() is None
+    return device.type == "cpu" and dtype == torch.bfloat16 and not (unavailable("amx") or unavailable("dropout"))

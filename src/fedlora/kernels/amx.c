@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "hash.h"
+
 enum { KEYS = 1024 }; /* at most, for a query */
 
 typedef uint16_t bf16;
@@ -169,8 +171,8 @@ static void tiles(Tiles *before) {
 
 /* ---- attention ----------------------------------------------------------------------------------------------------- */
 
-/* per_key: query heads of a key head; queries: the most of a row. */
-typedef struct { int rows, heads, per_key, queries, keys, width, threads; float scale; } Shape;
+/* per_key: query heads of a key head; queries: the most of a row; least, kept: of dropout, as dropout.c has them. */
+typedef struct { int rows, heads, per_key, queries, keys, width, threads, least; float scale, kept; } Shape;
 
 /* Where a row's tokens lie, for rows that follow each other without padding: they are its queries and its keys. A negative length
    is of tokens that belong to no row, and zeros are put there. */
@@ -196,14 +198,29 @@ static inline __m512 scores(const float *s, float scale, const uint8_t *mask, in
   return _mm512_mul_ps(_mm512_loadu_ps(s), _mm512_set1_ps(scale));
 }
 
+/* What dropout multiplies the shares of 16 keys by; bits: of the first key on, 0 for no dropout. */
+static inline __m512 dropping(const int16_t *bits, const Shape *z) {
+  if (!bits) return _mm512_set1_ps(1);
+  __mmask16 stay = _mm256_cmpge_epi16_mask(_mm256_loadu_si256((const __m256i *)bits), _mm256_set1_epi16((short)z->least));
+  return _mm512_maskz_mov_ps(stay, _mm512_set1_ps(z->kept));
+}
+
+/* The bits of all keys of query i of head h, a tensor [rows heads queries keys]. */
+static inline const int16_t *bits_of(uint64_t *room, const uint64_t *start, int h, int i, int keys) {
+  if (!start) return 0;
+  hashes(room, *start + ((uint64_t)h + ((uint64_t)i << 18) + 1) * GOLDEN, (uint64_t)1 << 36, keys / 4);
+  return (const int16_t *)room;
+}
+
 typedef struct { float top, share; } Softmax; /* of a query: e^(score - top) share */
 
 /* P of one query over `vectors` * 16 keys. Inlined with a known number of vectors, they stay in registers. */
-static inline __attribute__((always_inline)) Softmax soften(bf16 *P, const float *s, const uint8_t *mask, int keys, int vectors, float scale) {
+static inline __attribute__((always_inline)) Softmax soften(bf16 *P, const float *s, const uint8_t *mask, const int16_t *bits, int keys,
+                                                            int vectors, const Shape *z) {
   __m512 x[KEYS / 16], most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
   __mmask16 seen;
   for (int j = 0; j < vectors; j++) {
-    x[j] = scores(s + 16 * j, scale, mask ? mask + 16 * j : 0, keys - 16 * j, &seen);
+    x[j] = scores(s + 16 * j, z->scale, mask ? mask + 16 * j : 0, keys - 16 * j, &seen);
     x[j] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, x[j]);
     most = _mm512_max_ps(x[j], most); /* a NaN is not lost below: the exponential keeps it */
   }
@@ -214,26 +231,28 @@ static inline __attribute__((always_inline)) Softmax soften(bf16 *P, const float
     sum = _mm512_add_ps(sum, x[j]);
   }
   float all = _mm512_reduce_add_ps(sum), share = all == 0 ? 0 : 1 / all;
-  for (int j = 0; j < vectors; j++) put(P + 16 * j, _mm512_mul_ps(x[j], _mm512_set1_ps(share)));
+  for (int j = 0; j < vectors; j++)
+    put(P + 16 * j, _mm512_mul_ps(_mm512_mul_ps(x[j], _mm512_set1_ps(share)), dropping(bits ? bits + 16 * j : 0, z)));
   return (Softmax){top, share};
 }
 
 /* The same P again, and X, the gradient of the query's scores, of dP. */
 static inline __attribute__((always_inline)) void harden(bf16 *P, bf16 *X, const float *s, const float *dP, Softmax of, const uint8_t *mask,
-                                                         int keys, int vectors, float scale) {
-  __m512 x[KEYS / 16], sum = _mm512_setzero_ps();
+                                                         const int16_t *bits, int keys, int vectors, const Shape *z) {
+  __m512 x[KEYS / 16], d[KEYS / 16], sum = _mm512_setzero_ps();
   __mmask16 seen;
   for (int j = 0; j < vectors; j++) {
-    x[j] = scores(s + 16 * j, scale, mask ? mask + 16 * j : 0, keys - 16 * j, &seen);
+    x[j] = scores(s + 16 * j, z->scale, mask ? mask + 16 * j : 0, keys - 16 * j, &seen);
     x[j] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, x[j]);
     x[j] = _mm512_mul_ps(exponential(_mm512_sub_ps(x[j], _mm512_set1_ps(of.top))), _mm512_set1_ps(of.share));
-    put(P + 16 * j, x[j]);
-    sum = _mm512_fmadd_ps(x[j], _mm512_loadu_ps(dP + 16 * j), sum);
+    __m512 stays = dropping(bits ? bits + 16 * j : 0, z);
+    put(P + 16 * j, _mm512_mul_ps(x[j], stays));
+    d[j] = _mm512_mul_ps(_mm512_loadu_ps(dP + 16 * j), stays);
+    sum = _mm512_fmadd_ps(x[j], d[j], sum);
   }
   __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
   for (int j = 0; j < vectors; j++) {
-    __m512 d = _mm512_mul_ps(x[j], _mm512_sub_ps(_mm512_loadu_ps(dP + 16 * j), mean));
-    put(X + 16 * j, _mm512_mul_ps(d, _mm512_set1_ps(scale)));
+    put(X + 16 * j, _mm512_mul_ps(_mm512_mul_ps(x[j], _mm512_sub_ps(d[j], mean)), _mm512_set1_ps(z->scale)));
   }
 }
 
@@ -248,9 +267,9 @@ static inline __attribute__((always_inline)) void harden(bf16 *P, bf16 *X, const
   }
 
 /* out = softmax(scale q k' + mask) v and what the backward pass needs of the softmax; rows without a key are zero.
-   places: 0 for rows that are rows of the tensors. Strides: q, k, v, out, mask. Returns 1 without memory. */
+   places: 0 for rows that are rows of the tensors; starts: of the rows' dropout, 0 for none. Strides: q, k, v, out, mask. Returns 1 without memory. */
 int attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const uint8_t *mask, bf16 *out, Softmax *softmax, const Strides *s,
-                      const Place *places, Shape z) {
+                      const Place *places, const uint64_t *starts, Shape z) {
   size_t L = padded(z.queries), M = padded(z.keys), D = padded(z.width);
   int failed = 0;
 #pragma omp parallel num_threads(z.threads)
@@ -284,9 +303,11 @@ int attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const uint8_t
         pairs_of_transpose(right, K, w, D);
         product(S, Q, right, l, w, D);
         const uint8_t *seeing = mask ? mask + b * s[4].row + h * s[4].head : 0;
+        const uint64_t *start = starts ? starts + b : 0;
+        uint64_t room_of_bits[KEYS / 4];
         Softmax *of = softmax + ((int64_t)b * z.heads + h) * z.queries;
         FOR_VECTORS(w / 16, for (int i = 0; i < n; i++) of[i] = soften(
-          P + i * w, S + i * w, seeing ? seeing + i * s[4].token : 0, m, V, z.scale))
+          P + i * w, S + i * w, seeing ? seeing + i * s[4].token : 0, bits_of(room_of_bits, start, h, i, w), m, V, &z))
         memset(P + (size_t)n * w, 0, (size_t)(l - n) * w * 2);
         load(K, v + at(p, s[2]) + shared * s[2].head, s[2].token, m, z.width);
         pairs(right, K, w, D);
@@ -302,7 +323,7 @@ int attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const uint8_t
 /* Gradients of sum(g out) by q, k and v; P and X are the softmax and the gradient of the scores.
    Strides: q, k, v, g, mask, dq, dk, dv. Returns 1 without memory. */
 int attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *g, const uint8_t *mask, const Softmax *softmax, bf16 *dq,
-                       bf16 *dk, bf16 *dv, const Strides *s, const Place *places, Shape z) {
+                       bf16 *dk, bf16 *dv, const Strides *s, const Place *places, const uint64_t *starts, Shape z) {
   size_t L = padded(z.queries), M = padded(z.keys), D = padded(z.width), N = L > M ? L : M;
   int heads = z.heads / z.per_key, failed = 0;
 #pragma omp parallel num_threads(z.threads)
@@ -349,9 +370,12 @@ int attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *
           pairs_of_transpose(right, V, w, D);
           product(dP, G, right, l, w, D);
           const uint8_t *seeing = mask ? mask + b * s[4].row + h * s[4].head : 0;
+          const uint64_t *start = starts ? starts + b : 0;
+          uint64_t room_of_bits[KEYS / 4];
           const Softmax *of = softmax + ((int64_t)b * z.heads + h) * z.queries;
           FOR_VECTORS(w / 16, for (int i = 0; i < n; i++) harden(
-            P + i * w, X + i * w, S + i * w, dP + i * w, of[i], seeing ? seeing + i * s[4].token : 0, m, V, z.scale))
+            P + i * w, X + i * w, S + i * w, dP + i * w, of[i], seeing ? seeing + i * s[4].token : 0,
+            bits_of(room_of_bits, start, h, i, w), m, V, &z))
           memset(P + (size_t)n * w, 0, (size_t)(l - n) * w * 2);
           memset(X + (size_t)n * w, 0, (size_t)(l - n) * w * 2);
           pairs(right, K, w, D);

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, grad
 
+from .dropout import Drop, dropped
 from .library import at, fits, library
 from .packing import Packing
 
@@ -29,16 +30,17 @@ def _strides(*tensors: Tensor) -> ctypes.Array[ctypes.c_int64]:
 class Shape(ctypes.Structure):
     """amx.c has the same."""
 
-    _fields_ = (*((n, ctypes.c_int) for n in ("rows", "heads", "per_key", "queries", "keys", "width", "threads")),
-                ("scale", ctypes.c_float))  # fmt: skip
+    _fields_ = (*((n, ctypes.c_int) for n in ("rows", "heads", "per_key", "queries", "keys", "width", "threads", "least")),
+                ("scale", ctypes.c_float), ("kept", ctypes.c_float))  # fmt: skip
 
 
-def _shape(q: Tensor, k: Tensor, scale: float, packing: Packing | None) -> Shape:
+def _shape(q: Tensor, k: Tensor, scale: float, packing: Packing | None, drop: Drop | None) -> Shape:
     rows, heads, queries, width = q.shape
     keys = k.shape[2]
     if packing is not None:
         rows, queries, keys = len(packing.places), packing.longest, packing.longest
-    return Shape(rows, heads, heads // k.shape[1], queries, keys, width, torch.get_num_threads(), scale)
+    return Shape(rows, heads, heads // k.shape[1], queries, keys, width, torch.get_num_threads(),
+                 drop.least if drop else 0, scale, drop.kept if drop else 1.0)  # fmt: skip
 
 
 def _like(x: Tensor) -> Tensor:
@@ -51,53 +53,80 @@ def _done(failed: int) -> None:
         raise MemoryError("attention: no memory for its scratch; lower run.block")
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale q k' + mask) v by PyTorch's operators."""
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, drop: Drop | None = None
+) -> Tensor:
+    """dropout(softmax(scale q k' + mask)) v by PyTorch's operators."""
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     s = q @ k.mT * scale
     if mask is not None:
         s = s.masked_fill(~mask, torch.finfo(s.dtype).min) if mask.dtype == torch.bool else s + mask
-    return s.softmax(-1) @ v
+    p = s.softmax(-1)
+    return (p if drop is None else dropped(p, drop)) @ v
 
 
 class Attention(Function):
     """q [b h l d], k and v [b h/g m d], mask bool [b h l m] or None; returns [b h l d]. packing: of rows without padding, b = K and
-    l = m = T; every row of it attends to itself."""
+    l = m = T; every row of it attends to itself. drop: of softmax's shares [rows h l m]."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, packing: Packing | None = None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        packing: Packing | None,
+        drop: Drop | None,
     ) -> Tensor:
         q, k, v = dense(q), dense(k), dense(v)
-        shape, places = _shape(q, k, scale, packing), None if packing is None else packing.places
+        shape, places = _shape(q, k, scale, packing, drop), None if packing is None else packing.places
         out, softmax = _like(q), q.new_empty(shape.rows, shape.heads, shape.queries, 2, dtype=torch.float32)
         strides = _strides(q, k, v, out, q if mask is None else mask)
-        _done(library().attention_forward(*map(at, (q, k, v, mask, out, softmax)), strides, at(places), shape))
+        _done(
+            library().attention_forward(
+                *map(at, (q, k, v, mask, out, softmax)), strides, at(places), at(drop and drop.starts), shape
+            )
+        )
         ctx.save_for_backward(q, k, v, mask, softmax)
-        ctx.scale, ctx.packing = scale, packing
+        ctx.scale, ctx.packing, ctx.drop = scale, packing, drop
         return out
 
     @staticmethod
     def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, softmax = ctx.saved_tensors
         packing: Packing | None = ctx.packing
+        drop: Drop | None = ctx.drop
         if torch.is_grad_enabled():
             wanted = [x for x in (q, k, v) if x.requires_grad]
             if packing is None:
-                y = plain_attention(q, k, v, mask, ctx.scale)
+                y = plain_attention(q, k, v, mask, ctx.scale, drop)
             else:
                 rows = [packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v)]
-                y = plain_attention(rows[0], rows[1], rows[2], packing.mask, ctx.scale)
+                y = plain_attention(rows[0], rows[1], rows[2], packing.mask, ctx.scale, drop)
                 y = packing.pack(y.transpose(1, 2)).transpose(1, 2)
             found = iter(grad(y, wanted, gs[0], create_graph=True))
-            return (*(next(found) if x.requires_grad else None for x in (q, k, v)), None, None, None)
+            return (*(next(found) if x.requires_grad else None for x in (q, k, v)), None, None, None, None)
         g = dense(gs[0])
         dq, dk, dv = _like(q), _like(k), _like(v)
         strides = _strides(q, k, v, g, g if mask is None else mask, dq, dk, dv)
         tensors, places = map(at, (q, k, v, g, mask, softmax, dq, dk, dv)), None if packing is None else packing.places
-        _done(library().attention_backward(*tensors, strides, at(places), _shape(q, k, ctx.scale, packing)))
-        return dq, dk, dv, None, None, None
+        _done(
+            library().attention_backward(
+                *tensors, strides, at(places), at(drop and drop.starts), _shape(q, k, ctx.scale, packing, drop)
+            )
+        )
+        return dq, dk, dv, None, None, None, None
+
+
+def attends(query: Tensor, key: Tensor, value: Tensor, heads_alike: bool = True) -> bool:
+    """Whether they are what the kernel is made for."""
+    return (
+        fits(query, key, value) and query.ndim == key.ndim == 4 and key.shape == value.shape
+        and FEWEST <= query.shape[2] <= MOST and key.shape[2] <= MOST and (not heads_alike or query.shape[1] == key.shape[1])
+    )  # fmt: skip
 
 
 def attention(
@@ -109,30 +138,25 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    packing: Packing | None = None,
+    drop: Drop | None = None,
 ) -> Tensor:
-    """F.scaled_dot_product_attention."""
-    able = (
-        fits(query, key, value) and query.ndim == key.ndim == 4 and key.shape == value.shape and not dropout_p
-        and FEWEST <= query.shape[2] <= MOST and key.shape[2] <= MOST and (enable_gqa or query.shape[1] == key.shape[1])
-    )  # fmt: skip
+    """F.scaled_dot_product_attention. packing: of [K h T d], rows without padding; the mask is of the padded rows then, and says nothing
+    that the packing does not. drop: dropout of ours, in place of dropout_p."""
+    able = attends(query, key, value, heads_alike=not enable_gqa) and not dropout_p
     if not able:
+        assert packing is None and drop is None, "rows are packed, and our dropout used, where the kernel is"
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if packing is not None:
+        assert not is_causal
+        return Attention.apply(query, key, value, None, scale, packing, drop)
     if attn_mask is not None and attn_mask.dtype != torch.bool:  # added to the scores, and perhaps learned
-        return plain_attention(query, key, value, attn_mask, scale)
+        return plain_attention(query, key, value, attn_mask, scale, drop)
     shape = (*query.shape[:3], key.shape[2])
     if is_causal:
         attn_mask = torch.ones(shape[2:], dtype=torch.bool).tril()
     mask = None if attn_mask is None else dense(attn_mask.expand(*attn_mask.shape[:-1], shape[-1])).expand(shape)
-    return Attention.apply(query, key, value, mask, scale)
-
-
-def packed_attention(
-    packing: Packing, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **said: Any
-) -> Tensor:
-    """The same among packed rows, [K h T d]. The mask is of the padded rows, and says nothing that the packing does not."""
-    assert fits(query, key, value) and not said.get("dropout_p") and not said.get("is_causal"), said
-    scale = said.get("scale")
-    return Attention.apply(query, key, value, None, query.shape[-1] ** -0.5 if scale is None else scale, packing)
+    return Attention.apply(query, key, value, mask, scale, None, drop)

@@ -3,51 +3,76 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from .library import at, library, unavailable
+from .packing import Packing
 
 CALLS = {torch.float32: "dropout_fp32", torch.bfloat16: "dropout_bf16"}
-ROOM = 18  # bits of a coordinate
+GOLDEN = -7046029254386353131  # 2^64 / golden ratio as a signed integer: splitmix64's increment
+WIDEST = 1 << 18  # an axis is at most this long; coordinates then never collide
+
+
+class Drop(NamedTuple):
+    """What is dropped. starts: int64 [rows], a hash of each row's seed and of the call; an entry whose 16 bits are at least `least` is
+    multiplied by `kept`, another by 0."""
+
+    starts: Tensor
+    least: int
+    kept: float
 
 
 def drops(x: Tensor) -> bool:
     """Whether x is what the kernel drops entries of."""
-    return x.device.type == "cpu" and x.dtype in CALLS and 2 <= x.ndim <= 4 and unavailable("dropout") is None
+    return x.device.type == "cpu" and x.dtype in CALLS and x.ndim >= 2 and unavailable("dropout") is None
+
+
+def lines(starts: Tensor, shape: torch.Size) -> Tensor:
+    """What the hashes of every line of a tensor [rows ... last] begin with, int64 [lines]."""
+    place = torch.zeros((), dtype=torch.int64)
+    for n in reversed(shape[1:-1]):
+        place = torch.arange(n).view(-1, *[1] * place.ndim) + place * WIDEST
+    return (starts.view(-1, *[1] * place.ndim) + (place + 1) * GOLDEN).flatten()
 
 
 class Dropout(Function):
-    """x [rows ... last] times `scale` where an entry's 16 bits are at least `least`, else times 0.
-
-    starts: int64 [rows], a hash of each row's seed and of the call. The mask is hashed again for the gradient, and never kept.
-    """
+    """firsts: of x's lines, as `lines` gives them; step: what a hash's counter grows by along a line. The mask is hashed again for the
+    gradient, and never kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, starts: Tensor, least: int, scale: float) -> Tensor:
-        ctx.save_for_backward(starts)
-        ctx.said = (least, scale)
+    def forward(ctx: Any, x: Tensor, firsts: Tensor, step: int, least: int, kept: float) -> Tensor:
+        ctx.save_for_backward(firsts)
+        ctx.said = (step, least, kept)
         x = x.contiguous()
-        y, middle = torch.empty_like(x), x.shape[2] if x.ndim == 4 else 1
-        axes = (len(x), x.shape[1] if x.ndim > 2 else 1, middle, x.shape[-1])
-        step = ctypes.c_uint64(1 << ROOM * (x.ndim - 2))
+        y, sizes = torch.empty_like(x), (ctypes.c_int64(len(firsts)), ctypes.c_int64(x.shape[-1]))
         call = getattr(library("dropout"), CALLS[x.dtype])
         call(
             at(x),
             at(y),
-            at(starts),
-            *map(ctypes.c_int64, axes),
-            step,
+            at(firsts),
+            *sizes,
+            ctypes.c_uint64(step),
             least,
-            ctypes.c_float(scale),
+            ctypes.c_float(kept),
             torch.get_num_threads(),
         )
         return y
 
     @staticmethod
     def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
-        (starts,) = ctx.saved_tensors
-        return Dropout.apply(gs[0], starts, *ctx.said), None, None, None
+        (firsts,) = ctx.saved_tensors
+        return Dropout.apply(gs[0], firsts, *ctx.said), None, None, None, None
+
+
+def dropped(x: Tensor, drop: Drop, packing: Packing | None = None) -> Tensor:
+    """x [rows ... last], or of rows without padding [K T last], with entries dropped."""
+    if packing is None:
+        firsts, axes = lines(drop.starts, x.shape), x.ndim - 2
+    else:
+        firsts, axes = drop.starts[packing.row] + (packing.token + 1) * GOLDEN, 1
+    y: Tensor = Dropout.apply(x, firsts, WIDEST**axes % 2**64, drop.least, drop.kept)
+    return y

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .activations import gelu, silu
-from .attention import attention, packed_attention
+from .attention import attention
 from .linear import LowRank, linear
 from .packing import Packing
 
@@ -27,26 +27,29 @@ ANSWERS: Mapping[Any, Callable[..., Tensor]] = {
 
 
 @dataclass
-class Next:
-    """What is to be added by the next linear layer of that weight; None once it is."""
+class Now:
+    """What a base is computing. delta: what the next linear layer of that weight is to add, None once it has; packing: of the rows
+    that do without padding; inside: the layers where they do."""
 
     delta: LowRank | None = None
+    packing: Packing | None = None
+    inside: bool = False
 
 
 class Fused(TorchFunctionMode):
-    """Answers the functions above while it is active. packing: of the rows that attention will be asked for."""
+    """Answers the functions above while it is active."""
 
-    def __init__(self, packing: Packing | None = None, adding: Next | None = None):
+    def __init__(self, now: Now | None = None):
         super().__init__()
-        self.packing, self.adding = packing, adding or Next()
+        self.now = now or Now()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs, delta = kwargs or {}, self.adding.delta
-        if func is F.scaled_dot_product_attention and self.packing is not None:
-            return packed_attention(self.packing, *args, **kwargs)
+        kwargs, delta = kwargs or {}, self.now.delta
+        if func is F.scaled_dot_product_attention and self.now.inside:
+            return ANSWERS[func](*args, **kwargs, packing=self.now.packing)
         if func is F.linear and delta is not None and args[1:2] and args[1] is delta.weight:
-            self.adding.delta = None
+            self.now.delta = None
             return linear(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias"), delta)
         return ANSWERS.get(func, func)(*args, **kwargs)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .attention import MOST
-from .fused import Fused, Next
+from .fused import Now
 from .linear import LowRank
-from .packing import Packing
 
 STACKS = {
     "bert": "encoder.layer", "electra": "encoder.layer", "roberta": "encoder.layer", "xlm-roberta": "encoder.layer",
@@ -29,23 +28,17 @@ def stack_of(base: nn.Module) -> list[nn.Module]:
 
 
 class Compiled:
-    """A base's state between its hooks. packs: whether its rows may do without padding."""
+    """A base's hooks. packs: whether its rows may do without padding."""
 
-    def __init__(self, base: nn.Module, packs: bool = True):
+    def __init__(self, base: nn.Module, now: Now, packs: bool = True):
         self.stack = stack_of(base) if packs else []
-        self.packing: Packing | None = None  # of the batch at hand
-        self.inside = False  # the layers that are packed
-        self._next, self._handed = Next(), False
+        self.now, self._handed = now, False
         self.hooks = []
         if self.stack:
             self.hooks = [
                 self.stack[0].register_forward_pre_hook(self._enter),
                 self.stack[-1].register_forward_hook(self._leave),
             ]
-
-    def operators(self) -> Fused:
-        """To be active around the base's own code."""
-        return Fused(self.packing, self._next)
 
     def packs(self, longest: int) -> bool:
         """Whether rows of so many tokens are computed without padding."""
@@ -55,22 +48,22 @@ class Compiled:
         """Before a layer: its deltas, which its own product adds where all are low-rank (A [K r i], B [K o r])."""
         if isinstance(layer, nn.Linear) and all(p.keys() == {"A", "B"} for p in bound):
             a, b = (torch.cat([p[n].to(layer.weight.dtype) for p in bound], axis) for n, axis in (("A", 1), ("B", 2)))
-            self._handed, self._next.delta = True, LowRank(layer.weight, a, b)
+            self._handed, self.now.delta = True, LowRank(layer.weight, a, b)
 
     def added(self) -> bool:
         """After a layer: whether it has added the deltas that it was handed."""
-        done = self._handed and self._next.delta is None
-        self._handed, self._next.delta = False, None
+        done = self._handed and self.now.delta is None
+        self._handed, self.now.delta = False, None
         return done
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.packing is None:
+        if self.now.packing is None:
             return None
-        self.inside = True
-        return (self.packing.pack(args[0]), *args[1:])
+        self.now.inside = True
+        return (self.now.packing.pack(args[0]), *args[1:])
 
     def _leave(self, layer: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        if self.packing is None:
+        if self.now.packing is None:
             return None
-        self.inside = False
-        return self.packing.unpack(out) if isinstance(out, Tensor) else (self.packing.unpack(out[0]), *out[1:])
+        self.now.inside = False
+        return self.now.packing.unpack(out) if isinstance(out, Tensor) else (self.now.packing.unpack(out[0]), *out[1:])

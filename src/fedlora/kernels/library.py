@@ -26,13 +26,13 @@ class Source(NamedTuple):
 Name = Literal["amx", "dropout"]
 SOURCES: dict[Name, Source] = {
     "amx": Source(
-        ("amx_tile", "amx_bf16", "avx512_f", "avx512_bw", "avx512_vl", "avx512_bf16"),
-        ("-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma"),
+        ("amx_tile", "amx_bf16", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16"),
+        ("-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
     ),
     "dropout": Source(("avx512_f", "avx512_dq", "avx512_bw", "avx512_vl"),
-                      ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-fno-strict-aliasing")),
+                      ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl")),
 }  # fmt: skip
-FLAGS = ("-O3", "-std=c11", "-fPIC", "-fopenmp", "-mprefer-vector-width=512")
+FLAGS = ("-O3", "-std=c11", "-fno-strict-aliasing", "-fPIC", "-fopenmp", "-mprefer-vector-width=512")
 SECONDS = 120  # a compiler that takes longer hangs
 
 
@@ -85,7 +85,16 @@ def _loaded(name: Name) -> ctypes.CDLL | str:
         return "PyTorch runs without GNU's OpenMP"
     if name == "amx" and not torch.cpu._init_amx():
         return "the system does not let this process use AMX"
-    said = "\0".join((_file(name).read_text(), *FLAGS, *SOURCES[name].flags, compiler, threads))
+    said = "\0".join(
+        (
+            _file(name).read_text(),
+            _file(name).with_name("hash.h").read_text(),
+            *FLAGS,
+            *SOURCES[name].flags,
+            compiler,
+            threads,
+        )
+    )
     file = folder() / f"{name}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.so"
     try:
         if not file.exists():

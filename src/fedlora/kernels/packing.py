@@ -46,6 +46,8 @@ class Packing:
         self.inside = torch.full((self.clients * self.width,), -1)  # padded token of each packed one
         real = (self.outside >= 0).nonzero().flatten()
         self.inside[self.outside[real]] = real
+        at = self.inside.clamp_min(0)
+        self.row, self.token = at // longest, at % longest  # of each packed token, which row it is of and where in it
         used = lengths.sum(1)
         rest = torch.stack([torch.arange(self.clients), used, used - self.width], 1)
         rows = torch.stack([client, starts, lengths], -1).flatten(0, 1)

@@ -38,7 +38,7 @@ class Model(Section):
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the frozen base; adapters are always fp32."""
     kernels: Literal["auto", "none"] = "auto"
-    """Compiled forms of attention and activations, for a bf16 base on CPUs with AMX; the system's C compiler makes them."""
+    """Compiled operators, made by the system's C compiler: most for a bf16 base on CPUs with AMX, dropout on all with AVX-512."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     """One of auto, cpu, mps, cuda, cuda:0, cuda:1 and so on."""
     gradient_checkpointing: bool = False
