@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from fedlora import kernels
-from fedlora.dropout import ClientDropout
+from fedlora.dropout import ClientDropout, keep_mask
 from fedlora.kernels import attention, library
 from fedlora.kernels.dropout import Drop, dropped
 from fedlora.tasks import CausalLM, Classification, Loss, packed
@@ -67,6 +67,24 @@ def test_attention_and_its_derivatives_are_the_formula_in_float64(name: str) -> 
     assert type(out.grad_fn).__name__ == "AttentionBackward"
     exact = in_double(tensors)
     right = F.scaled_dot_product_attention(*exact, **said)
+    found, wanted = grad(out, tensors, g), grad(right, exact, g.double())
+    for a, b in zip((out, *found), (right, *wanted), strict=True):
+        assert away(a, b) < ROUNDING
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["minilm", "odd sides", "causal, key heads shared"])
+def test_attention_with_dropout_is_the_formula_in_float64(name: str) -> None:
+    """With the masks that eager attention would have."""
+    tensors, said, g = case(name)
+    seeds, p = torch.arange(len(g)) * 7919, 0.4
+    with ClientDropout(seeds, now=kernels.Now()):
+        out = F.scaled_dot_product_attention(*tensors, dropout_p=p, **said)
+    exact = in_double(tensors)
+    q, k, v = (x.repeat_interleave(g.shape[1] // x.shape[1], 1) for x in exact)
+    mask = torch.ones(g.shape[2], k.shape[2], dtype=torch.bool).tril() if said["is_causal"] else said["attn_mask"]
+    shares = (q @ k.mT * g.shape[3] ** -0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+    right = shares * keep_mask(seeds, 1, shares.shape, p) / (1 - p) @ v
     found, wanted = grad(out, tensors, g), grad(right, exact, g.double())
     for a, b in zip((out, *found), (right, *wanted), strict=True):
         assert away(a, b) < ROUNDING
