@@ -20,10 +20,11 @@ from fedlora.memory import kept
 # Entries of 4 bytes, touched and freed: the profiler's records come to lie between freed blocks, and without room page faults count.
 ROOM = 1_000_000_000
 KINDS = {
-    "products of the base": ("aten::addmm", "aten::mm"),
-    "batched products (attention, adapters)": ("aten::bmm", "aten::baddbmm"),
-    "GELU": ("aten::gelu", "aten::gelu_backward"),
-    "copies and casts": ("aten::copy_", "aten::cat", "aten::index_select", "aten::fill_"),
+    "products of the base": ("aten::addmm", "aten::mm", "mkldnn::_linear_pointwise"),
+    "compiled attention": ("Attention", "AttentionBackward"),
+    "batched products (adapters, eager attention)": ("aten::bmm", "aten::baddbmm", "aten::baddbmm_"),
+    "GELU": ("aten::gelu", "aten::gelu_backward", "ActivationBackward"),
+    "copies and casts": ("aten::copy_", "aten::cat", "aten::index_select", "aten::fill_", "aten::masked_fill_"),
     "sums and scalings": ("aten::add", "aten::add_", "aten::mul", "aten::mul_", "aten::div", "aten::sum"),
     "layer norm": ("aten::native_layer_norm", "aten::native_layer_norm_backward"),
     "softmax": ("aten::_softmax", "aten::_softmax_backward_data"),

@@ -15,6 +15,7 @@ import torch
 from cli import fedlora, model_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedlora import kernels
 from fedlora.bench.run import Measured, measure, ratios
 from fedlora.bench.work import REGIMES, Regime, Work, tokens
 from fedlora.method import Order
@@ -141,6 +142,14 @@ def test_the_profile(folder: Path) -> None:
     shares = {x[8:]: float(x[:6]) for line in lines if (x := line.replace("%", " "))[:1] == " "}
     assert sum(shares.values()) == pytest.approx(100, abs=1)
     assert shares["products of the base"] > 1 and shares["the rest"] < 60
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(kernels.unavailable() is not None, reason=f"kernels: {kernels.unavailable()}")
+def test_what_kernels_bring(folder: Path) -> None:
+    lines = script("kernels", "demo", "small", 1, folder).splitlines()
+    assert [line[:18].strip() for line in lines] == ["PyTorch's", "compiled, padded", "compiled"]
+    assert "1.00 (1.00-1.00) x the first" in lines[0] and all(" 0 tokens/s" not in line for line in lines)
 
 
 def test_the_picture(tmp_path: Path) -> None:

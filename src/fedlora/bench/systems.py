@@ -43,13 +43,13 @@ def averaged(clients: Iterable[Leaves]) -> Leaves:
 
 
 class Fedlora(System):
-    """This library. block: clients at once; dtype: of the frozen base."""
+    """This library. block: clients at once; dtype: of the frozen base; compiled: whether compiled operators are used."""
 
     keeps = True  # as in every run
 
-    def __init__(self, work: Work, block: int | None, dtype: str):
+    def __init__(self, work: Work, block: int | None, dtype: str, compiled: bool = True):
         super().__init__(work)
-        ours = kernels.useful(torch.device(work.device), pretrained.DTYPES[dtype])
+        ours = compiled and kernels.useful(torch.device(work.device), pretrained.DTYPES[dtype])
         attention = None if ours else "eager"  # as a run's "auto"
         loaded = pretrained.load(
             work.model, work.task, CLASSES, seed=work.seed, dtype=dtype, attention=attention, device=work.device
@@ -57,7 +57,7 @@ class Fedlora(System):
         names = [n for n in matching(loaded.base, peft_io.default_targets(loaded.model_type)) if n not in loaded.head]
         self.method = work.method()
         found = groups(self.method.groups, loaded.base, loaded.model_type, names, loaded.head)
-        model = Adapted(loaded.base, found, dropout=False)
+        model = Adapted(loaded.base, found, dropout=False, compiled=compiled)
         self.scene = Scene(model.groups, work.seed)
         self.server = self.method.init(self.scene)
         task = CausalLM() if work.task == "causal-lm" else Classification(CLASSES)
