@@ -47,7 +47,8 @@ def openmp() -> str | None:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
         return None
-    return next((path for line in maps.splitlines() if "libgomp" in (path := line.split(maxsplit=5)[-1])), None)
+    found = {path for line in maps.splitlines() if "libgomp" in (path := line.split(maxsplit=5)[-1])}
+    return min(found, key=lambda path: ("/torch" not in path, path), default=None)  # other packages may bring their own
 
 
 def _compile(name: Name, compiler: str, threads: str, to: Path) -> None:
