@@ -17,6 +17,7 @@ from fedlora import kernels
 from fedlora.dropout import ClientDropout, keep_mask
 from fedlora.kernels import attention, library
 from fedlora.kernels.dropout import Drop, dropped
+from fedlora.summary import operators
 from fedlora.tasks import CausalLM, Classification, Loss, packed
 from fedlora.tree import Key, Params
 
@@ -408,3 +409,12 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     made = file.stat().st_mtime_ns
     library._loaded.cache_clear()
     assert library.unavailable() is None and file.stat().st_mtime_ns == made
+
+
+def test_a_report_says_whose_operators_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny.bert().to(torch.bfloat16)
+    assert operators(tiny.adapt(tiny.bert())) == "PyTorch's"
+    if kernels.unavailable() is None:
+        assert operators(tiny.adapt(base)) == "compiled"
+    monkeypatch.setattr(kernels, "unavailable", lambda: "the CPU has no amx_tile")
+    assert operators(tiny.adapt(base, compiled=False)) == "PyTorch's, because the CPU has no amx_tile"

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import kernels
 from .data.federated import FederatedData
 from .method import Client, Order, Server
 from .metrics import better, primary
+from .model import Adapted
 from .tree import stack, unstack
 
 if TYPE_CHECKING:
@@ -40,9 +42,17 @@ def environment(f: Federation) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(f.model.device) if f.model.device.type != "cuda" else torch.cuda.get_device_name(f.model.device),
-        "kernels": "compiled" if f.model.compiled else "PyTorch's",
+        "kernels": operators(f.model),
         "packages": versions,
     }
+
+
+def operators(model: Adapted) -> str:
+    """Whose operators a base computes with; for one that could have compiled ones, why it has not."""
+    if model.compiled:
+        return "compiled"
+    why = kernels.unavailable() if model.dtype == torch.bfloat16 and model.device.type == "cpu" else None
+    return f"PyTorch's, because {why}" if why else "PyTorch's"
 
 
 def processor() -> str:

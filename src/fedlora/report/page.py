@@ -278,9 +278,11 @@ def _costs(run: Records, s: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _about(run: Records) -> list[Block]:
     e = run.environment
     versions = ", ".join(f"{k} {v}" for k, v in e.get("packages", {}).items())
+    operators = e.get("kernels", "PyTorch's")
+    more = "" if operators == "PyTorch's" else f", operators {operators}"
     where = (
         f"{e.get('processor', '')}, {e.get('cores', '?')} cores, {e.get('threads', '?')} threads, "
-        f"device {e.get('device', '?')}{', compiled kernels' if e.get('kernels') == 'compiled' else ''}; Python {e.get('python', '?')}, {versions}"
+        f"device {e.get('device', '?')}{more}; Python {e.get('python', '?')}, {versions}"
     )
     recipe = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True) if run.recipe else ""
     out = [Block("Machine and versions", where if e else "unknown", wide=True)]
