@@ -198,6 +198,9 @@ def test_a_pattern_that_matches_nothing_is_refused() -> None:
     m = dataclasses.replace(HomLoRA(rank=4), rank_pattern=(("q_proj", 2),))
     with pytest.raises(ModelError, match=r"'q_proj' matches none of the 4 target layers"):
         m.init(Scene(model.groups, 0))
+    own = PF2LoRA(rank=4, rank_pattern_personal=(("k_proj", 2),))
+    with pytest.raises(ModelError, match=r"method.rank_pattern_personal: 'k_proj' matches none"):
+        own.keep(Scene(model.groups, 0), Client("a", 1))
 
 
 def test_a_pattern_that_is_no_map_says_how_to_write_one() -> None:

@@ -117,6 +117,7 @@ class LoRA(Adapter):
     alpha: float = 16.0
     rs: bool = False  # rsLoRA's scale
     pattern: Pattern = ()
+    field: str = "method.rank_pattern"  # whose pattern it is
 
     def rank_at(self, site: str) -> int:
         """r of a site: of the first pattern that matches it, else `rank`."""
@@ -128,7 +129,7 @@ class LoRA(Adapter):
         return self.alpha / r**0.5 if self.rs else self.alpha / r
 
     def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
-        _all_match("method.rank_pattern", self.pattern, sites)
+        _all_match(self.field, self.pattern, sites)
         out: Params = {}
         for s in sites:
             r = self.rank_at(s.name)

@@ -21,13 +21,13 @@ a and eta alike. Exact second derivatives need attention that has them (eager); 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..adapters import LOW_RANK, Adapter, Pattern, make
+from ..adapters import LOW_RANK, Adapter, LoRA, Pattern, make
 from ..errors import Problem
 from ..method import Client, Metrics, Scene, Work
 from ..model import Batch
@@ -96,7 +96,8 @@ class PF2LoRA(SGDMethod):
 
     @property
     def form_personal(self) -> Adapter:
-        return make(self.adapter, max(self.rank_personal, 1), self.alpha_personal, self.rank_pattern_personal)
+        form = make(self.adapter, max(self.rank_personal, 1), self.alpha_personal, self.rank_pattern_personal)
+        return replace(form, field="method.rank_pattern_personal") if isinstance(form, LoRA) else form
 
     def keep(self, scene: Scene, client: Client) -> Params:
         if not self.rank_personal:
