@@ -69,6 +69,7 @@ MUTANTS = (
     Mutant("what attention drops gets a gradient", "kernels/amx.c", "d[j] = _mm512_mul_ps(_mm512_loadu_ps(dP + 16 * j), stays);", "d[j] = _mm512_loadu_ps(dP + 16 * j);", "tests/test_kernels.py"),
     Mutant("packed tokens drop what others drop", "kernels/dropout.py", "drop.starts[packing.row] + (packing.token + 1) * GOLDEN", "drop.starts[packing.row] + GOLDEN", "tests/test_kernels.py"),
     Mutant("compiled masks repeat along a line", "kernels/dropout.c", "firsts[line] + (uint64_t)(from / 4) * (step * GOLDEN)", "firsts[line]", "tests/test_kernels.py"),
+    Mutant("a client's tokens are taken for a row's", "kernels/attention.py", "sizes = packing.longest <= MOST", "sizes = query.shape[2] <= MOST", "tests/test_kernels.py"),
     Mutant("rows of a packed group are lost", "tasks.py", "rows = {n: v[:, i::parts] if", "rows = {n: v[:, i : i + parts] if", "tests/test_kernels.py"),
     # model and optimizers
     Mutant("the adapter forgets its scale", "adapters.py", "self.alpha / r**0.5 if self.rs else self.alpha / r", "self.alpha / r", "tests/test_model.py -k peft"),

@@ -10,13 +10,14 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import grad
 
 from fedlora import kernels
 from fedlora.dropout import ClientDropout, keep_mask
 from fedlora.kernels import attention, library
 from fedlora.kernels.dropout import Drop, dropped
+from fedlora.model import Adapted
 from fedlora.summary import operators
 from fedlora.tasks import CausalLM, Classification, Loss, packed
 from fedlora.tree import Key, Params
@@ -295,6 +296,48 @@ def test_a_clients_gradient_is_its_own(family: str, way: str) -> None:
         assert away(block[k : k + 1], alone) < 5 * ROUNDING
 
 
+@needs_kernels
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_client_may_have_more_tokens_than_a_row(dropout: bool) -> None:
+    """What bounds the kernel is the longest row, not all that a client's rows hold."""
+    found, n = [], kernels.MOST // 32 + 4
+    for dtype, attention_of in ((torch.float32, "eager"), (torch.bfloat16, "sdpa")):
+        base = tiny.bert(dropout=0.1).to(dtype)
+        base.config._attn_implementation = attention_of
+        model = tiny.adapt(base, dropout=dropout)
+        ids = torch.randint(3, tiny.VOCABULARY, (1, n, 32), generator=torch.Generator().manual_seed(5))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[..., 0] % tiny.CLASSES}
+        batch |= {"weight": torch.ones(1, n), "seed": torch.arange(n)[None], "common": torch.ones(1, dtype=torch.int64)}
+        parts = [(s, part, (4, s.in_) if part == "A" else (s.out, 4)) for s in model.groups["target"] for part in "AB"]
+        leaves = {
+            Key("lora", s.name, part): draw(1, *shape, seed=i).float() / 4 for i, (s, part, shape) in enumerate(parts)
+        }
+        g = Loss(model, Classification(tiny.CLASSES)).gradient(lambda p: p, leaves, batch)[1]
+        found.append(torch.cat([g[k].flatten() for k in sorted(g)]))
+    assert away(found[1], found[0]) < 5 * ROUNDING
+
+
+@needs_kernels
+def test_a_layer_of_another_dtype_gets_its_delta_from_the_hook() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.low, self.high = nn.Linear(16, 16).bfloat16(), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.high(self.low(x.bfloat16()).float())
+            return y
+
+    model = Adapted(tiny.seeded(Mixed), {"target": ["low", "high"]})
+    a, b = torch.ones(2, 4, 16), torch.ones(2, 16, 4)
+    p = {Key("lora", site, part): v for site in ("low", "high") for part, v in (("A", a), ("B", b))}
+    x = draw(2, 3, 16).float()
+    found = model.forward(p, {"x": x})
+    model.bind({})
+    h = model.base.low(x.bfloat16()).float() + 4 * x.bfloat16().float().sum(-1, keepdim=True)
+    assert away(found, model.base.high(h) + 4 * h.sum(-1, keepdim=True)) < 5 * ROUNDING
+
+
 def test_rows_lie_behind_each_other_and_come_back() -> None:
     lengths = torch.tensor([[5, 2, 1], [3, 3, 3], [20, 1, 1]])
     packing = kernels.Packing(lengths, longest=20)
@@ -325,6 +368,7 @@ def test_packed_groups_hold_every_row_once() -> None:
     pieces = packed(batch, lengths, 2)
     assert [p["lengths"].tolist() for p in pieces] == [[[9, 7, 3], [9, 2, 1]], [[8, 4], [9, 2]]]
     assert torch.equal(torch.cat([p["labels"] for p in pieces], 1).sort(1).values, batch["labels"])
+    assert len(packed(batch, lengths * torch.tensor([1, 1, 1, 1, 0]), 5)) == 4
     assert [p["input_ids"].shape[2] for p in pieces] == [9, 9] and pieces[0]["weight"][1].tolist() == [1, 1, 0]
 
 

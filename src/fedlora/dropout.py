@@ -86,19 +86,18 @@ class ClientDropout(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        packing = self.now.packing if self.now and self.now.inside else None
         if func is F.scaled_dot_product_attention and (p := _inner_dropout(args, kwargs or {})):
             kwargs = dict(zip(ATTENTION, args, strict=False)) | dict(kwargs or {}) | {"dropout_p": 0.0}
             query, key, value = (kwargs.pop(n) for n in ATTENTION[:3])
             if self.seeds is None:
                 return func(query, key, value, **kwargs)
-            if self.now is None or not (
-                kernels.useful(query.device, query.dtype) and attends(query, key, value, False)
-            ):
+            useful = self.now is not None and kernels.useful(query.device, query.dtype)
+            if not useful or not attends(query, key, value, False, packing):
                 raise ModelError(
                     "model: its fused attention (sdpa) drops weights by torch's global generator, so no run could be repeated; load "
                     'it with attn_implementation="eager", or without dropout'
                 )
-            packing = self.now.packing if self.now.inside else None
             return attention(query, key, value, **kwargs, packing=packing, drop=self.drop(p, query.dtype))
         if func is not F.dropout:
             return func(*args, **(kwargs or {}))
@@ -106,11 +105,8 @@ class ClientDropout(TorchFunctionMode):
         x, p = named["input"], named.get("p", 0.5)
         if self.seeds is None or not named.get("training", True) or p == 0.0:
             return x
-        packing = self.now.packing if self.now and self.now.inside else None
-        if packing is not None:  # only where the kernels are
+        if packing is not None or (self.now is not None and x.shape[0] == len(self.seeds) and drops(x)):
             return dropped(x, self.drop(p, x.dtype), packing)
-        if x.shape[0] == len(self.seeds) and self.now and drops(x):
-            return dropped(x, self.drop(p, x.dtype))
         self.call += 1
         if x.shape[0] == len(self.seeds):
             mask = keep_mask(self.seeds, self.call, x.shape, p)

@@ -164,6 +164,8 @@ def packed(batch: Batch, lengths: Tensor, parts: int) -> list[Batch]:
     """
     pieces = []
     for i in range(min(parts, lengths.shape[1])):
+        if not lengths[:, i].any():
+            break  # only padding is left
         rows = {n: v[:, i::parts] if v.ndim > 1 else v for n, v in batch.items()}
         piece = fitted(rows, int(lengths[:, i].max()))
         pieces.append(piece | {"lengths": lengths[:, i::parts].clamp_min(1)})

@@ -121,12 +121,16 @@ class Attention(Function):
         return dq, dk, dv, None, None, None, None
 
 
-def attends(query: Tensor, key: Tensor, value: Tensor, heads_alike: bool = True) -> bool:
-    """Whether they are what the kernel is made for."""
-    return (
-        fits(query, key, value) and query.ndim == key.ndim == 4 and key.shape == value.shape
-        and FEWEST <= query.shape[2] <= MOST and key.shape[2] <= MOST and (not heads_alike or query.shape[1] == key.shape[1])
-    )  # fmt: skip
+def attends(
+    query: Tensor, key: Tensor, value: Tensor, heads_alike: bool = True, packing: Packing | None = None
+) -> bool:
+    """Whether they are what the kernel is made for. Of packed rows each is as long as it was, however many tokens a client has."""
+    if packing is None:
+        sizes = FEWEST <= query.shape[2] <= MOST and key.shape[2] <= MOST
+    else:
+        sizes = packing.longest <= MOST
+    alike = key.shape == value.shape and (not heads_alike or query.shape[1] == key.shape[1])
+    return fits(query, key, value) and query.ndim == key.ndim == 4 and alike and sizes
 
 
 def attention(
@@ -143,7 +147,7 @@ def attention(
 ) -> Tensor:
     """F.scaled_dot_product_attention. packing: of [K h T d], rows without padding; the mask is of the padded rows then, and says nothing
     that the packing does not. drop: dropout of ours, in place of dropout_p."""
-    able = attends(query, key, value, heads_alike=not enable_gqa) and not dropout_p
+    able = attends(query, key, value, not enable_gqa, packing) and not dropout_p
     if not able:
         assert packing is None and drop is None, "rows are packed, and our dropout used, where the kernel is"
         return F.scaled_dot_product_attention(

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .activations import gelu, silu
 from .attention import attention
-from .linear import LowRank, linear
+from .linear import LowRank, LowRankLinear, able, linear
 from .packing import Packing
 
 ANSWERS: Mapping[Any, Callable[..., Tensor]] = {
@@ -49,7 +49,7 @@ class Fused(TorchFunctionMode):
         kwargs, delta = kwargs or {}, self.now.delta
         if func is F.scaled_dot_product_attention and self.now.inside:
             return ANSWERS[func](*args, **kwargs, packing=self.now.packing)
-        if func is F.linear and delta is not None and args[1:2] and args[1] is delta.weight:
+        if func is F.linear and delta is not None and args[1:2] and args[1] is delta.weight and able(*args, **kwargs):
             self.now.delta = None
-            return linear(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias"), delta)
+            return LowRankLinear.apply(*args[:2], args[2] if args[2:] else kwargs.get("bias"), delta.a, delta.b)
         return ANSWERS.get(func, func)(*args, **kwargs)

@@ -63,13 +63,12 @@ class LowRankLinear(Function):
         return dx, None, None, torch.bmm(dh.mT, rows), torch.bmm(g.mT, torch.bmm(rows, a.mT))
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, delta: LowRank | None = None) -> Tensor:
-    """F.linear, with a delta of this layer."""
+def able(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether F.linear of them is what these forms compute."""
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    able = fits(input, weight, bias) and frozen and weight.ndim == 2 and input.numel() > 0
-    if delta is not None:
-        assert able, "a delta is handed over for frozen layers in bf16 only"
-        y: Tensor = LowRankLinear.apply(input, weight, bias, delta.a, delta.b)
-    else:
-        y = Linear.apply(input, weight, bias) if able else F.linear(input, weight, bias)
-    return y
+    return fits(input, weight, bias) and frozen and weight.ndim == 2 and input.numel() > 0
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear."""
+    return Linear.apply(input, weight, bias) if able(input, weight, bias) else F.linear(input, weight, bias)
