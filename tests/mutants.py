@@ -38,7 +38,7 @@ MUTANTS = (
     # engine: blocks, resume, ownership
     Mutant("a client out of batches goes on training", "engine.py", "work = where(alive[-1], new, work)", "work = new", f"{CONTRACT} -k block_equals"),
     Mutant("dropout depends on the block", "dropout.py", "return mix(seeds + signed(call * GOLDEN))", "return mix(torch.arange(len(seeds)) + signed(call * GOLDEN))", f"{CONTRACT} -k block_equals"),
-    Mutant("padding rows count", "tasks.py", 'out["weight"] = (torch.arange(b)[None] < rows[:, None]).float()', 'out["weight"] = torch.ones(len(rows), b)', f"{CONTRACT} -k block_equals"),
+    Mutant("padding rows count", "batching.py", 'out["weight"] = (torch.arange(b)[None] < rows[:, None]).float()', 'out["weight"] = torch.ones(len(rows), b)', f"{CONTRACT} -k block_equals"),
     Mutant("a dropped round's client state is taken up", "store.py", 'int(n.split(".")[0]) < before]', 'int(n.split(".")[0]) <= before]', f"tests/test_store.py {CONTRACT} -k 'dropped or crash'"),
     Mutant("the order of leaves follows the file", "tree.py", "for k in sorted(ps[0]):", "for k in ps[0]:", "tests/test_tree.py"),
     Mutant("kept leaves are uploaded too", "sgd.py", "return select(p, self.shared), select(p, lambda k: not self.shared(k)) | moments", "return p, select(p, lambda k: not self.shared(k)) | moments", f"{CONTRACT} -k only_declared"),
@@ -47,17 +47,17 @@ MUTANTS = (
     Mutant("weights are not normalised", "tree.py", "return {k: v.div_(total) for k, v in acc.items()}", "return acc", "tests/test_tree.py"),
     Mutant("cohorts follow the round's number alone", "federation.py", 'draw = np_rng(seed, "cohort", 0 if self.cohort == "fixed" else round)', 'draw = np_rng("cohort", 0)', "tests/test_federation.py"),
     # rows grouped by length
-    Mutant("a group is cut below its longest row", "tasks.py", "return [fitted(_rows(batch, i, j), wide[i])", "return [fitted(_rows(batch, i, j), wide[j - 1])", "tests/test_tasks.py"),
-    Mutant("no gradients where a caller serves", "tasks.py", "with torch.enable_grad(), self.model.training(piece):", "with self.model.training(piece):", "tests/test_tasks.py"),
+    Mutant("a group is cut below its longest row", "batching.py", "return [fitted(_rows(batch, i, j), wide[i], tokenwise)", "return [fitted(_rows(batch, i, j), wide[j - 1], tokenwise)", "tests/test_tasks.py"),
+    Mutant("no gradients where a caller serves", "loss.py", "with torch.enable_grad(), self.model.training(piece):", "with self.model.training(piece):", "tests/test_tasks.py"),
     Mutant("patterns are expressions unchecked", "adapters.py", "            _expression(pattern)\n", "            pass\n", "tests/test_law_compose.py -k refused"),
     Mutant("the optimizer's factors stay on the host", "optim.py", "factor = factor.to(like[0])", "factor = factor.to(like[0].dtype)", "tests/test_device.py"),
     Mutant("HetLoRA's rank cut stays on the host", "methods/hetlora.py", ".floor().to(v.device)[:, None])", ".floor().cpu()[:, None])", "tests/test_device.py"),
     Mutant("a method's own problems hide those of its family", "methods/hetlora.py", "bad = super().problems()", "bad: list[Problem] = []", "tests/test_law_compose.py -k at_once"),
-    Mutant("groups are averaged, not summed", "tasks.py", "value = value + part.detach()", "value = part.detach()", "tests/test_tasks.py"),
+    Mutant("groups are averaged, not summed", "loss.py", "value = value + part.detach()", "value = part.detach()", "tests/test_tasks.py"),
     Mutant("the answer without a model looks at the test rows", "data/federated.py", "right = test[both, train[both].argmax(1)]", "right = test[both, test[both].argmax(1)]", "tests/test_partition.py"),
-    Mutant("second derivatives of the last group alone", "tasks.py", "sums = found if sums is None else list(torch._foreach_add(sums, found))", "sums = found", "tests/test_tasks.py"),
-    Mutant("the mixed product is with the wrong leaves", "tasks.py", "g = grad(value.sum(), [leaves[k] for k in v], create_graph=True)", "g = grad(value.sum(), [leaves[k] for k in list(leaves)[: len(v)]], create_graph=True)", "tests/test_tasks.py"),
-    Mutant("labels stay behind when rows are sorted", "tasks.py", "order.to(v.device)] if v.ndim > 1 else v", 'order.to(v.device)] if v.ndim > 1 and n != "labels" else v', "tests/test_tasks.py"),
+    Mutant("second derivatives of the last group alone", "loss.py", "sums = found if sums is None else list(torch._foreach_add(sums, found))", "sums = found", "tests/test_tasks.py"),
+    Mutant("the mixed product is with the wrong leaves", "loss.py", "g = grad(value.sum(), [leaves[k] for k in v], create_graph=True)", "g = grad(value.sum(), [leaves[k] for k in list(leaves)[: len(v)]], create_graph=True)", "tests/test_tasks.py"),
+    Mutant("labels stay behind when rows are sorted", "batching.py", "order.to(v.device)] if v.ndim > 1 else v", 'order.to(v.device)] if v.ndim > 1 and n != "labels" else v', "tests/test_tasks.py"),
     # compiled operators
     Mutant("hidden keys get a gradient", "kernels/amx.c", "seen, x[j]);\n    x[j] = _mm512_mul_ps(", "0xffff, x[j]);\n    x[j] = _mm512_mul_ps(", "tests/test_kernels.py"),
     Mutant("of heads that share a key the first alone counts", "kernels/amx.c", "dV[i] += O[i];", "dV[i] += 0;", "tests/test_kernels.py"),
@@ -70,12 +70,12 @@ MUTANTS = (
     Mutant("packed tokens drop what others drop", "kernels/dropout.py", "drop.starts[packing.row] + (packing.token + 1) * GOLDEN", "drop.starts[packing.row] + GOLDEN", "tests/test_kernels.py"),
     Mutant("compiled masks repeat along a line", "kernels/dropout.c", "firsts[line] + (uint64_t)(from / 4) * (step * GOLDEN)", "firsts[line]", "tests/test_kernels.py"),
     Mutant("a client's tokens are taken for a row's", "kernels/attention.py", "sizes = packing.longest <= MOST", "sizes = query.shape[2] <= MOST", "tests/test_kernels.py"),
-    Mutant("rows of a packed group are lost", "tasks.py", "rows = {n: v[:, i::parts] if", "rows = {n: v[:, i : i + parts] if", "tests/test_kernels.py"),
+    Mutant("rows of a packed group are lost", "batching.py", "rows = {n: v[:, i::parts] if", "rows = {n: v[:, i : i + parts] if", "tests/test_kernels.py"),
     # model and optimizers
     Mutant("the adapter forgets its scale", "adapters.py", "self.alpha / r**0.5 if self.rs else self.alpha / r", "self.alpha / r", "tests/test_model.py -k peft"),
     Mutant("decay is coupled", "optim.py", "shrink = 1 - rate * self.weight_decay", "shrink = 1 - rate * self.weight_decay * 0.5", "tests/test_model.py -k optimizers"),
     Mutant("bias correction is gone", "optim.py", "size, root = rate / (1 - b1**t), (1 - b2**t).sqrt()", "size, root = rate / (1 - b1**t), (1 - b2**t) ** 0", "tests/test_model.py"),
-    Mutant("rows are padded beyond the table of positions", "tasks.py", "return wide if wide <= model.longest else length", "return wide", "tests/test_tasks.py -k half"),
+    Mutant("rows are padded beyond the table of positions", "batching.py", "return wide if wide <= model.longest else length", "return wide", "tests/test_tasks.py -k half"),
     # HetLoRA
     Mutant("the loss before the hand-over is only there by chance", "federation.py", 'if self._due(server.round) else {"before": server, "handover": new}', 'if True else {}', "tests/test_law_slora.py"),
     Mutant("stage 1 forgets the densities of layers", "methods/slora.py", "density_pattern=self.density_pattern, ", "", "tests/test_law_slora.py"),
@@ -159,7 +159,7 @@ MUTANTS = (
     # evaluation
     Mutant("the round is chosen on test", "summary.py", 'for split in ("validation", "test"):\n        for view', 'for split in ("test", "validation"):\n        for view', "tests/test_federation.py -k chosen"),
     Mutant("predictions come back in another order", "evaluate.py", "back = np.argsort(order)", "back = order", "tests/test_federation.py"),
-    Mutant("the worst tenth is the best", "metrics.py", "ordered = np.sort(v)[::-1] if m in LOWER_IS_BETTER else np.sort(v)", "ordered = np.sort(v)[::-1]", "tests/test_metrics.py"),
+    Mutant("the worst tenth is the best", "metrics.py", "ordered = np.sort(v)[::-1] if m in lower else np.sort(v)", "ordered = np.sort(v)[::-1]", "tests/test_metrics.py"),
     # data
     Mutant("a client sees everybody's labels unpermuted", "data/batches.py", 'batch["labels"] = torch.from_numpy(data.label_maps[owners, batch["labels"].numpy()])', "pass", "tests/test_federation.py"),
     Mutant("prompts carry loss", "data/examples.py", "scored = inside & (at >= np.maximum(skip, 1)[:, None])", "scored = inside & (at >= 1)", "tests/test_federation.py"),

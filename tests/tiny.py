@@ -20,7 +20,8 @@ from fedlora.peft_io import default_targets
 from fedlora.pretrained import head_of
 from fedlora.seeds import np_rng
 from fedlora.sites import groups
-from fedlora.tasks import CausalLM, Classification
+from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.classification import Classification
 from fedlora.watch import Watch
 
 VOCABULARY, CLASSES = 50, 3

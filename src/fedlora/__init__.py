@@ -24,13 +24,17 @@ _HOME = {
     "engine": "Engine Schedule train_block",
     "errors": "ConfigError DataError FedloraError ModelError Problem StateError TrainingError UploadError",
     "federation": "Evaluation Federation Sampling",
+    "loss": "Loss",
     "method": "Client Method Order Scene Server Upload",
     "methods": "METHODS",
     "model": "Adapted matching",
     "optim": "SGD AdamW Optimizer",
     "recipe": "Recipe",
     "sgd": "SGDMethod",
-    "tasks": "CausalLM Classification Loss Regression Task",
+    "task": "Task",
+    "tasks.causal_lm": "CausalLM",
+    "tasks.classification": "Classification",
+    "tasks.regression": "Regression",
     "tree": "Key Params",
     "watch": "Watch",
 }
@@ -42,7 +46,7 @@ __all__ = sorted(_WHERE)
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         value = getattr(import_module(f"fedlora.{_WHERE[name]}"), name)
-    elif name[:1].isupper() and name in (classes := _methods()):
+    elif name[:1].isupper() and name in (classes := _found()):
         value = classes[name]
     else:
         raise AttributeError(f"module 'fedlora' has no attribute {name!r}")
@@ -50,13 +54,14 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def _methods() -> dict[str, Any]:
-    """The method classes by their own names: fl.FedSALoRA."""
-    return {cls.__name__: cls for cls in import_module("fedlora.methods").METHODS.values()}
+def _found() -> dict[str, Any]:
+    """The classes of methods and tasks by their own names: fl.FedSALoRA, fl.TokenClassification."""
+    every = [*import_module("fedlora.methods").METHODS.values(), *import_module("fedlora.tasks").TASKS.values()]
+    return {cls.__name__: cls for cls in every}
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *_methods(), "__version__"]
+    return [*__all__, *_found(), "__version__"]
 
 
 if TYPE_CHECKING:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 import torch
 
 from . import wire
+from .batching import stack_batches
 from .errors import TrainingError, UploadError
+from .loss import Loss
 from .method import Client, Method, Order, Scene, Server, Upload
 from .model import Batch
 from .optim import schedule
-from .tasks import Loss, stack_batches
 from .tree import Params, stack, unstack, where
 
 Pace = Callable[[Order, int, int], float]  # (order, step, steps of this client) -> learning-rate factor

@@ -27,7 +27,7 @@ from .methods import METHODS
 from .model import Adapted
 from .optim import AdamW
 from .seeds import np_rng
-from .tasks import Task
+from .task import Task
 from .tree import Params
 from .views import served
 from .watch import Watch

@@ -19,13 +19,14 @@ from .data.batches import Plan, batch_of, train_batches
 from .data.federated import FederatedData
 from .engine import Engine, RoundLog, Schedule
 from .errors import ConfigError, Problem
+from .loss import Loss
 from .memory import auto_block, forget_peak, kept, peak_memory
 from .method import Client, Method, Order, Scene, Server, Upload
 from .model import Adapted, Batch
 from .runtime import InProcess, Runtime
 from .seeds import np_rng
 from .store import Store
-from .tasks import Loss, Task
+from .task import Task
 from .tensorboard import TensorBoard
 from .tree import Params, count, select
 from .views import View

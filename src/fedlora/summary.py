@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import torch
 from . import kernels
 from .data.federated import FederatedData
 from .method import Client, Order, Server
-from .metrics import better, primary
+from .metrics import beats
 from .model import Adapted
 from .tree import stack, unstack
 
@@ -89,8 +89,13 @@ def read_lines(f: Federation, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
-def chosen_round(lines: Iterable[dict[str, Any]], metric: str) -> tuple[int | None, str]:
-    """(round, split it was chosen on): best mean of the personal view, validation before test; earliest of equals."""
+def chosen_round(
+    lines: Iterable[dict[str, Any]], metric: str, lower: Collection[str] = ("loss",)
+) -> tuple[int | None, str]:
+    """(round, split it was chosen on): best mean of the personal view, validation before test; earliest of equals.
+
+    lower: the metrics of which less is better.
+    """
     evals = [x for x in lines if x["kind"] == "eval" and x["view"] in ("personal", "global") and metric in x["mean"]]
     for split in ("validation", "test"):
         for view in ("personal", "global"):
@@ -98,7 +103,7 @@ def chosen_round(lines: Iterable[dict[str, Any]], metric: str) -> tuple[int | No
             for x in evals:
                 if x["split"] == split and x["view"] == view:
                     v = x["mean"][metric]
-                    if best is None or better(metric, v, best[1]):
+                    if best is None or beats(v, best[1], metric in lower):
                         best = (x["round"], v)
             if best is not None:
                 return best[0], split
@@ -108,8 +113,8 @@ def chosen_round(lines: Iterable[dict[str, Any]], metric: str) -> tuple[int | No
 def summarise(f: Federation, server: Server) -> dict[str, Any]:
     """summary.json: parameters, chosen round, scores of every view there, costs."""
     lines, timings = read_lines(f, "metrics.jsonl"), read_lines(f, "timings.jsonl")
-    metric = primary(f.task.kind)
-    chosen, chosen_on = chosen_round(lines, metric)
+    metric = f.task.metric
+    chosen, chosen_on = chosen_round(lines, metric, f.task.lower)
 
     def at(view: str, split: str, round: int | None) -> dict[str, Any]:
         for x in lines:

@@ -16,7 +16,7 @@ from .data.batches import Plan, train_batches
 from .engine import Engine, Schedule, train_block
 from .evaluate import predict
 from .method import Order, Server
-from .metrics import Scores, primary, score, summary
+from .metrics import Scores, summary
 from .tree import Params, select, stack, unstack
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def scores(
     """Scores of params[j] on the rows that client clients[j] holds in `split`."""
     rows = [f.data.splits[split][k] for k in clients]
     found = predict(f.model, f.task, f.data, params, clients, rows, f.evaluation.batch_size, block)
-    return {f.data.ids[k]: score(p, f.task.kind) for k, p in zip(clients, found, strict=True)}
+    return dict(zip((f.data.ids[k] for k in clients), f.task.scores(found), strict=True))
 
 
 def evaluate(f: Federation, engine: Engine, server: Server) -> list[dict[str, Any]]:
@@ -85,7 +85,7 @@ def evaluate(f: Federation, engine: Engine, server: Server) -> list[dict[str, An
                 by_client = known or scores(f, params, clients, split, engine.block)
                 seen[len(clients), split] = by_client
                 lines.append({"kind": "eval", "round": server.round, "view": view, "split": split,
-                              "clients": by_client, **summary(by_client)})  # fmt: skip
+                              "clients": by_client, **summary(by_client, f.task.lower)})  # fmt: skip
     if "cross" in f.evaluation.views and server.round == f.sampling.rounds:
         lines.append(cross(f, engine, server))
     return lines + (analyse(f, engine, server) if f.evaluation.analyses else [])
@@ -127,7 +127,7 @@ def cross(f: Federation, engine: Engine, server: Server) -> dict[str, Any]:
     chosen = some(f)
     n = len(chosen)
     params = served(f, engine, server, chosen, "personal")
-    metric = primary(f.task.kind)
+    metric = f.task.metric
     matrix = []
     for p in params:
         row = scores(f, [p] * n, chosen, "test", engine.block)

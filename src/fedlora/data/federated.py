@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from . import partition as kinds
 from .examples import Arrays, Rows, Tokens
 from .load import DEMO_CLIENT, Column, load
 from .split import histograms, like, split
+
+if TYPE_CHECKING:
+    from ..task import Task
 
 NATURAL = "column"
 
@@ -30,6 +33,7 @@ class FederatedData:
     unseen: int = 0
     groups: np.ndarray | None = None  # int64 [n] class of each row; None: that of the examples' labels
     truncated: int = 0  # rows cut to the longest length
+    outputs: tuple[str, ...] = ()  # names of the model's outputs, where they are no classes of rows: tags, or labels
 
     def histogram(self, split: str) -> np.ndarray:
         """Rows of each class that each client holds in a split, int64 [clients classes]."""
@@ -70,7 +74,7 @@ def assemble(
     tokenizer: Any,
     data: Mapping[str, Any],
     partition: Mapping[str, Any],
-    task: str,
+    task: type[Task],
     seed: int,
     cache: Path | None = None,
 ) -> FederatedData:
@@ -86,7 +90,7 @@ def assemble(
     site = data.get("site")
     if site is not None:
         fed = replace(fed, ids=[site] if kind != NATURAL and len(fed.ids) == 1 else [f"{site}/{c}" for c in fed.ids])
-    return replace(fed, truncated=loaded.truncated)
+    return replace(fed, truncated=loaded.truncated, outputs=loaded.outputs)
 
 
 def from_arrays(

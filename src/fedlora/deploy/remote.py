@@ -19,7 +19,7 @@ from ..engine import RoundLog, enough, in_order
 from ..errors import TrainingError, UploadError
 from ..federation import Federation
 from ..method import Client, Order, Server, Upload
-from ..metrics import primary, summary
+from ..metrics import summary
 from ..tree import Params, cut_rank, rank, rank_axis, stack, unstack
 from ..watch import Watch
 from .packets import EVERYBODY, PROTOCOL, Kind, Packet, same
@@ -306,8 +306,8 @@ class Remote:
                 scores = {c: found[view, split][c] for c in self.fed.data.ids if c in found.get((view, split), {})}
                 if scores:
                     lines.append({"kind": "eval", "round": server.round, "view": view, "split": split,
-                                  "clients": scores, **summary(scores)})  # fmt: skip
-        name = primary(self.fed.task.kind)
+                                  "clients": scores, **summary(scores, self.fed.task.lower)})  # fmt: skip
+        name = self.fed.task.metric
         for line in lines[:1]:
             self.metric = (f"{line['view']} {line['split']} {name}", line["mean"].get(name, math.nan))
         self.status("done" if server.round == order.rounds else "evaluated", server)
