@@ -163,6 +163,21 @@ MUTANTS = (
     # data
     Mutant("a client sees everybody's labels unpermuted", "data/batches.py", 'batch["labels"] = torch.from_numpy(data.label_maps[owners, batch["labels"].numpy()])', "pass", "tests/test_federation.py"),
     Mutant("prompts carry loss", "data/examples.py", "scored = inside & (at >= np.maximum(skip, 1)[:, None])", "scored = inside & (at >= 1)", "tests/test_federation.py"),
+    # tasks
+    Mutant("padding is another token than the model's", "model.py", 'masked_fill(inputs["attention_mask"] == 0, self.pad)', 'masked_fill(inputs["attention_mask"] == 0, 0)', "tests/test_padding.py -k alone"),
+    Mutant("a row of weight 0 is cut below its end", "batching.py", "    if not empty.any():\n", "    if True:\n", "tests/test_padding.py -k 'weight_0 or bart'"),
+    Mutant("a vector of labels is cut like tokens", "batching.py", "if v.ndim > 2 and n in tokenwise else v", "if v.ndim > 2 else v", "tests/test_padding.py -k vector"),
+    Mutant("the last piece of a word carries its tag", "data/encode.py", "first[1:] = of[1:] != of[:-1]", "first[:-1] = of[1:] != of[:-1]", "tests/test_new_tasks.py -k first_piece"),
+    Mutant("a byte-level tokenizer glues words", "data/encode.py", "add_prefix_space=True, trim_offsets", "add_prefix_space=False, trim_offsets", "tests/test_new_tasks.py -k 'left_as or first_piece'"),
+    Mutant("words that were cut count as right", "tasks/token_classification.py", "said = np.full(len(p.words.labels), outside, np.int64)", "said = p.words.labels.copy()", "tests/test_new_tasks.py -k seqevals"),
+    Mutant("an entity goes on although its type is another", "tasks/token_classification.py", "(was_inside & other)", "(was_inside & first)", "tests/test_new_tasks.py -k seqevals"),
+    Mutant("precision and recall change places", "tasks/token_classification.py", "count(a >= 0), count(b >= 0)", "count(b >= 0), count(a >= 0)", "tests/test_new_tasks.py -k seqevals"),
+    Mutant("a token classifier is exported as one of texts", "tasks/token_classification.py", 'peft_type: ClassVar[str] = "TOKEN_CLS"', 'peft_type: ClassVar[str] = "SEQ_CLS"', "tests/test_new_tasks.py -k exports"),
+    Mutant("the loss of labels is their sum", "tasks/multi_label.py", 'reduction="none").mean(-1)', 'reduction="none").sum(-1)', "tests/test_new_tasks.py -k formula"),
+    Mutant("the threshold is one half", "tasks/multi_label.py", "full(output).sigmoid() > self.threshold", "full(output).sigmoid() > 0.5", "tests/test_new_tasks.py -k labels_are"),
+    Mutant("a multi-label model does not say so", "tasks/multi_label.py", '"problem_type": "multi_label_classification"', '"problem_type": None', "tests/test_new_tasks.py -k exports"),
+    Mutant("hits of one client count for the next", "tasks/classification.py", "count(true[right], whose[right])", "count(true[right], whose[: right.sum()])", "tests/test_new_tasks.py -k classes_are"),
+    Mutant("an empty text has nothing to be read", "data/examples.py", "seen = at < np.maximum(length, 1)[:, None]", "seen = at < length[:, None]", "tests/test_padding.py -k without_tokens"),
 )  # fmt: skip
 
 
