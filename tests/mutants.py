@@ -38,7 +38,7 @@ MUTANTS = (
     # engine: blocks, resume, ownership
     Mutant("a client out of batches goes on training", "engine.py", "work = where(alive[-1], new, work)", "work = new", f"{CONTRACT} -k block_equals"),
     Mutant("dropout depends on the block", "dropout.py", "return mix(seeds + signed(call * GOLDEN))", "return mix(torch.arange(len(seeds)) + signed(call * GOLDEN))", f"{CONTRACT} -k block_equals"),
-    Mutant("padding rows count", "tasks.py", 'out["weight"] = (torch.arange(b)[None] < rows[:, None]).float()', 'out["weight"] = torch.ones(len(rows), b)', f"{CONTRACT} -k block_equals"),
+    Mutant("padding rows count", "batching.py", 'out["weight"] = (torch.arange(b)[None] < rows[:, None]).float()', 'out["weight"] = torch.ones(len(rows), b)', f"{CONTRACT} -k block_equals"),
     Mutant("a dropped round's client state is taken up", "store.py", 'int(n.split(".")[0]) < before]', 'int(n.split(".")[0]) <= before]', f"tests/test_store.py {CONTRACT} -k 'dropped or crash'"),
     Mutant("the order of leaves follows the file", "tree.py", "for k in sorted(ps[0]):", "for k in ps[0]:", "tests/test_tree.py"),
     Mutant("kept leaves are uploaded too", "sgd.py", "return select(p, self.shared), select(p, lambda k: not self.shared(k)) | moments", "return p, select(p, lambda k: not self.shared(k)) | moments", f"{CONTRACT} -k only_declared"),
@@ -47,17 +47,17 @@ MUTANTS = (
     Mutant("weights are not normalised", "tree.py", "return {k: v.div_(total) for k, v in acc.items()}", "return acc", "tests/test_tree.py"),
     Mutant("cohorts follow the round's number alone", "setting.py", 'draw = np_rng(seed, "cohort", 0 if self.cohort == "fixed" else round)', 'draw = np_rng("cohort", 0)', "tests/test_federation.py"),
     # rows grouped by length
-    Mutant("a group is cut below its longest row", "tasks.py", "return [fitted(_rows(batch, i, j), wide[i])", "return [fitted(_rows(batch, i, j), wide[j - 1])", "tests/test_tasks.py"),
-    Mutant("no gradients where a caller serves", "tasks.py", "with torch.enable_grad(), self.model.training(piece):", "with self.model.training(piece):", "tests/test_tasks.py"),
+    Mutant("a group is cut below its longest row", "batching.py", "return [fitted(_rows(batch, i, j), wide[i], tokenwise)", "return [fitted(_rows(batch, i, j), wide[j - 1], tokenwise)", "tests/test_tasks.py"),
+    Mutant("no gradients where a caller serves", "loss.py", "with torch.enable_grad(), self.model.training(piece):", "with self.model.training(piece):", "tests/test_tasks.py"),
     Mutant("patterns are expressions unchecked", "adapters.py", "            _expression(pattern)\n", "            pass\n", "tests/test_law_compose.py -k refused"),
     Mutant("the optimizer's factors stay on the host", "optim.py", "factor = factor.to(like[0])", "factor = factor.to(like[0].dtype)", "tests/test_device.py"),
     Mutant("HetLoRA's rank cut stays on the host", "methods/hetlora.py", ".floor().to(v.device)[:, None])", ".floor().cpu()[:, None])", "tests/test_device.py"),
     Mutant("a method's own problems hide those of its family", "methods/hetlora.py", "bad = super().problems()", "bad: list[Problem] = []", "tests/test_law_compose.py -k at_once"),
-    Mutant("groups are averaged, not summed", "tasks.py", "value = value + part.detach()", "value = part.detach()", "tests/test_tasks.py"),
+    Mutant("groups are averaged, not summed", "loss.py", "value = value + part.detach()", "value = part.detach()", "tests/test_tasks.py"),
     Mutant("the answer without a model looks at the test rows", "data/federated.py", "right = test[both, train[both].argmax(1)]", "right = test[both, test[both].argmax(1)]", "tests/test_partition.py"),
-    Mutant("second derivatives of the last group alone", "tasks.py", "sums = found if sums is None else list(torch._foreach_add(sums, found))", "sums = found", "tests/test_tasks.py"),
-    Mutant("the mixed product is with the wrong leaves", "tasks.py", "g = grad(value.sum(), [leaves[k] for k in v], create_graph=True)", "g = grad(value.sum(), [leaves[k] for k in list(leaves)[: len(v)]], create_graph=True)", "tests/test_tasks.py"),
-    Mutant("labels stay behind when rows are sorted", "tasks.py", "order.to(v.device)] if v.ndim > 1 else v", 'order.to(v.device)] if v.ndim > 1 and n != "labels" else v', "tests/test_tasks.py"),
+    Mutant("second derivatives of the last group alone", "loss.py", "sums = found if sums is None else list(torch._foreach_add(sums, found))", "sums = found", "tests/test_tasks.py"),
+    Mutant("the mixed product is with the wrong leaves", "loss.py", "g = grad(value.sum(), [leaves[k] for k in v], create_graph=True)", "g = grad(value.sum(), [leaves[k] for k in list(leaves)[: len(v)]], create_graph=True)", "tests/test_tasks.py"),
+    Mutant("labels stay behind when rows are sorted", "batching.py", "order.to(v.device)] if v.ndim > 1 else v", 'order.to(v.device)] if v.ndim > 1 and n != "labels" else v', "tests/test_tasks.py"),
     # compiled operators
     Mutant("hidden keys get a gradient", "kernels/amx.c", "seen, x[j]);\n    x[j] = _mm512_mul_ps(", "0xffff, x[j]);\n    x[j] = _mm512_mul_ps(", "tests/test_kernels.py"),
     Mutant("of heads that share a key the first alone counts", "kernels/amx.c", "dV[i] += O[i];", "dV[i] += 0;", "tests/test_kernels.py"),
@@ -70,12 +70,12 @@ MUTANTS = (
     Mutant("packed tokens drop what others drop", "kernels/dropout.py", "drop.starts[packing.row] + (packing.token + 1) * GOLDEN", "drop.starts[packing.row] + GOLDEN", "tests/test_kernels.py"),
     Mutant("compiled masks repeat along a line", "kernels/dropout.c", "firsts[line] + (uint64_t)(from / 4) * (step * GOLDEN)", "firsts[line]", "tests/test_kernels.py"),
     Mutant("a client's tokens are taken for a row's", "kernels/attention.py", "sizes = packing.longest <= MOST", "sizes = query.shape[2] <= MOST", "tests/test_kernels.py"),
-    Mutant("rows of a packed group are lost", "tasks.py", "rows = {n: v[:, i::parts] if", "rows = {n: v[:, i : i + parts] if", "tests/test_kernels.py"),
+    Mutant("rows of a packed group are lost", "batching.py", "rows = {n: v[:, i::parts] if", "rows = {n: v[:, i : i + parts] if", "tests/test_kernels.py"),
     # model and optimizers
     Mutant("the adapter forgets its scale", "adapters.py", "self.alpha / r**0.5 if self.rs else self.alpha / r", "self.alpha / r", "tests/test_model.py -k peft"),
     Mutant("decay is coupled", "optim.py", "shrink = 1 - rate * self.weight_decay", "shrink = 1 - rate * self.weight_decay * 0.5", "tests/test_model.py -k optimizers"),
     Mutant("bias correction is gone", "optim.py", "size, root = rate / (1 - b1**t), (1 - b2**t).sqrt()", "size, root = rate / (1 - b1**t), (1 - b2**t) ** 0", "tests/test_model.py"),
-    Mutant("rows are padded beyond the table of positions", "tasks.py", "return wide if wide <= model.longest else length", "return wide", "tests/test_tasks.py -k half"),
+    Mutant("rows are padded beyond the table of positions", "batching.py", "return wide if wide <= model.longest else length", "return wide", "tests/test_tasks.py -k half"),
     # the channel and its guards
     Mutant("a reply to the strategy is checked against itself", "flower/strategy.py", "declared(down, self._client(node)))", "wire.expect(params_of(arrays)))", "tests/test_flower.py -k strategy_refuses"),
     Mutant("the rest of a compressed message is forgotten", "guards/feedback.py", "return up | {k: v + _like(k, state[k], v) for", "return up | {k: v for", "tests/test_guards.py -k loses_nothing"),
@@ -162,7 +162,7 @@ MUTANTS = (
     # data
     Mutant("a stale token cache", "data/load.py", "for texts in (first, second or ()):", "for texts in ():", "tests/test_tokenize.py -k cache"),
     Mutant("splits ignore labels", "data/split.py", "labels[rows.rows], clients))", "clients))", "tests/test_partition.py -k splits_of"),
-    Mutant("a short client stays short", "data/partitions/partition.py", "filled[given] = np.repeat(np.arange(clients), short)", "pass", "tests/test_partition.py -k short"),
+    Mutant("a short client stays short", "data/partition.py", "filled[given] = np.repeat(np.arange(clients), short)", "pass", "tests/test_partition.py -k short"),
     # store and wire
     Mutant("no checksum", "store.py", "whole = _digest(wire.encode(params, header)).hex() == digest", "whole = True", "tests/test_store.py -k damaged"),
     Mutant("metrics are not cut back", "store.py", "f.truncate(length)", "pass", "tests/test_store.py -k 'dropped or committed'"),
@@ -172,10 +172,25 @@ MUTANTS = (
     # evaluation
     Mutant("the round is chosen on test", "summary.py", 'for split in ("validation", "test"):\n        for view', 'for split in ("test", "validation"):\n        for view', "tests/test_federation.py -k chosen"),
     Mutant("predictions come back in another order", "evaluate.py", "back = np.argsort(order)", "back = order", "tests/test_federation.py"),
-    Mutant("the worst tenth is the best", "metrics.py", "ordered = np.sort(v)[::-1] if m in LOWER_IS_BETTER else np.sort(v)", "ordered = np.sort(v)[::-1]", "tests/test_metrics.py"),
+    Mutant("the worst tenth is the best", "metrics.py", "ordered = np.sort(v)[::-1] if m in lower else np.sort(v)", "ordered = np.sort(v)[::-1]", "tests/test_metrics.py"),
     # data
     Mutant("a client sees everybody's labels unpermuted", "data/batches.py", 'batch["labels"] = torch.from_numpy(data.label_maps[owners, batch["labels"].numpy()])', "pass", "tests/test_federation.py"),
     Mutant("prompts carry loss", "data/examples.py", "scored = inside & (at >= np.maximum(skip, 1)[:, None])", "scored = inside & (at >= 1)", "tests/test_federation.py"),
+    # tasks
+    Mutant("padding is another token than the model's", "model.py", 'masked_fill(inputs["attention_mask"] == 0, self.pad)', 'masked_fill(inputs["attention_mask"] == 0, 0)', "tests/test_padding.py -k alone"),
+    Mutant("a row of weight 0 is cut below its end", "batching.py", "    if not empty.any():\n", "    if True:\n", "tests/test_padding.py -k 'weight_0 or bart'"),
+    Mutant("a vector of labels is cut like tokens", "batching.py", "if v.ndim > 2 and n in tokenwise else v", "if v.ndim > 2 else v", "tests/test_padding.py -k vector"),
+    Mutant("the last piece of a word carries its tag", "data/encode.py", "first[1:] = of[1:] != of[:-1]", "first[:-1] = of[1:] != of[:-1]", "tests/test_new_tasks.py -k first_piece"),
+    Mutant("a byte-level tokenizer glues words", "data/encode.py", "add_prefix_space=True, trim_offsets", "add_prefix_space=False, trim_offsets", "tests/test_new_tasks.py -k 'left_as or first_piece'"),
+    Mutant("words that were cut count as right", "tasks/token_classification.py", "said = np.full(len(p.words.labels), outside, np.int64)", "said = p.words.labels.copy()", "tests/test_new_tasks.py -k seqevals"),
+    Mutant("an entity goes on although its type is another", "tasks/token_classification.py", "(was_inside & other)", "(was_inside & first)", "tests/test_new_tasks.py -k seqevals"),
+    Mutant("precision and recall change places", "tasks/token_classification.py", "count(a >= 0), count(b >= 0)", "count(b >= 0), count(a >= 0)", "tests/test_new_tasks.py -k seqevals"),
+    Mutant("a token classifier is exported as one of texts", "tasks/token_classification.py", 'peft_type: ClassVar[str] = "TOKEN_CLS"', 'peft_type: ClassVar[str] = "SEQ_CLS"', "tests/test_new_tasks.py -k exports"),
+    Mutant("the loss of labels is their sum", "tasks/multi_label.py", 'reduction="none").mean(-1)', 'reduction="none").sum(-1)', "tests/test_new_tasks.py -k formula"),
+    Mutant("the threshold is one half", "tasks/multi_label.py", "full(output).sigmoid() > self.threshold", "full(output).sigmoid() > 0.5", "tests/test_new_tasks.py -k labels_are"),
+    Mutant("a multi-label model does not say so", "tasks/multi_label.py", '"problem_type": "multi_label_classification"', '"problem_type": None', "tests/test_new_tasks.py -k exports"),
+    Mutant("hits of one client count for the next", "tasks/classification.py", "count(true[right], whose[right])", "count(true[right], whose[: right.sum()])", "tests/test_new_tasks.py -k classes_are"),
+    Mutant("an empty text has nothing to be read", "data/examples.py", "seen = at < np.maximum(length, 1)[:, None]", "seen = at < length[:, None]", "tests/test_padding.py -k without_tokens"),
 )  # fmt: skip
 
 

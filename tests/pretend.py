@@ -18,10 +18,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from fedlora.batching import stack_batches
 from fedlora.engine import _to, _to_batch
+from fedlora.loss import Loss
 from fedlora.method import Client, Method, Order, Scene
 from fedlora.model import Batch
-from fedlora.tasks import Classification, Loss, stack_batches
+from fedlora.tasks.classification import Classification
 from fedlora.tree import Params, stack
 
 _setup_privateuseone_for_python_backend("pretend")

@@ -16,11 +16,13 @@ from cli import fedlora, model_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlora import kernels
+from fedlora.batching import CACHED, cut, stack_batches
 from fedlora.bench.run import Measured, measure, ratios
 from fedlora.bench.work import REGIMES, Regime, Work, tokens
+from fedlora.loss import Loss
 from fedlora.method import Order
 from fedlora.methods import METHODS
-from fedlora.tasks import CACHED, Classification, Loss, cut, stack_batches
+from fedlora.tasks.classification import Classification
 from fedlora.tree import stack
 
 ROOT = Path(__file__).parents[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -132,6 +133,37 @@ def test_contributing_example_is_a_method(tmp_path: Path) -> None:
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed
     assert int(passed[1]) >= 7
+
+
+def test_contributing_example_is_a_task(tmp_path: Path) -> None:
+    """The worked example, put where CONTRIBUTING says, passes the contract and is trained from a recipe."""
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    path = "src/fedlora/tasks/ordinal.py"
+    (tmp_path / path).write_text(block(CONTRIBUTING, f"example: {path}"), encoding="utf-8")
+    own = environment() | {"PYTHONPATH": f"{tmp_path / 'src'}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests/test_task_contract.py"), "-k", "ordinal",
+               "-p", "no:cacheprovider", "-p", "no:xdist"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=own)
+    assert done.returncode == 0, done.stdout[-3000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) == 5
+    model_folder(tmp_path / "model")
+    write_csv(tmp_path / "rows.csv", rows(90))
+    code = """
+import fedlora as fl
+summary = fl.run({
+    "model": {"name": "model", "task": "ordinal"}, "method": "homlora", "train": {"steps": 2}, "federation": {"rounds": 2},
+    "data": {"source": "rows.csv", "text": "text", "label": "label", "classes": ["food", "sport", "sea"], "max_length": 16},
+    "partition": {"clients": 3}, "run": {"output": "run"}})
+print(fl.__file__, summary["metric"], summary["test"], fl.load("run").predict(["the ball"])[0].answer)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=own, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    file, metric, score, answer = done.stdout.split()
+    assert file.startswith(str(tmp_path)) and metric == "mae" and 0 <= float(score) <= 2
+    assert answer in ("food", "sport", "sea")
 
 
 def test_nothing_speaks_of_where_it_was_made() -> None:

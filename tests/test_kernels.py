@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from fedlora import kernels
+from fedlora.batching import packed
 from fedlora.dropout import ClientDropout, keep_mask
 from fedlora.kernels import attention, library
 from fedlora.kernels.dropout import Drop, dropped
+from fedlora.loss import Loss
 from fedlora.model import Adapted
 from fedlora.summary import operators
-from fedlora.tasks import CausalLM, Classification, Loss, packed
+from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.classification import Classification
 from fedlora.tree import Key, Params
 
 needs_kernels = pytest.mark.skipif(kernels.unavailable() is not None, reason=f"kernels: {kernels.unavailable()}")

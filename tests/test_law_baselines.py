@@ -13,8 +13,10 @@ import tiny
 import torch
 from torch import Tensor
 
+from fedlora.batching import stack_batches
 from fedlora.data.batches import Plan, train_batches
 from fedlora.errors import ConfigError
+from fedlora.loss import Loss
 from fedlora.method import Client, Method, Order, Scene, Server, Upload
 from fedlora.methods.average import HomLoRA
 from fedlora.methods.feddpa import FedDPAF, FedDPAT
@@ -27,7 +29,7 @@ from fedlora.methods.slora import SLoRA
 from fedlora.model import Site
 from fedlora.optim import SGD
 from fedlora.setting import Sampling
-from fedlora.tasks import Classification, Loss, stack_batches
+from fedlora.tasks.classification import Classification
 from fedlora.tree import Key, Params, select, stack
 from fedlora.views import served
 from fedlora.watch import Watch

@@ -10,7 +10,9 @@ import pytest
 import tiny
 import torch
 
+from fedlora.batching import stack_batches
 from fedlora.errors import ConfigError, ModelError
+from fedlora.loss import Loss
 from fedlora.method import Client, Order, Scene
 from fedlora.methods import METHODS
 from fedlora.methods.average import FedSALoRA, HomLoRA
@@ -19,7 +21,7 @@ from fedlora.methods.pf2hetlora import PF2HetLoRA
 from fedlora.methods.pf2lora import PF2LoRA
 from fedlora.methods.slora import SLoRA
 from fedlora.optim import SGD
-from fedlora.tasks import Classification, Loss, stack_batches
+from fedlora.tasks.classification import Classification
 from fedlora.tree import Key, Params, rank, select, stack
 
 ONE = torch.ones(1, dtype=torch.float64)

@@ -237,7 +237,7 @@ def test_padding_stays_zero_through_training(tmp_path: Path) -> None:
     clients = [f.client(k) for k in range(4)]
     down = [m.broadcast(f.scene, m.init(f.scene), c) for c in clients]
     work = m.begin(f.scene, Order(0, 1), stack(down), {})
-    from fedlora.tasks import stack_batches
+    from fedlora.batching import stack_batches
 
     for t in range(3):
         batch = stack_batches([f.batches(c, Order(0, 1), 1)[t % 2] for c in clients])

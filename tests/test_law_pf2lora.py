@@ -12,13 +12,15 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from fedlora.batching import stack_batches
 from fedlora.errors import ConfigError
+from fedlora.loss import Loss
 from fedlora.method import Order, Scene
 from fedlora.methods.average import HomLoRA
 from fedlora.methods.pf2lora import PF2LoRA
 from fedlora.model import Adapted
 from fedlora.optim import SGD, AdamW
-from fedlora.tasks import Classification, Loss, stack_batches
+from fedlora.tasks.classification import Classification
 from fedlora.tree import Key, Params, stack
 
 A = 30.0  # a large lower step, so that second-order terms are far above the error of a finite difference

@@ -7,7 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from fedlora.metrics import Predictions, better, score, summary
+from fedlora.metrics import Predictions, Scores, summary
+from fedlora.tasks import TASKS
+
+better = TASKS["classification"].better
+
+
+def score(p: Predictions, kind: str) -> Scores:
+    return TASKS[kind].of(["a", "b"], {}).scores([p])[0]
 
 
 def of(values: list[float], labels: list[float], losses: list[float] | None = None) -> Predictions:

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from fedlora import deltas
+from fedlora.batching import stack_batches
 from fedlora.dropout import keep_mask
 from fedlora.engine import Schedule, train_block
 from fedlora.errors import ModelError
+from fedlora.loss import Loss
 from fedlora.method import Order
 from fedlora.methods import METHODS
 from fedlora.model import Adapted, matching
 from fedlora.optim import SGD, AdamW
-from fedlora.tasks import Classification, Loss, stack_batches
+from fedlora.tasks.classification import Classification
 from fedlora.tree import Key, stack
 
 K, B, L, I, O, R = 3, 2, 4, 5, 6, 2  # noqa: E741

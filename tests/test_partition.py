@@ -13,13 +13,13 @@ import pytest
 
 from fedlora.data.examples import Arrays, Rows
 from fedlora.data.federated import FederatedData, roster
-from fedlora.data.partitions import PARTITIONS, Given, Partition
+from fedlora.data.partition import Given, Partition, label_permutation
+from fedlora.data.partitions import PARTITIONS
 from fedlora.data.partitions.classes import classes_per_client
 from fedlora.data.partitions.column import by_column
 from fedlora.data.partitions.dirichlet import dirichlet
 from fedlora.data.partitions.iid import iid
 from fedlora.data.partitions.label_sorting import label_sorting
-from fedlora.data.partitions.permutation import label_permutation
 from fedlora.data.split import histograms, like, split
 from fedlora.errors import ConfigError, DataError
 from fedlora.seeds import np_rng

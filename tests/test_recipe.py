@@ -52,7 +52,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 # one field at a time -------------------------------------------------------------------------------------------------
 FIELDS = [
-    ("model", "task", "clasification", "'classification', 'regression' or 'causal-lm'", "mean 'classification'?"),
+    ("model", "task", "clasification", "'causal-lm', 'classification', 'multi-label', 'regression' or 'token-classification'", "mean 'classification'"),
     ("model", "targets", [], "text or a list of at least 1", "name endings"),
     ("model", "targets", ["query", 3], "text or a list of text", "auto"),
     ("model", "device", "gpu", "cuda:1 and so on", "the default is \"auto\""),
@@ -442,7 +442,7 @@ SAME_RESULT = {
     "deployment.attempts",
     "deployment.histograms",
 }
-NOT_ALONE = {"data.prompt", "data.completion", "train.momentum"}  # need other fields beside them
+NOT_ALONE = {"data.prompt", "data.completion", "train.momentum", "model.threshold"}  # need other fields beside them
 
 
 def test_hash_changes_with_all_that_decides_the_result() -> None:

@@ -249,3 +249,46 @@ def test_import_is_light(code: str) -> None:
     modules = loaded(code)
     assert not {m.partition(".")[0] for m in modules} & set(forbidden)
     assert len(modules) < most
+
+
+# tasks ---------------------------------------------------------------------------------------------------------------
+def asks_for_a_task(code: str) -> list[int]:
+    """Lines that ask which task it is: a comparison, a case or a key with a task's name, or isinstance of a task's class."""
+    import ast
+
+    from fedlora.tasks import NAMES, TASKS
+
+    classes = {c.__name__ for c in TASKS.values()}
+    named = lambda node: [n for n in ast.walk(node) if isinstance(n, ast.Constant) and n.value in NAMES]  # noqa: E731
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        parts: list[ast.AST] = []
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            parts = [node.value]
+        elif isinstance(node, ast.Dict):
+            parts = [k for k in node.keys if k is not None]
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+            inside = {getattr(n, "id", getattr(n, "attr", "")) for n in ast.walk(node.args[1])}
+            found |= {node.lineno} if inside & classes else set()
+        found |= {node.lineno for p in parts if named(p)} if hasattr(node, "lineno") else set()
+    return sorted(found)
+
+
+def test_nobody_asks_which_task_it_is() -> None:
+    """A further task is one file: what depends on the task, the task says."""
+    package = ROOT / "src/fedlora"
+    odd = {
+        f"{p.relative_to(package)}:{line}"
+        for p in package.rglob("*.py")
+        if p.parent != package / "tasks"
+        for line in asks_for_a_task(p.read_text(encoding="utf-8"))
+    }
+    assert not odd
+    for code in (
+        "task.kind == 'regression'", "if 'causal-lm' != kind: pass", "kind in ('regression', 'x')", "{'multi-label': 1}[kind]",
+        "isinstance(t, (int, tasks.CausalLM))", "match kind:\n case 'regression':\n  pass",
+    ):  # fmt: skip
+        assert asks_for_a_task(code), code
+    assert not asks_for_a_task("load('regression'); x == 'other'; isinstance(t, Task)")

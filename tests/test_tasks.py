@@ -14,10 +14,12 @@ import pytest
 import tiny
 import torch
 
-from fedlora import tasks
+from fedlora import batching
+from fedlora.batching import SIZES, cut, even, fitted, stack_batches
+from fedlora.loss import Loss
 from fedlora.methods import METHODS
 from fedlora.seeds import np_rng
-from fedlora.tasks import SIZES, Classification, Loss, cut, even, fitted, stack_batches
+from fedlora.tasks.classification import Classification
 
 
 def brute(longest: list[int], clients: int, overhead: int, most: int) -> int:
@@ -70,7 +72,7 @@ def test_groups_give_the_gradient_of_the_whole(
     """Cut wherever a token is saved, and into groups of unlike rows, against autograd through one padded forward pass."""
     loss, p, batch = setting(causal)
     loss.parts = parts
-    monkeypatch.setattr(tasks, "OVERHEAD", {"cpu": overhead})
+    monkeypatch.setattr(batching, "OVERHEAD", {"cpu": overhead})
     pieces = loss.pieces(batch)
     assert len(pieces) >= 2
     assert sum(x["input_ids"].numel() for x in pieces) < batch["input_ids"].numel()
@@ -89,7 +91,7 @@ def test_groups_give_the_second_derivatives_of_the_whole(parts: int, monkeypatch
     """H v and its mixed block, a group at a time, against double differentiation through one padded forward pass."""
     loss, p, batch = setting(False)
     loss.parts = parts
-    monkeypatch.setattr(tasks, "OVERHEAD", {"cpu": 0})
+    monkeypatch.setattr(batching, "OVERHEAD", {"cpu": 0})
     assert len(loss.pieces(batch)) >= 2
     generator = torch.Generator().manual_seed(5)
     v = {k: torch.randn(x.shape, generator=generator) for k, x in p.items()}
@@ -108,7 +110,7 @@ def test_groups_give_the_second_derivatives_of_the_whole(parts: int, monkeypatch
 
 def test_no_piece_loses_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     loss, _, batch = setting(False)
-    monkeypatch.setattr(tasks, "OVERHEAD", {"cpu": 0})
+    monkeypatch.setattr(batching, "OVERHEAD", {"cpu": 0})
     real = batch["attention_mask"].sum(2) * (batch["weight"] > 0)
     seen = sum((x["attention_mask"].sum(2) * (x["weight"] > 0)).sum() for x in loss.pieces(batch))
     assert int(seen) == int(real.sum())
@@ -120,7 +122,7 @@ def test_no_piece_loses_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_not_padded_on_the_right_stays_whole(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left padding, and a user's own array beside the tokens: trimming would cut content."""
     loss, _, batch = setting(False)
-    monkeypatch.setattr(tasks, "OVERHEAD", {"cpu": 0})
+    monkeypatch.setattr(batching, "OVERHEAD", {"cpu": 0})
     if change == "left":
         batch = batch | {n: batch[n].flip(2) for n in ("input_ids", "attention_mask")}
     else:

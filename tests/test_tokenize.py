@@ -17,6 +17,7 @@ from fedlora.data.federated import FederatedData, assemble, from_arrays
 from fedlora.errors import ConfigError, DataError
 from fedlora.pretrained import load_tokenizer
 from fedlora.recipe.sections import Data, Partition
+from fedlora.tasks import TASKS
 
 TEXTS = ["the ball is a goal", "bread", "a wave the ship the salt is harbour", ""]
 
@@ -102,7 +103,7 @@ def test_cache(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(load.encode, "texts", lambda *a: calls.append(a) or real(*a))
 
     def go(**more: Any) -> Any:
-        return load.load(tokenizer, section | more, "classification", 0, cache=tmp_path).examples
+        return load.load(tokenizer, section | more, TASKS["classification"], 0, cache=tmp_path).examples
 
     first, again = go(), go()
     assert len(calls) == 1
@@ -117,7 +118,7 @@ def test_cache(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert np.array_equal(go().flat, first.flat)
     assert len(calls) == 4
     (tmp_path / "file").write_text("x")
-    load.load(tokenizer, section, "classification", 0, cache=tmp_path / "file")  # cannot be written: passed over
+    load.load(tokenizer, section, TASKS["classification"], 0, cache=tmp_path / "file")  # cannot be written: passed over
 
 
 # whole recipes ----------------------------------------------------------------------------------------------------------
@@ -131,7 +132,12 @@ def data(
         write_csv(folder / "rows.csv", rows(120))
     given = {"source": str(folder / "rows.csv"), "text": "text", "label": "label", "max_length": 16} | section
     return assemble(
-        tokenizer, Data(**given).model_dump(), Partition(**(partition or {})).model_dump(), task, 0, folder / "cache"
+        tokenizer,
+        Data(**given).model_dump(),
+        Partition(**(partition or {})).model_dump(),
+        TASKS[task],
+        0,
+        folder / "cache",
     )
 
 

@@ -21,7 +21,8 @@ from fedlora.pretrained import head_of
 from fedlora.seeds import np_rng
 from fedlora.setting import Evaluation, Sampling
 from fedlora.sites import groups
-from fedlora.tasks import CausalLM, Classification
+from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.classification import Classification
 from fedlora.watch import Watch
 
 VOCABULARY, CLASSES = 50, 3
@@ -68,6 +69,36 @@ def families() -> dict[str, Any]:
         "llama": lambda: t.LlamaForSequenceClassification(t.LlamaConfig(**small, **special)),
         "qwen2": lambda: t.Qwen2ForSequenceClassification(t.Qwen2Config(**small | {"num_key_value_heads": 2}, **special)),
         "qwen3": lambda: t.Qwen3ForSequenceClassification(t.Qwen3Config(**small | {"num_key_value_heads": 2, "head_dim": 8}, **special)),
+    }  # fmt: skip
+
+
+def padded_families() -> dict[str, Any]:
+    """Sequence classifiers that read a sentence at a place which padding tokens decide, by their name and padding id.
+
+    Decoders take the last token that is no padding (GPT-2's is the end-of-sequence token); BART and T5 the end of sequence.
+    """
+    import transformers as t
+
+    small = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+             "num_labels": CLASSES, "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "eager"}  # fmt: skip
+    both = {"vocab_size": VOCABULARY, "d_model": 16, "num_labels": CLASSES, "attn_implementation": "eager"}
+    halves = {
+        f"{half}_{n}": v
+        for half in ("encoder", "decoder")
+        for n, v in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))
+    }
+    return {
+        "gpt2-eos": lambda: t.GPT2ForSequenceClassification(t.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, num_labels=CLASSES, pad_token_id=2, eos_token_id=2, bos_token_id=2,
+            attn_implementation="eager")),
+        "llama-5": lambda: t.LlamaForSequenceClassification(t.LlamaConfig(**small, pad_token_id=5)),
+        "qwen2-49": lambda: t.Qwen2ForSequenceClassification(t.Qwen2Config(**small | {"num_key_value_heads": 2}, pad_token_id=49)),
+        "roberta-1": families()["roberta"],
+        "bart-1": lambda: t.BartForSequenceClassification(t.BartConfig(
+            **both, **halves, max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2)),
+        "t5-0": lambda: t.T5ForSequenceClassification(t.T5Config(
+            **both, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2, dropout_rate=0.0, pad_token_id=0,
+            eos_token_id=2, decoder_start_token_id=0)),
     }  # fmt: skip
 
 

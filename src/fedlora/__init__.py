@@ -26,6 +26,7 @@ _HOME = {
     "errors": "ConfigError DataError FedloraError ModelError Problem StateError TrainingError UploadError",
     "federation": "Federation",
     "guards": "GUARDS",
+    "loss": "Loss",
     "guards.guard": "Guard",
     "method": "Client Method Order Scene Server Upload",
     "methods": "METHODS",
@@ -34,7 +35,10 @@ _HOME = {
     "recipe": "Recipe",
     "setting": "Evaluation Sampling Setting",
     "sgd": "SGDMethod",
-    "tasks": "CausalLM Classification Loss Regression Task",
+    "task": "Task",
+    "tasks.causal_lm": "CausalLM",
+    "tasks.classification": "Classification",
+    "tasks.regression": "Regression",
     "tree": "Key Params",
     "watch": "Watch",
 }
@@ -55,9 +59,10 @@ def __getattr__(name: str) -> Any:
 
 
 def _found() -> dict[str, Any]:
-    """The classes of methods and guards by their own names: fl.FedSALoRA, fl.Clip."""
-    methods, guards = import_module("fedlora.methods").METHODS, import_module("fedlora.guards").GUARDS
-    return {cls.__name__: cls for cls in [*methods.values(), *guards.values()]}
+    """The classes of methods, guards and tasks by their own names: fl.FedSALoRA, fl.Clip, fl.TokenClassification."""
+    every = (import_module("fedlora.methods").METHODS, import_module("fedlora.guards").GUARDS,
+             import_module("fedlora.tasks").TASKS)  # fmt: skip
+    return {cls.__name__: cls for registry in every for cls in registry.values()}
 
 
 def __dir__() -> list[str]:

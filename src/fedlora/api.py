@@ -53,7 +53,7 @@ class Run:
         return serving.deltas_of(self.federation, client)
 
     def predict(
-        self, texts: Sequence[str | tuple[str, str]], client: str | None = None, new_tokens: int = 64
+        self, texts: Sequence[str | Sequence[str]], client: str | None = None, new_tokens: int = 64
     ) -> list[Said]:
         """What a client's model, or the global one, says of each text."""
         tokenizer = build.tokenizer_of(self.recipe)

@@ -19,7 +19,8 @@ from .model import Adapted, matching
 from .optim import SGD, AdamW, Optimizer
 from .setting import Evaluation, Sampling
 from .sites import groups
-from .tasks import CausalLM, Classification, Regression, Task
+from .task import Task
+from .tasks import TASKS
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -47,9 +48,8 @@ def optimizer_of(r: Recipe) -> Optimizer:
 
 
 def task_of(r: Recipe, data: FederatedData) -> Task:
-    if r.model.task == "classification":
-        return Classification(len(data.label_names))
-    return Regression() if r.model.task == "regression" else CausalLM()
+    kind = TASKS[r.model.task]
+    return kind.of(kind.names(data), r.model.model_dump())
 
 
 def attention_of(r: Recipe, method: Method) -> str | None:
@@ -88,7 +88,7 @@ def tokenizer_of(r: Recipe) -> Any:
 
 def data_of(r: Recipe, tokenizer: Any, cache: Path | None = None) -> FederatedData:
     """The clients' data, tokenised and partitioned."""
-    return assemble(tokenizer, r.data.model_dump(), r.partition.model_dump(), r.model.task, r.run.seed, cache)
+    return assemble(tokenizer, r.data.model_dump(), r.partition.model_dump(), TASKS[r.model.task], r.run.seed, cache)
 
 
 def method_of(r: Recipe) -> Method:
@@ -123,7 +123,7 @@ def federation(
     attention = attempt("model.attention", lambda: attention_of(r, method)) if method else None
     tokenizer = attempt("model", lambda: tokenizer_of(r))
     data = attempt("data", lambda: source(r, tokenizer)) if tokenizer is not None else None
-    classes = len(data.label_names) if data is not None and data.label_names else 2
+    classes = (len(TASKS[r.model.task].names(data)) if data is not None else 0) or 2
     loaded = None
     if not any(p.field.startswith("model") for p in problems):
         loaded = attempt(

@@ -7,18 +7,20 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import peft_io, pretrained, wire
 from .errors import FedloraError
+from .loss import Loss
 from .method import Client, Method, Order, Scene, Work
 from .methods import METHODS
 from .model import Adapted, Batch, matching
 from .sites import groups
-from .tasks import CausalLM, Classification, Loss
+from .tasks import made
 from .tree import stack
 
 REPEATS = 3
@@ -62,7 +64,7 @@ class Saved:
 
 
 def costs(
-    name: str, task: Literal["classification", "causal-lm"] = "classification", targets: Any = "auto", batch_size: int = 4, length: int = 32,
+    name: str, task: str = "classification", targets: Any = "auto", batch_size: int = 4, length: int = 32,
     options: dict[str, Any] | None = None, methods: Sequence[str] | None = None, on: Callable[[str], None] = lambda name: None,
 ) -> list[Cost]:  # fmt: skip
     """Every method with its default hyperparameters (and `options` where it has them) on model `name`, one local step of
@@ -72,8 +74,9 @@ def costs(
     config: Any = loaded.base.config
     chosen = [METHODS[m] for m in methods or METHODS]
     ids = torch.randint(5, config.vocab_size, (1, batch_size, length), generator=torch.Generator().manual_seed(0))
-    labels = ids.clone() if task == "causal-lm" else torch.arange(batch_size)[None] % 2
-    batch: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    mask, g = torch.ones_like(ids), np.random.default_rng(0)
+    labels = torch.from_numpy(made(task, 2).drawn(ids[0].numpy(), mask[0].numpy(), g))[None]
+    batch: Batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     batch |= {
         "weight": torch.ones(1, batch_size),
         "seed": torch.arange(batch_size)[None],
@@ -121,7 +124,7 @@ class Bench:
     def step(self) -> float:
         """Seconds of one local step."""
         with self.model() as model:
-            loss = Loss(model, CausalLM() if self.task == "causal-lm" else Classification(2))
+            loss = Loss(model, made(self.task, 2))
             start = time.perf_counter()
             self.method.step(self.work, loss, torch.ones(1, dtype=torch.float64), *[self.batch] * self.method.draws)
             return time.perf_counter() - start

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 import torch
 
 from . import wire
+from .batching import stack_batches
 from .channel import Channel, Declared, Sent
 from .errors import TrainingError, UploadError
+from .loss import Loss
 from .method import Client, Method, Order, Scene, Server, Upload
 from .model import Batch
 from .optim import schedule
-from .tasks import Loss, stack_batches
 from .tree import Params, apart, stack, unstack, where
 
 Pace = Callable[[Order, int, int], float]  # (order, step, steps of this client) -> learning-rate factor

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .batching import even, fitted, padded_right, stack_batches
 from .data.batches import batch_of
 from .data.federated import FederatedData
 from .metrics import Predictions
 from .model import Adapted
-from .tasks import Task, even, fitted, padded_right, stack_batches
+from .task import Task
 from .tree import Params, stack
 
 
@@ -25,8 +26,8 @@ class _Job:
     rows: np.ndarray  # int64 [m]
     losses: np.ndarray  # float64 [m], and so on
     counts: np.ndarray
-    said: np.ndarray
-    labels: np.ndarray
+    said: np.ndarray | None = None  # [m ...] what the task's `answers` gave, and the labels; -100 beyond a row's end
+    labels: np.ndarray | None = None
     done: int = 0
 
 
@@ -58,7 +59,7 @@ def predict(
             owners = np.repeat([clients[j] for j in g], [len(rows[j]) for j in g])
             asked = np.concatenate([rows[j] for j in g])
             order = np.argsort(-data.examples.lengths(asked), kind="stable")
-            empty = np.zeros((4, len(asked)))
+            empty = np.zeros((2, len(asked)))
             orders.append(order)
             jobs.append(_Job(params[g[0]], owners[order], asked[order], *empty))
         _answer(model, task, data, jobs, batch_size)
@@ -66,18 +67,17 @@ def predict(
             back = np.argsort(order)
             ends = np.cumsum([len(rows[j]) for j in g])
             for j, end in zip(g, ends, strict=True):
-                out[j] = _predictions(task, data, job, back[end - len(rows[j]) : end], rows[j])
+                out[j] = _predictions(data, job, back[end - len(rows[j]) : end], rows[j])
     return [out[j] for j in range(len(params))]
 
 
-def _predictions(task: Task, data: FederatedData, job: _Job, at: np.ndarray, rows: np.ndarray) -> Predictions:
-    chars = getattr(data.examples, "chars", None)
-    said = labels = None
-    if task.kind == "classification":
-        said, labels = job.said[at].astype(np.int64), job.labels[at].astype(np.int64)
-    elif task.kind == "regression":
-        said, labels = job.said[at], job.labels[at]
-    return Predictions(job.losses[at], job.counts[at], said, labels, None if chars is None else chars[rows])
+def _predictions(data: FederatedData, job: _Job, at: np.ndarray, rows: np.ndarray) -> Predictions:
+    chars, words = (getattr(data.examples, n, None) for n in ("chars", "words"))
+    said, labels = (None if v is None else v[at] for v in (job.said, job.labels))
+    return Predictions(
+        job.losses[at], job.counts[at], said, labels, None if chars is None else chars[rows],
+        None if words is None else words.at(rows),
+    )  # fmt: skip
 
 
 def _answer(model: Adapted, task: Task, data: FederatedData, jobs: Sequence[_Job], size: int) -> None:
@@ -92,7 +92,7 @@ def _answer(model: Adapted, task: Task, data: FederatedData, jobs: Sequence[_Job
         cuts = [slice(job.done, min(job.done + n, len(job.rows))) for job in alive]
         batch = stack_batches([batch_of(data, job.owners[c], job.rows[c]) for job, c in zip(alive, cuts, strict=True)])
         if padded_right(batch):
-            batch = fitted(batch, even(batch["attention_mask"].shape[2], model))
+            batch = fitted(batch, even(batch["attention_mask"].shape[2], model), task.leaves)
         moved = {name: v.to(model.device) for name, v in batch.items()}
         with torch.inference_mode():
             y = model.forward(stacked, moved).flatten(0, 1)
@@ -100,14 +100,20 @@ def _answer(model: Adapted, task: Task, data: FederatedData, jobs: Sequence[_Job
             k = len(alive)
             losses = task.row_losses(y, flat).view(k, -1).double().cpu().numpy()
             counts = task.row_counts(flat).view(k, -1).double().cpu().numpy()
-            said = None
-            if task.kind == "classification":
-                said = y.argmax(-1).view(k, -1).cpu().numpy()
-            elif task.kind == "regression":
-                said = y.reshape(len(flat), -1)[:, 0].double().view(k, -1).cpu().numpy()
+            said = task.answers(y, flat)
+        told = None if said is None else said.unflatten(0, (k, -1)).cpu().numpy()
         for i, (job, c) in enumerate(zip(alive, cuts, strict=True)):
             m = c.stop - c.start
             job.losses[c], job.counts[c] = losses[i, :m], counts[i, :m]
-            if said is not None:
-                job.said[c], job.labels[c] = said[i, :m], batch["labels"][i, :m].numpy()
+            if told is not None:
+                job.said = _kept(job.said, len(job.rows), c, told[i, :m])
+                job.labels = _kept(job.labels, len(job.rows), c, batch["labels"][i, :m].numpy())
             job.done = c.stop
+
+
+def _kept(old: np.ndarray | None, rows: int, at: slice, new: np.ndarray) -> np.ndarray:
+    """`old` with the rows `at` filled in. The first rows are the longest, so later ones fit."""
+    if old is None:
+        old = np.full((rows, *new.shape[1:]), -100 if new.ndim > 1 and new.dtype.kind == "i" else 0, new.dtype)
+    old[at][tuple(slice(0, n) for n in new.shape)] = new
+    return old

@@ -28,7 +28,7 @@ from .model import Adapted
 from .optim import AdamW
 from .seeds import np_rng
 from .setting import Evaluation, Sampling
-from .tasks import Task
+from .task import Task
 from .tree import Params
 from .views import served
 from .watch import Watch

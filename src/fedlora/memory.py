@@ -31,7 +31,7 @@ def client_bytes(f: Setting) -> int:
     hidden = getattr(config, "hidden_size", 256)
     layers = getattr(config, "num_hidden_layers", 4)
     heads = getattr(config, "num_attention_heads", 4)
-    vocabulary = getattr(config, "vocab_size", 0) if f.task.kind == "causal-lm" else 0
+    vocabulary = getattr(config, "vocab_size", 0) if f.task.over_vocabulary else 0
     rows = f.data.splits["train"].rows[:4096]
     length = int(f.data.examples.lengths(rows).max(initial=1))
     width = next(f.model.base.parameters()).element_size()

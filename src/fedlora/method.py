@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from .errors import ModelError
+from .loss import Loss
 from .model import Batch, Site
-from .tasks import Loss
 from .tree import Key, Params, apart
 
 Work = dict[str, Params]  # everything a block of clients carries from step to step; leaves [K ...]

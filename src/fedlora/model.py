@@ -102,6 +102,16 @@ class Adapted:
         return next(self.base.parameters()).dtype
 
     @property
+    def pad(self) -> int | None:
+        """The token that means "none" to this model; a classifier of decoders reads at the last token that is another.
+
+        Every masked token is this one when it reaches the model, whatever a tokenizer, a collator or a block filled in.
+        """
+        config: Any = getattr(self.base, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return getattr(text, "pad_token_id", None)
+
+    @property
     def half(self) -> bool:
         """Whether the base computes in half precision."""
         return self.dtype in (torch.bfloat16, torch.float16)
@@ -227,6 +237,8 @@ class Adapted:
         inputs = {n: v.flatten(0, 1) for n, v in batch.items() if n not in NOT_INPUTS}
         first = next(iter(batch.values()))
         self._clients, self._all_rows = first.shape[0], first.shape[0] * first.shape[1]
+        if self.pad is not None and "attention_mask" in inputs and "input_ids" in inputs:
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, self.pad)
         with self._packed(batch), self._operators() if self._mode is None else nullcontext():
             y: Tensor = self.call(self.base, inputs)
         return y.unflatten(0, first.shape[:2])

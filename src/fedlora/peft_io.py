@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ModelError, near
 from .merge import merge
+from .tasks import TASKS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,7 +60,7 @@ def to_peft(base: nn.Module, head: Sequence[str], deltas: Params, task: str, sou
         alpha_pattern={f"^{site}$": r for site, r in odd.items()},
         modules_to_save=sorted({h.split(".")[0] for h in head}) or None,
         fan_in_fan_out=_transposed(base, ranks),
-        task_type=TaskType.CAUSAL_LM if task == "causal-lm" else TaskType.SEQ_CLS,
+        task_type=TaskType[TASKS[task].peft_type],
     )
     model = get_peft_model(base, config)
     model.peft_config["default"].base_model_name_or_path = source
@@ -106,7 +107,7 @@ def to_peft_vera(base: nn.Module, head: Sequence[str], deltas: Params, task: str
         save_projection=True,
         fan_in_fan_out=_transposed(base, sites),
         modules_to_save=sorted({h.split(".")[0] for h in head}) or None,
-        task_type=TaskType.CAUSAL_LM if task == "causal-lm" else TaskType.SEQ_CLS,
+        task_type=TaskType[TASKS[task].peft_type],
     )
     model = get_peft_model(base, config)
     model.peft_config["default"].base_model_name_or_path = source

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,8 +21,7 @@ from torch import nn
 
 from .errors import ModelError, near
 from .seeds import rng
-
-TaskKind = Literal["classification", "regression", "causal-lm"]
+from .tasks import TASKS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -130,7 +129,7 @@ def _cannot(what: str, name: str, e: Exception) -> ModelError:
 
 def load(
     name: str,
-    task: TaskKind = "classification",
+    task: str = "classification",
     classes: int = 2,
     *,
     seed: int = 0,
@@ -147,8 +146,8 @@ def load(
     import transformers
 
     source = locate(name)
-    auto = transformers.AutoModelForCausalLM if task == "causal-lm" else transformers.AutoModelForSequenceClassification
-    extra: dict[str, Any] = {} if task == "causal-lm" else {"num_labels": classes if task == "classification" else 1}
+    auto = getattr(transformers, TASKS[task].auto)
+    extra = TASKS[task].config(classes)
     if revision is not None:
         extra["revision"] = revision
     try:
@@ -181,8 +180,10 @@ def load(
             stacklevel=2,
         )
     fresh(base, sorted(info["missing_keys"]) + sorted(k for k, *_ in info["mismatched_keys"]), seed)
-    if getattr(base.config, "pad_token_id", None) is None:
-        base.config.pad_token_id = tokenizer.pad_token_id
+    for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
+        pad, most = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+        if pad is None or pad < 0 or (most is not None and pad >= most):  # -1 and the like stand for no token
+            config.pad_token_id = tokenizer.pad_token_id
     base.to(dtype=DTYPES[dtype], device=device)
     return Pretrained(base, tokenizer, base.config.model_type, source, head)
 
@@ -202,9 +203,9 @@ def fresh(base: nn.Module, names: list[str], seed: int) -> None:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def head_of(base: nn.Module, task: TaskKind) -> tuple[str, ...]:
+def head_of(base: nn.Module, task: str) -> tuple[str, ...]:
     """The linear layers that the task put on top of the encoder, e.g. ("classifier",); none for a language model."""
-    if task == "causal-lm":
+    if not TASKS[task].has_head:
         return ()
     inside = getattr(base, "base_model_prefix", "")
     return tuple(n for n, m in base.named_modules() if isinstance(m, nn.Linear) and n and n.split(".")[0] != inside)

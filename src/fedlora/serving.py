@@ -13,6 +13,7 @@ from .errors import DataError, StateError, near
 from .federation import Federation
 from .method import Server
 from .setting import View
+from .tasks import TASKS
 from .tree import Params
 from .views import served
 from .watch import Watch
@@ -46,7 +47,7 @@ def deltas_of(fed: Federation, client: str | None) -> Params:
 def export_models(recipe: Recipe, fed: Federation, out: Path, clients: Sequence[str], merged: bool) -> list[Path]:
     """Write one PEFT (or merged) folder for the global model, or one per client under `out`; returns the folders."""
     source = pretrained.locate(recipe.model.name)
-    names = list(fed.data.label_names) if recipe.model.task == "classification" else []
+    names = TASKS[recipe.model.task].names(fed.data)
 
     def plain() -> nn.Module:
         loaded = pretrained.load(

@@ -18,10 +18,11 @@ from .data.federated import FederatedData
 from .engine import Schedule
 from .errors import ConfigError, Problem
 from .guards.guard import Guard
+from .loss import Loss
 from .method import Client, Method, Order, Scene, Server
 from .model import Adapted, Batch
 from .seeds import np_rng
-from .tasks import Loss, Task
+from .task import Task
 from .tree import count, select
 from .wire import Precision
 

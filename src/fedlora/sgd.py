@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .adapters import LOW_RANK, Adapter, AdapterName, LoRA, Pattern, init_head, make, pattern_problems
 from .errors import ConfigError, ModelError, Problem
+from .loss import Loss
 from .method import Client, Method, Metrics, Order, Scene, Server, Upload, Work
 from .model import Batch, Site
 from .optim import AdamW, Optimizer, clip
-from .tasks import Loss
 from .tree import Key, Params, mean, select, stack, unstack
 
 Head = Literal["shared", "personal", "frozen"]

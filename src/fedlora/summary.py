@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -18,7 +18,7 @@ from .channel import first_upload
 from .data.federated import FederatedData
 from .memory import client_bytes
 from .method import Client, Order, Server
-from .metrics import better, primary
+from .metrics import beats
 from .model import Adapted
 from .records import EvalLine, Line, Timing, TrainLine
 from .setting import Setting
@@ -82,8 +82,11 @@ def describe_run(f: Setting, store: Store, block: int) -> None:
     store.write_json("partition.json", partition_facts(f.data) | {"recipe": f.recipe.get("partition", {})})
 
 
-def chosen_round(lines: Iterable[Line], metric: str) -> tuple[int | None, str]:
-    """(round, split it was chosen on): best mean of the personal view, validation before test; earliest of equals."""
+def chosen_round(lines: Iterable[Line], metric: str, lower: Collection[str] = ("loss",)) -> tuple[int | None, str]:
+    """(round, split it was chosen on): best mean of the personal view, validation before test; earliest of equals.
+
+    lower: the metrics of which less is better.
+    """
     evals = [x for x in lines if isinstance(x, EvalLine) and x.view in ("personal", "global") and metric in x.mean]
     for split in ("validation", "test"):
         for view in ("personal", "global"):
@@ -91,7 +94,7 @@ def chosen_round(lines: Iterable[Line], metric: str) -> tuple[int | None, str]:
             for x in evals:
                 if x.split == split and x.view == view:
                     v = x.mean[metric]
-                    if best is None or better(metric, v, best[1]):
+                    if best is None or beats(v, best[1], metric in lower):
                         best = (x.round, v)
             if best is not None:
                 return best[0], split
@@ -100,8 +103,8 @@ def chosen_round(lines: Iterable[Line], metric: str) -> tuple[int | None, str]:
 
 def summarise(f: Setting, server: Server, lines: Sequence[Line], timings: Sequence[Timing]) -> dict[str, Any]:
     """summary.json: parameters, chosen round, scores of every view there, costs. server: of the last round."""
-    metric = primary(f.task.kind)
-    chosen, chosen_on = chosen_round(lines, metric)
+    metric = f.task.metric
+    chosen, chosen_on = chosen_round(lines, metric, f.task.lower)
     evals = [x for x in lines if isinstance(x, EvalLine)]
 
     def at(view: str, split: str, round: int | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .data.batches import Plan, train_batches
 from .engine import Engine, Schedule, train_block
 from .evaluate import predict
 from .method import Order, Server
-from .metrics import Scores, primary, score, summary
+from .metrics import Scores, summary
 from .records import AsymmetryLine, CrossLine, EffectiveRanksLine, EvalLine, Line
 from .setting import Setting, View
 from .tree import Params, select, stack, unstack
@@ -59,7 +59,7 @@ def scores(f: Setting, params: Sequence[Params], clients: Sequence[int], split: 
     """Scores of params[j] on the rows that client clients[j] holds in `split`."""
     rows = [f.data.splits[split][k] for k in clients]
     found = predict(f.model, f.task, f.data, params, clients, rows, f.evaluation.batch_size, block)
-    return {f.data.ids[k]: score(p, f.task.kind) for k, p in zip(clients, found, strict=True)}
+    return dict(zip((f.data.ids[k] for k in clients), f.task.scores(found), strict=True))
 
 
 def evaluate(f: Setting, engine: Engine, server: Server) -> list[Line]:
@@ -78,15 +78,15 @@ def evaluate(f: Setting, engine: Engine, server: Server) -> list[Line]:
                 known = seen.get((len(clients), split)) if twin else None
                 by_client = known or scores(f, params, clients, split, engine.block)
                 seen[len(clients), split] = by_client
-                lines.append(scored(server.round, view, split, by_client))
+                lines.append(scored(f, server.round, view, split, by_client))
     if "cross" in f.evaluation.views and server.round == f.sampling.rounds:
         lines.append(cross(f, engine, server))
     return lines + (analyse(f, engine, server) if f.evaluation.analyses else [])
 
 
-def scored(round: int, view: str, split: str, clients: dict[str, Scores]) -> EvalLine:
+def scored(f: Setting, round: int, view: str, split: str, clients: dict[str, Scores]) -> EvalLine:
     """The record of clients' scores, with their summary."""
-    s = summary(clients)
+    s = summary(clients, f.task.lower)
     return EvalLine(round, view, split, clients, s["mean"], s["weighted"], s["worst_decile"])
 
 
@@ -119,7 +119,7 @@ def cross(f: Setting, engine: Engine, server: Server) -> CrossLine:
     chosen = some(f)
     n = len(chosen)
     params = served(f, engine, server, chosen, "personal")
-    metric = primary(f.task.kind)
+    metric = f.task.metric
     matrix = []
     for p in params:
         row = scores(f, [p] * n, chosen, "test", engine.block)

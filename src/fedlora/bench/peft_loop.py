@@ -9,6 +9,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 
 from .. import pretrained
 from ..model import Batch
+from ..tasks import TASKS
 from .systems import Leaves, System, averaged, start
 from .work import ALPHA, CLASSES, LR, RANK, Work
 
@@ -24,7 +25,7 @@ class PeftLoop(System):
         config = LoraConfig(
             r=RANK, lora_alpha=ALPHA, target_modules=targets,
             modules_to_save=sorted({h.split(".")[0] for h in loaded.head}) or None,
-            task_type=TaskType.CAUSAL_LM if work.task == "causal-lm" else TaskType.SEQ_CLS,
+            task_type=TaskType[TASKS[work.task].peft_type],
         )  # fmt: skip
         if dtype == "bf16":
             loaded.base.to(torch.bfloat16)

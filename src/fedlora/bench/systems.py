@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .. import kernels, peft_io, pretrained
 from ..engine import Schedule, train_block
+from ..loss import Loss
 from ..method import Client, Order, Scene, Upload
 from ..model import Adapted, Batch, matching
 from ..sites import groups
-from ..tasks import CausalLM, Classification, Loss
 from ..tree import Params
 from .work import CLASSES, Work
 
@@ -60,8 +60,7 @@ class Fedlora(System):
         model = Adapted(loaded.base, found, dropout=False, compiled=compiled)
         self.scene = Scene(model.groups, work.seed)
         self.server = self.method.init(self.scene)
-        task = CausalLM() if work.task == "causal-lm" else Classification(CLASSES)
-        self.loss, self.block = Loss(model, task), block or work.regime.clients
+        self.loss, self.block = Loss(model, work.goal()), block or work.regime.clients
 
     def round(self, batches: list[list[Batch]]) -> Leaves:
         uploads: list[Upload] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from ..methods import METHODS
 from ..model import Batch
 from ..optim import AdamW
 from ..seeds import np_rng
+from ..task import Task
+from ..tasks import made
 
 LR, RANK, ALPHA, CLASSES = 1e-3, 8, 16.0, 20
 
@@ -45,7 +47,7 @@ class Work:
     """One federated round of a method (HomLoRA: A, B of rank 8 on the model's default targets, and the head), many times over."""
 
     model: str = "minilm"
-    task: Literal["classification", "causal-lm"] = "classification"
+    task: str = "classification"
     method_name: str = "homlora"
     source: str = "demo"
     text: str = "text"
@@ -84,7 +86,7 @@ class Work:
     def batches(self, round: int) -> list[list[Batch]]:
         """[client][step, draw], each batch padded to its longest row, as a collator does."""
         r, g, draws = self.regime, np_rng(self.seed, "bench", round), self.method().draws
-        out = []
+        out, goal = [], self.goal()
         for _ in range(r.clients):
             mine = []
             for _ in range(r.steps * draws):
@@ -93,13 +95,14 @@ class Work:
                 ids, mask = np.zeros((r.batch, length), np.int64), np.zeros((r.batch, length), np.int64)
                 for j, row in enumerate(rows):
                     ids[j, : len(row)], mask[j, : len(row)] = row, 1
-                labels = g.integers(0, CLASSES, r.batch)
-                if self.task == "causal-lm":
-                    labels = np.where(mask > 0, ids, -100)
-                named = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+                named = {"input_ids": ids, "attention_mask": mask, "labels": goal.drawn(ids, mask, g)}
                 mine.append({n: torch.from_numpy(v) for n, v in named.items()})
             out.append(mine)
         return out
+
+    def goal(self) -> Task:
+        """The task, with CLASSES outputs where they have names."""
+        return made(self.task, CLASSES)
 
     def method(self) -> Any:
         """With its own defaults beside rank, learning rate and plain averaging, where it has these."""

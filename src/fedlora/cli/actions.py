@@ -60,11 +60,11 @@ def _build(recipe: Recipe, output: Path | None, console: Console) -> Federation:
 
 def _execute(recipe: Recipe, output: Path | None, quiet: bool, json: bool) -> Path:
     """Run one recipe to its end; returns its folder."""
-    from ..metrics import primary
+    from ..tasks import TASKS
 
     fed = _build(recipe, output, _console(quiet, json))
     try:
-        with Pressed() as pressed, _watch(primary(recipe.model.task), quiet, json) as watch:
+        with Pressed() as pressed, _watch(TASKS[recipe.model.task].metric, quiet, json) as watch:
             fed.run(Several(watch, pressed))
     except KeyboardInterrupt:
         raise Interrupted(fed.store.root) from None

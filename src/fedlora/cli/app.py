@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..tasks import NAMES
+
 app = typer.Typer(
     name="fedlora",
     help="Federated fine-tuning of foundation models with low-rank adapters.",
@@ -58,7 +60,7 @@ def methods(
             "--cost", metavar="MODEL", help="Measure every method on this model: a hub id, a folder, or minilm."
         ),
     ] = None,
-    task: Annotated[str, typer.Option(help="With --cost: classification or causal-lm.")] = "classification",
+    task: Annotated[str, typer.Option(help=f"With --cost: one of {', '.join(NAMES)}.")] = "classification",
     json: Json = False,
 ) -> None:
     """List the methods, their papers and what they share; or what they cost on a model."""
@@ -97,7 +99,7 @@ def bench(
         str, typer.Option(help="What clients do; other systems than fedlora do homlora only.")
     ] = "homlora",
     model: Annotated[str, typer.Option(help="A hub id, a folder, or minilm.")] = "minilm",
-    task: Annotated[str, typer.Option(help="classification or causal-lm.")] = "classification",
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(NAMES)}.")] = "classification",
     source: Annotated[str, typer.Option(help="Texts: a file, or demo for those that Python carries.")] = "demo",
     text: Annotated[str, typer.Option(help="Column of the text.")] = "text",
     threads: Annotated[int, typer.Option(min=1)] = 2,

@@ -55,7 +55,7 @@ def server(
     clients_keys: Path | None, insecure: bool, quiet: bool, json: bool,
 ) -> None:  # fmt: skip
     from ..deploy.coordinator import check
-    from ..metrics import primary
+    from ..tasks import TASKS
 
     with _flower():
         from ..flower import server as flower
@@ -92,7 +92,7 @@ def server(
         quiet,
         json,
         lambda watch: flower.run(r, folder, host, port, tls, known, watch, say, ready),
-        primary(r.model.task),
+        TASKS[r.model.task].metric,
     )
 
 
@@ -100,7 +100,7 @@ def try_out(
     recipe: Path, clients: int | None, sets: Sequence[str], output: Path | None, quiet: bool, json: bool
 ) -> None:
     from ..deploy.coordinator import check
-    from ..metrics import primary
+    from ..tasks import TASKS
 
     with _flower():
         from ..flower import trial
@@ -115,7 +115,7 @@ def try_out(
         quiet,
         json,
         lambda watch: trial.try_out(r, ids, folder, watch, _say(quiet or json)),
-        primary(r.model.task),
+        TASKS[r.model.task].metric,
     )
 
 

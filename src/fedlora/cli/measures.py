@@ -6,7 +6,7 @@ import json as json_
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, Problem, near
 from . import tables
@@ -27,12 +27,12 @@ def methods(json: bool) -> None:
         tables.methods(out, rows)
 
 
-def _task(task: str) -> Literal["classification", "causal-lm"]:
-    if task == "classification":
-        return "classification"
-    if task == "causal-lm":
-        return "causal-lm"
-    raise ConfigError([Problem("--task", task, "classification or causal-lm")])
+def _task(task: str) -> str:
+    from ..tasks import NAMES
+
+    if task not in NAMES:
+        raise ConfigError([Problem("--task", task, f"one of {', '.join(NAMES)}", near(task, NAMES))])
+    return task
 
 
 def cost(model: str, task: str, json: bool) -> None:

@@ -97,7 +97,11 @@ def codes(values: pa.ChunkedArray, name: str, field: str) -> tuple[np.ndarray, l
 
 
 def class_names(table: pa.Table, name: str) -> list[str] | None:
-    """The names that `datasets` keeps for a ClassLabel column, None for any other column."""
+    """The names that `datasets` keeps for a ClassLabel column, or one of lists of them; None for any other column."""
     raw = (table.schema.metadata or {}).get(b"huggingface")
     feature = json.loads(raw).get("info", {}).get("features", {}).get(name, {}) if raw else {}
+    if isinstance(feature, list) and len(feature) == 1:
+        feature = feature[0]  # as older releases of datasets wrote a list
+    if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+        feature = feature["feature"]
     return feature.get("names") if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, Problem
+from ..errors import ConfigError, DataError, Problem
 
 BATCH = 4096  # texts encoded at once: enough for the tokenizer's threads, little memory
 
@@ -25,6 +27,7 @@ class Encoded:
     segment: np.ndarray | None = None
     prompt: np.ndarray | None = None
     chars: np.ndarray | None = None
+    word: np.ndarray | None = None  # int32 [total tokens]: the word that begins with this token, -1 for none
 
 
 def texts(tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, max_length: int) -> Encoded:
@@ -59,6 +62,61 @@ def texts(tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, ma
     offsets = _offsets(_join(lengths))
     segment = _join(starts).astype(np.int32) if typed else None
     return Encoded(_join(ids).astype(np.int32), offsets, np.arange(len(first)), truncated, segment)
+
+
+def words(tokenizer: Any, rows: Sequence[Sequence[str]], max_length: int) -> Encoded:
+    """One example for each list of words, cut to max_length tokens; `word` says where each word's first token is.
+
+    Raises DataError for a tokenizer written in Python, which keeps no positions, and for one that cannot take words.
+    """
+    room(tokenizer, max_length)
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"model.name: {type(tokenizer).__name__} does not say which word a token comes from, expected a fast tokenizer; "
+            "choose a model that has tokenizer.json"
+        )
+    ids: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
+    found: list[np.ndarray] = []
+    truncated = 0
+    with spaced(tokenizer):
+        for a in range(0, len(rows), BATCH):
+            part = [list(r) for r in rows[a : a + BATCH]]
+            batch = tokenizer(
+                part, is_split_into_words=True, truncation=True, max_length=max_length, return_attention_mask=False,
+                return_token_type_ids=False,
+            )  # fmt: skip
+            flat, length = flatten(batch["input_ids"])
+            ids.append(flat)
+            lengths.append(length)
+            for e in batch.encodings:
+                of = np.array([-1 if w is None else w for w in e.word_ids], np.int32)
+                first = np.ones(len(of), bool)
+                first[1:] = of[1:] != of[:-1]
+                found.append(np.where(first, of, -1))
+                truncated += bool(e.overflowing)
+    return Encoded(_join(ids).astype(np.int32), _offsets(_join(lengths)), np.arange(len(rows)), truncated,
+                   word=_join(found).astype(np.int32))  # fmt: skip
+
+
+@contextmanager
+def spaced(tokenizer: Any) -> Iterator[None]:
+    """Inside, a byte-level tokenizer puts a space before every word, as between the words of a text (GPT-2, RoBERTa)."""
+    inner = tokenizer.backend_tokenizer
+    old = inner.pre_tokenizer
+    said = json.loads(inner.to_str())["pre_tokenizer"]
+    if not (said and said["type"] == "ByteLevel" and not said["add_prefix_space"]):
+        yield
+        return
+    from tokenizers import pre_tokenizers
+
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=True, trim_offsets=said["trim_offsets"], use_regex=said["use_regex"]
+    )
+    try:
+        yield
+    finally:
+        inner.pre_tokenizer = old
 
 
 def continuations(tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int) -> Encoded:

@@ -13,6 +13,22 @@ from ..errors import DataError
 
 
 @dataclass(frozen=True)
+class Words:
+    """The labels of the words of n rows, also of words that no token stands for (they are cut, or have no characters)."""
+
+    labels: np.ndarray  # int64 [total words]
+    offsets: np.ndarray  # int64 [n+1]
+    seen: np.ndarray  # bool [total words]: whether a token stands for the word
+
+    def at(self, rows: np.ndarray) -> Words:
+        """Those of some rows, in their order."""
+        sizes = np.diff(self.offsets)[rows]
+        ends = np.cumsum(sizes)
+        place = np.arange(int(sizes.sum())) + np.repeat(self.offsets[rows] - (ends - sizes), sizes)
+        return Words(self.labels[place], np.concatenate([[0], ends]).astype(np.int64), self.seen[place])
+
+
+@dataclass(frozen=True)
 class Tokens:
     """Ragged token rows, tokenised once. n rows, lengths[i] tokens each."""
 
@@ -21,8 +37,12 @@ class Tokens:
     segment: np.ndarray | None = None  # int32 [n]: where the second text of a pair starts; = length where there is none
     prompt: np.ndarray | None = None  # int32 [n]: leading tokens that carry no loss (causal LM)
     chars: np.ndarray | None = None  # int32 [n]: characters of the scored text (causal LM)
-    labels: np.ndarray | None = None  # int64 [n] classes, float32 [n] regression, None for language modelling
+    labels: np.ndarray | None = None  # int64 [n] classes, float32 [n ...] values, None for language modelling
     pad_id: int = 0
+    tags: np.ndarray | None = (
+        None  # int64 [total tokens]: label of each token, -100 for none; then there are no `labels`
+    )
+    words: Words | None = None  # the labels of the words from which `tags` are made
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -32,20 +52,23 @@ class Tokens:
         return self.offsets[rows + 1] - self.offsets[rows]
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Rows padded on the right to the longest: input_ids, attention_mask (token_type_ids) [b L]; labels [b], or
-        [b L] with -100 where there is no loss for language modelling."""
+        """Rows padded on the right to the longest: input_ids, attention_mask (token_type_ids) [b L]; labels [b ...],
+        or [b L] with -100 where there is no loss, where tokens are labelled or predicted."""
         length = self.lengths(rows)
         width = int(length.max(initial=1))
         at = np.arange(width)[None]  # [1 L]
         inside = at < length[:, None]  # [b L]
+        seen = at < np.maximum(length, 1)[:, None]  # a row without tokens is one padding token, which a model can read
         source = np.minimum(self.offsets[rows][:, None] + at, len(self.flat) - 1)
         ids = np.where(inside, self.flat[source], self.pad_id).astype(np.int64)
-        batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(inside.astype(np.int64))}
+        batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(seen.astype(np.int64))}
         if self.segment is not None:
             second = inside & (at >= self.segment[rows][:, None])
             batch["token_type_ids"] = torch.from_numpy(second.astype(np.int64))
         if self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[rows])
+        elif self.tags is not None:
+            batch["labels"] = torch.from_numpy(np.where(inside, self.tags[source], -100))
         else:
             skip = self.prompt[rows] if self.prompt is not None else np.zeros(len(rows), np.int32)
             scored = inside & (at >= np.maximum(skip, 1)[:, None])  # the first token has nothing to be predicted from

@@ -11,10 +11,9 @@ import numpy as np
 
 from ..errors import ConfigError, DataError, Problem, near
 from .examples import Arrays, Rows, Tokens
-from .load import DEMO_CLIENT, Column, load
-from .partitions import PARTITIONS, Given
-from .partitions.partition import group
-from .partitions.permutation import label_permutation
+from .load import DEMO_CLIENT, Column, Reader, load
+from .partition import Given, group, label_permutation
+from .partitions import PARTITIONS
 from .split import histograms, like, split
 
 NATURAL = "column"
@@ -32,6 +31,7 @@ class FederatedData:
     unseen: int = 0
     groups: np.ndarray | None = None  # int64 [n] class of each row; None: that of the examples' labels
     truncated: int = 0  # rows cut to the longest length
+    outputs: tuple[str, ...] = ()  # names of the model's outputs, where they are no classes of rows: tags, or labels
 
     def histogram(self, split: str) -> np.ndarray:
         """Rows of each class that each client holds in a split, int64 [clients classes]."""
@@ -72,7 +72,7 @@ def assemble(
     tokenizer: Any,
     data: Mapping[str, Any],
     partition: Mapping[str, Any],
-    task: str,
+    task: Reader,
     seed: int,
     cache: Path | None = None,
 ) -> FederatedData:
@@ -88,7 +88,7 @@ def assemble(
     site = data.get("site")
     if site is not None:
         fed = replace(fed, ids=[site] if kind != NATURAL and len(fed.ids) == 1 else [f"{site}/{c}" for c in fed.ids])
-    return replace(fed, truncated=loaded.truncated)
+    return replace(fed, truncated=loaded.truncated, outputs=loaded.outputs)
 
 
 def from_arrays(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,3 +62,67 @@ def reals(table: pa.Table, name: str, field: str = "data.label") -> np.ndarray:
             f"{field}: column {name!r} holds {numbers[broken[0]]} in row {broken[0] + 1}, expected a finite number that float32 holds; remove that row"
         )
     return numbers.astype(np.float32)
+
+
+def lists(table: pa.Table, name: str, field: str) -> tuple[pa.ChunkedArray, np.ndarray]:
+    """A column of lists: all items behind each other, and where each row's begin, int64 [n+1].
+
+    Raises DataError for another type, for a missing list and for a missing item.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values = full(table, name, field)
+    kind = values.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        raise DataError(
+            f"{field}: column {name!r} holds {kind}, expected a list in every row; use JSONL or Parquet, which can hold lists"
+        )
+    sizes = np.asarray(pc.list_value_length(values).to_numpy(), np.int64)
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    items = pc.list_flatten(values)
+    empty = pc.index(pc.is_null(items, nan_is_null=True), True).as_py()
+    if empty >= 0:
+        row = int(np.searchsorted(offsets, empty, side="right"))
+        raise DataError(
+            f"{field}: the list in row {row} of column {name!r} has an item without a value, expected a value in every item; "
+            "fill or remove it"
+        )
+    if pa.types.is_null(items.type):
+        items = pa.chunked_array([], pa.string())
+    return (items.cast(items.type.value_type) if pa.types.is_dictionary(items.type) else items), offsets
+
+
+def listed(
+    tables: Mapping[int, pa.Table], name: str, known: Sequence[str] | None, field_of: Callable[[int], str], what: str
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], tuple[str, ...]]:
+    """Labels in lists, as numbers: of every table (int64 [items], offsets [rows+1]), and the names of the labels.
+
+    Names are `known`, or those that `datasets` keeps, or the distinct values of the first table, sorted. what: a label in
+    errors. Raises DataError for a label that is none of them.
+    """
+    names: list[str] | None = None if known is None else list(known)
+    out = []
+    for origin, table in tables.items():
+        field = field_of(origin)
+        items, offsets = lists(table, name, field)
+        ids, distinct = codes(items, name, field)
+        own = class_names(table, name)
+        if own is not None and (outside := [d for d in distinct if not 0 <= int(d) < len(own)]):
+            raise DataError(f"{field}: column {name!r} holds {outside[0]}, expected 0 to {len(own) - 1}")
+        said = [str(d) for d in distinct] if own is None else [own[int(d)] for d in distinct]
+        if names is None:
+            names = said if own is None else list(own)
+        position = {label: i for i, label in enumerate(names)}
+        number = np.array([position.get(label, -1) for label in said], np.int64)
+        found = number[ids] if len(said) else ids
+        odd = np.flatnonzero(found < 0)
+        if len(odd):
+            row, label = int(np.searchsorted(offsets, odd[0], side="right")), said[ids[odd[0]]]
+            whose = "is not in data.classes" if known is not None else "occurs only here and not in the training data"
+            raise DataError(
+                f"{field}: {what} {label!r} (row {row}, {len(odd)} in all) {whose}, expected one of {len(names)}; "
+                f"{near(label, names)} or remove those rows"
+            )
+        out.append((found, offsets))
+    return out, tuple(names or ())

@@ -8,10 +8,11 @@ import hashlib
 import json
 import os
 import string
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -19,13 +20,13 @@ from ..errors import DataError
 from . import encode
 from .columns import codes, column, full, strings
 from .encode import Encoded
-from .examples import Tokens
+from .examples import Tokens, Words
 from .files import FORMATS
-from .labels import classes, reals
 from .sources import CLIENT, read
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
 
 DEMO = {"text": "text", "label": "area"}  # the columns of the built-in corpus; its natural clients are modules
 DEMO_CLIENT = "module"
@@ -52,10 +53,48 @@ class Loaded:
     names: tuple[str, ...]  # of the classes
     column: Column | None  # what decides the partition (kinds column and domain)
     truncated: int  # rows that lost tokens to max_length
+    outputs: tuple[str, ...] = ()  # names of the model's outputs, where they are no classes of rows
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The inputs of a table's rows. how: one of "texts" (first, or pairs), "words", "running" and "continuations"."""
+
+    how: str
+    first: Sequence[Any]  # texts; for "words", lists of words
+    second: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The labels of every table's rows, as arrays: one entry a table."""
+
+    labels: Sequence[np.ndarray] | None = None  # [rows ...] in the form that the task's loss takes
+    groups: Sequence[np.ndarray] | None = (
+        None  # int64 [rows]: the class of each row, by which it may be given to a client
+    )
+    names: tuple[str, ...] = ()  # of these classes
+    outputs: tuple[str, ...] = ()  # of the model's outputs, where they are no classes of rows
+    words: Sequence[tuple[np.ndarray, np.ndarray]] | None = None  # (label of every word, offsets [rows+1])
+
+
+class Reader(Protocol):
+    """What loading asks of a task: the inputs and the labels of a table's rows, as the recipe's section data names them."""
+
+    def texts(self, table: pa.Table, data: Mapping[str, Any]) -> Texts:
+        """The inputs. Raises DataError."""
+
+    def targets(self, tables: Mapping[int, pa.Table], data: Mapping[str, Any]) -> Targets:
+        """The labels of every table. Raises DataError."""
 
 
 def load(
-    tokenizer: Any, data: Mapping[str, Any], task: str, seed: int, by: str | None = None, cache: Path | None = None
+    tokenizer: Any,
+    data: Mapping[str, Any],
+    task: Reader,
+    seed: int,
+    by: str | None = None,
+    cache: Path | None = None,
 ) -> Loaded:
     """Rows of the recipe section `data`, ready to train on.
 
@@ -65,13 +104,24 @@ def load(
     if data["source"] == "demo":
         data = {**data, **{k: v for k, v in DEMO.items() if data.get(k) is None}}
     tables = _tables(data, seed)
-    encoded = [_tokens(tokenizer, t, data, task, cache) for t in tables.values()]
+    encoded = [_tokens(tokenizer, task.texts(t, data), data["max_length"], cache) for t in tables.values()]
     origin = np.concatenate([np.full(len(e.source), o, np.int8) for o, e in zip(tables, encoded, strict=True)])
-    targets, groups, names = _targets(tables, data, task)
+    targets = task.targets(tables, data)
     source = [e.source for e in encoded]
     take = lambda parts: None if parts is None else np.concatenate([p[s] for p, s in zip(parts, source, strict=True)])  # noqa: E731
-    tokens = dataclasses.replace(_joined(encoded), labels=take(targets), pad_id=tokenizer.pad_token_id or 0)
-    return Loaded(tokens, origin, take(groups), names, _column(tables, by, source), sum(e.truncated for e in encoded))
+    labels: dict[str, Any] = {"labels": take(targets.labels)}
+    if targets.words is not None:
+        labels |= tagged(encoded, targets.words)
+        said = labels["words"]
+        if lost := int((~said.seen).sum()):
+            warnings.warn(
+                f"data.max_length: {lost} of {len(said.seen)} words have no token within {data['max_length']} tokens; "
+                "in scores they count as missed",
+                stacklevel=2,
+            )
+    tokens = joined(encoded, pad_id=tokenizer.pad_token_id or 0, **labels)
+    return Loaded(tokens, origin, take(targets.groups), targets.names, _column(tables, by, source),
+                  sum(e.truncated for e in encoded), targets.outputs)  # fmt: skip
 
 
 def _tables(data: Mapping[str, Any], seed: int) -> dict[int, pa.Table]:
@@ -89,21 +139,28 @@ def _tables(data: Mapping[str, Any], seed: int) -> dict[int, pa.Table]:
     return tables
 
 
-def _targets(tables: Mapping[int, pa.Table], data: Mapping[str, Any], task: str) -> tuple[Any, Any, tuple[str, ...]]:
-    """(targets per table, classes per table, names of the classes)."""
-    label = data.get("label")
-    if task == "regression":
-        return [reals(t, label) for t in tables.values()], None, ()  # type: ignore[arg-type]
-    if label is None:
-        return None, None, ()
-    first, names = classes(tables[0], label, data.get("classes"))
-    ids = [first] + [classes(t, label, names, f"data.{_FIELD[o]}")[0] for o, t in tables.items() if o]
-    if task == "classification" and len(names) < 2:
-        raise DataError(f"data.label: column {label!r} holds only {names[0]!r}, expected two or more classes")
-    return (ids if task == "classification" else None), ids, names
+def tagged(encoded: Sequence[Encoded], words: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """The fields `tags` and `words` of Tokens, from the label of every word: a word's first token carries its label."""
+    tags, seen = [], []
+    for e, (labels, offsets) in zip(encoded, words, strict=True):
+        assert e.word is not None
+        first = np.flatnonzero(e.word >= 0)
+        row = np.searchsorted(e.offsets, first, side="right") - 1
+        place = offsets[row] + e.word[first]
+        own = np.full(len(e.word), -100, np.int64)
+        own[first] = labels[place]
+        tags.append(own)
+        seen.append(np.zeros(len(labels), bool))
+        seen[-1][place] = True
+    sizes = np.concatenate([np.diff(o) for _, o in words])
+    every = Words(np.concatenate([v for v, _ in words]).astype(np.int64),
+                  np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), np.concatenate(seen))  # fmt: skip
+    return {"tags": np.concatenate(tags), "words": every}
 
 
-_FIELD = {1: "validation", 2: "test"}
+def field_of(origin: int) -> str:
+    """The recipe's field from which rows of this origin come, for errors about their labels."""
+    return {0: "data.label", 1: "data.validation", 2: "data.test"}[origin]
 
 
 def _column(tables: Mapping[int, pa.Table], by: str | None, source: Sequence[np.ndarray]) -> Column | None:
@@ -129,36 +186,21 @@ def _column(tables: Mapping[int, pa.Table], by: str | None, source: Sequence[np.
 # texts ----------------------------------------------------------------------------------------------------------------
 
 
-def _tokens(tokenizer: Any, table: pa.Table, data: Mapping[str, Any], task: str, cache: Path | None) -> Encoded:
+def _tokens(tokenizer: Any, texts: Texts, length: int, cache: Path | None) -> Encoded:
     """Token rows of one table, from the cache where it has them."""
-    length = data["max_length"]
-    first: list[str]
-    second: list[str] | None = None
-    text = data.get("text")
-    if task == "causal-lm" and data.get("completion"):
-        kind, second = "continuations", strings(table, data["completion"], "data.completion")
-        first = _filled(table, data) if data.get("template") else strings(table, data["prompt"], "data.prompt")
-    elif task == "causal-lm":
-        kind, first = "running", _filled(table, data) if data.get("template") else strings(table, text, "data.text")  # type: ignore[arg-type]
-    elif data.get("template"):
-        kind, first = "texts", _filled(table, data)
-    elif isinstance(text, str):
-        kind, first = "texts", strings(table, text, "data.text")
-    else:
-        kind, (first, second) = "texts", (strings(table, c, "data.text") for c in text or ())
-
-    def make() -> Encoded:
-        if kind == "running":
-            return encode.running(tokenizer, first, length)
-        if kind == "continuations":
-            return encode.continuations(tokenizer, first, second or [], length)
-        return encode.texts(tokenizer, first, second, length)
-
-    encode.room(tokenizer, length, pair=kind == "texts" and second is not None)
-    return _cached(_fingerprint(tokenizer, kind, length, first, second), cache, make)
+    how, first, second = texts.how, texts.first, texts.second
+    make: Callable[[], Encoded] = {
+        "running": lambda: encode.running(tokenizer, first, length),
+        "continuations": lambda: encode.continuations(tokenizer, first, second or [], length),
+        "texts": lambda: encode.texts(tokenizer, first, second, length),
+        "words": lambda: encode.words(tokenizer, first, length),
+    }[how]
+    encode.room(tokenizer, length, pair=how == "texts" and second is not None)
+    plain = [json.dumps(words) for words in first] if how == "words" else first
+    return _cached(_fingerprint(tokenizer, how, length, plain, second), cache, make)
 
 
-def _filled(table: pa.Table, data: Mapping[str, Any]) -> list[str]:
+def filled(table: pa.Table, data: Mapping[str, Any]) -> list[str]:
     """data.template with the columns it names, row by row; {prompt} and {text} are the columns of that name in the recipe."""
     template = data["template"]
     try:
@@ -174,15 +216,15 @@ def _filled(table: pa.Table, data: Mapping[str, Any]) -> list[str]:
     return [template.format(**{n: v[i] for n, v in values.items()}) for i in range(table.num_rows)]
 
 
-def _joined(parts: Sequence[Encoded]) -> Tokens:
-    """Token rows of several tables behind each other."""
+def joined(parts: Sequence[Encoded], **more: Any) -> Tokens:
+    """Token rows of several tables behind each other. more: fields of Tokens over all rows."""
     shift = np.cumsum([0, *(len(p.flat) for p in parts)])
     offsets = np.concatenate([[0], *(p.offsets[1:] + s for p, s in zip(parts, shift, strict=False))]).astype(np.int64)
     extra: dict[str, Any] = {
         n: None if getattr(parts[0], n) is None else np.concatenate([getattr(p, n) for p in parts])
         for n in ("segment", "prompt", "chars")
     }
-    return Tokens(np.concatenate([p.flat for p in parts]), offsets, **extra)
+    return Tokens(np.concatenate([p.flat for p in parts]), offsets, **extra, **more)
 
 
 # cache ----------------------------------------------------------------------------------------------------------------

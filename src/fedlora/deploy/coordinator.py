@@ -12,6 +12,7 @@ from ..data.federated import roster
 from ..errors import ConfigError, Problem, StateError
 from ..federation import Federation
 from ..recipe import Recipe
+from ..tasks import TASKS
 from .remote import Link, Remote, Terms
 from .site import SHOWN
 
@@ -19,7 +20,7 @@ from .site import SHOWN
 def check(recipe: Recipe) -> None:
     """Raise ConfigError with everything in a recipe that sites cannot do."""
     bad: list[Problem] = []
-    if recipe.model.task == "classification" and recipe.data.classes is None:
+    if TASKS[recipe.model.task].named and recipe.data.classes is None:
         bad.append(
             Problem(
                 "data.classes", None, "the names of the classes",

@@ -20,7 +20,6 @@ from ..engine import RoundLog, enough, in_order
 from ..errors import TrainingError, UploadError
 from ..federation import Federation
 from ..method import Client, Order, Server, Upload
-from ..metrics import primary
 from ..records import EvalLine, Line
 from ..tree import Params
 from ..views import scored
@@ -306,8 +305,8 @@ class Remote:
             for split in ("validation", "test"):
                 scores = {c: found[view, split][c] for c in self.fed.data.ids if c in found.get((view, split), {})}
                 if scores:
-                    lines.append(scored(server.round, view, split, scores))
-        name = primary(self.fed.task.kind)
+                    lines.append(scored(self.fed, server.round, view, split, scores))
+        name = self.fed.task.metric
         for line in lines[:1]:
             self.metric = (f"{line.view} {line.split} {name}", line.mean.get(name, math.nan))
         self.status("done" if server.round == order.rounds else "evaluated", server)

@@ -20,6 +20,7 @@ from ..deploy.site import Site
 from ..errors import ConfigError, DataError, Problem
 from ..federation import Federation
 from ..recipe import Recipe
+from ..tasks import TASKS
 from ..watch import Watch
 from . import client, keys, server
 
@@ -39,8 +40,8 @@ def prepared(recipe: Recipe, clients: int | None) -> tuple[Recipe, list[str]]:
         raise DataError(
             f"federation try: client {bad[0]!r} cannot name a key file, expected letters, digits, '.', '_' and '-'"
         )
-    if data.label_names and recipe.model.task == "classification":
-        recipe = recipe.override(f"data.classes={list(data.label_names)!r}")
+    if names := TASKS[recipe.model.task].names(data):
+        recipe = recipe.override(f"data.classes={list(names)!r}")
     return recipe.override(f"deployment.clients={len(data.ids)}"), list(data.ids)
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..adapters import LOW_RANK
 from ..errors import Problem
+from ..loss import Loss
 from ..method import Client, Method, Metrics, Order, Scene, Work
 from ..model import Batch
 from ..sgd import SGDMethod
-from ..tasks import Loss
 from ..tree import Key, Params, select
 
 LOCAL = "local"

@@ -18,11 +18,11 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from ..errors import Problem
+from ..loss import Loss
 from ..method import Method, Metrics, Work
 from ..model import Batch
 from ..optim import SGD
 from ..sgd import SGDMethod
-from ..tasks import Loss
 from .average import HomLoRA
 
 

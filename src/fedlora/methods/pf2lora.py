@@ -29,10 +29,10 @@ from torch import Tensor
 
 from ..adapters import LOW_RANK, Adapter, LoRA, Pattern, make
 from ..errors import Problem
+from ..loss import Loss
 from ..method import Client, Metrics, Scene, Work
 from ..model import Batch
 from ..sgd import SGDMethod, Weights, rank_problems
-from ..tasks import Loss
 from ..tree import Key, Params, norm, per_client, select
 
 STEP = 1e-2  # length of the finite difference along v; halfway between fp32 rounding and curvature

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from ..adapters import LOW_RANK, LoRA
 from ..errors import Problem
+from ..loss import Loss
 from ..method import Client, Method, Metrics, Order, Scene, Server, Upload, Work
 from ..model import Batch
 from ..sgd import SGDMethod
-from ..tasks import Loss
 from ..tree import Key, Params, factor, select
 from .average import HomLoRA
 from .pf2lora import PF2LoRA

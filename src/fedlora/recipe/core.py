@@ -29,7 +29,7 @@ ORDER = ("name", "model", "data", "partition", "method", "train", "federation", 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 SHOWN = ("target", "bandwidth")  # fields of the section evaluation that only reports use
 LATER = {
-    "model": ("kernels",),
+    "model": ("kernels", "threshold"),
     "data": ("classes", "site"),
     "federation": ("precision", "norm_bound", "guards"),
 }  # not hashed at their defaults: they came after 0.1

@@ -8,14 +8,15 @@ import inspect
 import re
 import string
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..data.partitions import PARTITIONS
 from ..errors import Problem, near
 from .sections import Data, Evaluation, Federation, Model, Partition, Run, Section, Train
 
+if TYPE_CHECKING:
+    from ..task import Task
+
 Rule = Callable[..., Iterator[Problem]]
-BY_LABEL = tuple(name for name, cls in PARTITIONS.items() if cls.by_label)
 PLACES = ("name", "hash", "seed", "method")  # what run.output may mention
 
 
@@ -49,10 +50,7 @@ def targets(model: Model) -> Iterator[Problem]:
 def columns(model: Model, data: Data) -> Iterator[Problem]:
     if data.source == "demo":
         return  # its columns are known
-    if model.task == "causal-lm":
-        yield from _language(data)
-    else:
-        yield from _labelled(model, data)
+    yield from _task(model).problems(data)
     texts = (data.text,) if isinstance(data.text, str) else data.text or ()
     if len(set(texts)) < len(texts):
         yield Problem("data.text", list(texts), "two different columns", "give one column for single texts")
@@ -60,45 +58,23 @@ def columns(model: Model, data: Data) -> Iterator[Problem]:
         yield Problem("data.label", data.label, "another column than the text", "name the column of the labels")
 
 
-def _labelled(model: Model, data: Data) -> Iterator[Problem]:
-    if data.text is not None and data.template is not None and "{text}" not in data.template:
-        yield Problem(
-            "data.template",
-            data.template,
-            "{text} in it, or data.text null",
-            "the template names its columns: drop one",
-        )
-    if isinstance(data.text, tuple) and data.template is not None:
-        yield Problem(
-            "data.text", list(data.text), "one column or null beside data.template", "name both columns in the template"
-        )
-    if data.text is None and data.template is None:
-        yield Problem(
-            "data.text", None, f"a column, or two for pairs, for {model.task}", "name the column of the texts"
-        )
-    if data.label is None:
-        yield Problem("data.label", None, f"a column for {model.task}", "name the column of the labels")
-    for field in ("prompt", "completion"):
-        value = getattr(data, field)
-        if value is not None:
-            yield Problem(
-                f"data.{field}", value, f"null for {model.task}", "set model.task to causal-lm, or use data.text"
-            )
+def _tasks() -> dict[str, type[Task]]:
+    from ..tasks import TASKS
+
+    return TASKS
 
 
-def _language(data: Data) -> Iterator[Problem]:
-    if isinstance(data.text, tuple):
-        yield Problem("data.text", list(data.text), "one column for causal-lm", "use data.prompt and data.completion")
-    if data.text is not None and data.completion is not None:
-        yield Problem("data.text", data.text, "null beside data.completion", "drop one of the two")
-    if data.prompt is not None and data.completion is None:
-        yield Problem("data.completion", None, "a column beside data.prompt", "name the column of the answers")
-    if data.completion is not None and data.prompt is None and data.template is None:
-        yield Problem("data.prompt", None, "a column beside data.completion", "name the column of the questions")
-    if data.text is None and data.prompt is None and data.completion is None and data.template is None:
-        yield Problem(
-            "data.text", None, "a column for causal-lm", "name a text column, or data.prompt and data.completion"
-        )
+def _task(model: Model) -> type[Task]:
+    return _tasks()[model.task]
+
+
+def options(model: Model) -> Iterator[Problem]:
+    every = sorted({o for t in _tasks().values() for o in t.options})
+    for field in every:
+        value, usual = getattr(model, field), Model.model_fields[field].default
+        if value != usual and field not in _task(model).options:
+            whose = ", ".join(name for name, t in _tasks().items() if field in t.options)
+            yield Problem(f"model.{field}", value, f"{usual} for {model.task}", f"only {whose} reads it: leave it out")
 
 
 def encoding(data: Data) -> Iterator[Problem]:
@@ -145,13 +121,15 @@ def natural(p: Partition, data: Data) -> bool:
 
 
 def labels(model: Model, data: Data, partition: Partition) -> Iterator[Problem]:
-    without = model.task == "regression" or (model.task == "causal-lm" and data.label is None and data.source != "demo")
-    if partition.kind in BY_LABEL and without:
-        why = "regression has no classes" if model.task == "regression" else "or name a column of classes as data.label"
+    from ..data.partitions import PARTITIONS
+
+    task = _task(model)
+    if PARTITIONS[partition.kind].by_label and not task.grouped(data):
+        why = "or name a column of classes as data.label" if task.over_vocabulary else f"{model.task} has no classes"
         yield Problem(
             "partition.kind", partition.kind, "a kind that needs no classes", f"choose iid, quantity or column; {why}"
         )
-    if partition.permute_labels and model.task != "classification":
+    if partition.permute_labels and not task.permutes:
         yield Problem("partition.permute_labels", True, f"false for {model.task}", "only classes can be permuted")
 
 
@@ -200,7 +178,7 @@ def output(run: Run) -> Iterator[Problem]:
             )
 
 
-RULES: tuple[Rule, ...] = (work, targets, columns, encoding, clients, labels, cohort, views, output)
+RULES: tuple[Rule, ...] = (work, targets, options, columns, encoding, clients, labels, cohort, views, output)
 
 
 class Wrong(Exception):

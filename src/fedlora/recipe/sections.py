@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..data import partitions
+from ..tasks import NAMES
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+if TYPE_CHECKING:
+    TaskName = str
+else:
+    TaskName = Literal[NAMES]  # the tasks that there are, as the type that says so in errors, schema and docs
 PartShare = Annotated[float, Field(ge=0, lt=1)]  # a share that leaves something
 Text = Annotated[str, Field(min_length=1)]
 
@@ -38,7 +43,9 @@ class Model(Section):
 
     name: Text = "minilm"
     """A hub id, a local folder, or "minilm" (carried by the extra "demo")."""
-    task: Literal["classification", "regression", "causal-lm"] = "classification"
+    task: TaskName = "classification"
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Of task multi-label: a label is said where its probability is above this."""
     targets: Text | Annotated[tuple[Text, ...], Field(min_length=1)] = "auto"
     """Layers with a delta: "auto" (PEFT's table for the architecture), name endings, or one regular expression."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StateError
-from ..metrics import LOWER_IS_BETTER
 from ..records import EvalLine, Line, Timing, TrainLine, read_lines, read_timings
 
 
@@ -37,7 +36,9 @@ class Records:
 
     @property
     def lower_is_better(self) -> bool:
-        return self.metric in LOWER_IS_BETTER
+        from ..tasks import lower_is_better
+
+        return lower_is_better(self.metric)
 
     @property
     def title(self) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..metrics import better
+from ..metrics import beats
 from ..units import NOTHING, number
 from .read import Records, records
 
@@ -65,7 +65,7 @@ class Reached:
 def reach(run: Records, target: float) -> Reached | None:
     """When the mean score of the main view first reached `target`, None if it never did."""
     evals = run.evals(run.main, "validation") or run.evals(run.main, "test")
-    good = [x for x in evals if run.metric in x.mean and not better(run.metric, target, x.mean[run.metric])]
+    good = [x for x in evals if run.metric in x.mean and not beats(target, x.mean[run.metric], run.lower_is_better)]
     if not good:
         return None
     last = good[0].round

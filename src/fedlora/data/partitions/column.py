@@ -10,7 +10,7 @@ import numpy as np
 
 from ...errors import DataError
 from ..examples import Rows
-from .partition import Given, Partition, group
+from ..partition import Given, Partition, group
 
 
 def by_column(column: np.ndarray, names: Sequence[Any], min_size: int = 1) -> tuple[Rows, list[str]]:

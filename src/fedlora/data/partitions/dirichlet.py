@@ -9,7 +9,7 @@ import numpy as np
 
 from ...seeds import np_rng
 from ..examples import Rows
-from .partition import Given, Partition, by_class, check, fill, group, positive
+from ..partition import Given, Partition, by_class, check, fill, group, positive
 
 
 def dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int, min_size: int = 1) -> Rows:

@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from ..examples import Rows
+from ..partition import Given, Partition
 from .classes import classes_per_client
-from .partition import Given, Partition
 
 
 def domain(column: np.ndarray, clients: int, domains: int, seed: int, min_size: int = 1) -> Rows:

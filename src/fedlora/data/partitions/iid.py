@@ -9,7 +9,7 @@ import numpy as np
 
 from ...seeds import np_rng
 from ..examples import Rows
-from .partition import Given, Partition, check, group
+from ..partition import Given, Partition, check, group
 
 
 def iid(n: int, clients: int, seed: int, min_size: int = 1) -> Rows:

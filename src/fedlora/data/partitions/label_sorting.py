@@ -10,7 +10,7 @@ import numpy as np
 from ...errors import ConfigError, Problem
 from ...seeds import np_rng
 from ..examples import Rows
-from .partition import Given, Partition, by_class, check, fill, group
+from ..partition import Given, Partition, by_class, check, fill, group
 
 
 def label_sorting(labels: np.ndarray, clients: int, share: float, seed: int, min_size: int = 1) -> Rows:

@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from ..examples import Rows
+from ..partition import Given, Partition
 from .dirichlet import dirichlet
-from .partition import Given, Partition
 
 
 def quantity(n: int, clients: int, alpha: float, seed: int, min_size: int = 1) -> Rows:

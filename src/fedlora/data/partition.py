@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ...errors import ConfigError, DataError, Problem
-from ..examples import Rows
+from ..errors import ConfigError, DataError, Problem
+from ..seeds import np_rng
+from .examples import Rows
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,14 @@ class Partition(ABC):
     def ids(self, given: Given) -> list[str]:
         """The clients' ids, in the order of `rows`."""
         return [f"c{k}" for k in range(given.clients)]
+
+
+def label_permutation(clients: int, classes: int, seed: int) -> np.ndarray:
+    """Concept shift, whatever the partition: int64 [clients classes], a random order of the classes for each client; it maps a label to the client's.
+
+    A client's permutation does not depend on how many clients there are.
+    """
+    return np_rng(seed, "partition", "permutation").permuted(np.tile(np.arange(classes), (clients, 1)), axis=1)
 
 
 def group(owners: np.ndarray, clients: int, rows: np.ndarray | None = None) -> Rows:
