@@ -84,8 +84,7 @@ def text() -> str:
     for name, cls in METHODS.items():
         fields = [f"`{f}`" if (v := default(cls, f)) is UNTYPED else f"`{f}: {json.dumps(v)}`" for f in own_fields(cls)]
         out.append(f"| `{name}` | {', '.join(fields)} |\n")
-    said = (adapters.__doc__ or "").partition("\n\n")[2]
-    out.append(f"\n### method.adapter\n\n```text\n{said.strip()}\n```\n")
+    out.append(f"\n### method.adapter\n\n```text\n{adapters.described()}\n```\n")
     return "".join(out)
 
 

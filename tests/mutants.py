@@ -49,7 +49,7 @@ MUTANTS = (
     # rows grouped by length
     Mutant("a group is cut below its longest row", "tasks.py", "return [fitted(_rows(batch, i, j), wide[i])", "return [fitted(_rows(batch, i, j), wide[j - 1])", "tests/test_tasks.py"),
     Mutant("no gradients where a caller serves", "tasks.py", "with torch.enable_grad(), self.model.training(piece):", "with self.model.training(piece):", "tests/test_tasks.py"),
-    Mutant("patterns are expressions unchecked", "adapters.py", "            _expression(pattern)\n", "            pass\n", "tests/test_law_compose.py -k refused"),
+    Mutant("patterns are expressions unchecked", "adapters/base.py", "            _expression(pattern)\n", "            pass\n", "tests/test_law_compose.py -k refused"),
     Mutant("the optimizer's factors stay on the host", "optim.py", "factor = factor.to(like[0])", "factor = factor.to(like[0].dtype)", "tests/test_device.py"),
     Mutant("HetLoRA's rank cut stays on the host", "methods/hetlora.py", ".floor().to(v.device)[:, None])", ".floor().cpu()[:, None])", "tests/test_device.py"),
     Mutant("a method's own problems hide those of its family", "methods/hetlora.py", "bad = super().problems()", "bad: list[Problem] = []", "tests/test_law_compose.py -k at_once"),
@@ -72,7 +72,7 @@ MUTANTS = (
     Mutant("a client's tokens are taken for a row's", "kernels/attention.py", "sizes = packing.longest <= MOST", "sizes = query.shape[2] <= MOST", "tests/test_kernels.py"),
     Mutant("rows of a packed group are lost", "tasks.py", "rows = {n: v[:, i::parts] if", "rows = {n: v[:, i : i + parts] if", "tests/test_kernels.py"),
     # model and optimizers
-    Mutant("the adapter forgets its scale", "adapters.py", "self.alpha / r**0.5 if self.rs else self.alpha / r", "self.alpha / r", "tests/test_model.py -k peft"),
+    Mutant("the adapter forgets its scale", "adapters/factors.py", "self.alpha / r**0.5 if self.rs else self.alpha / r", "self.alpha / r", "tests/test_model.py -k peft"),
     Mutant("decay is coupled", "optim.py", "shrink = 1 - rate * self.weight_decay", "shrink = 1 - rate * self.weight_decay * 0.5", "tests/test_model.py -k optimizers"),
     Mutant("bias correction is gone", "optim.py", "size, root = rate / (1 - b1**t), (1 - b2**t).sqrt()", "size, root = rate / (1 - b1**t), (1 - b2**t) ** 0", "tests/test_model.py"),
     Mutant("rows are padded beyond the table of positions", "tasks.py", "return wide if wide <= model.longest else length", "return wide", "tests/test_tasks.py -k half"),
@@ -95,7 +95,7 @@ MUTANTS = (
     Mutant("four draws are one", "methods/pf2lora.py", "pi, xi, xi_, zeta = draws if len(draws) == 4 else draws * 4", "pi, xi, xi_, zeta = (draws[0],) * 4", "tests/test_law_pf2lora.py"),
     Mutant("the mixed derivative has the wrong sign", "methods/pf2lora.py", "h = {k: g - per_client(a, g).to(g) * jv[k] for k, g in h.items()}", "h = {k: g + per_client(a, g).to(g) * jv[k] for k, g in h.items()}", "tests/test_law_pf2lora.py"),
     Mutant("PF2LoRA on ranks forgets the pruning's penalty", "methods/pf2lora.py", "self.descend(work, self.penalised(work, h), lr)", "self.descend(work, h, lr)", "tests/test_law_compose.py"),
-    Mutant("a rank pattern keeps the scale of the common rank", "adapters.py", "r = self.rank_at(site)\n        return", "r = self.rank\n        return", "tests/test_law_compose.py"),
+    Mutant("a rank pattern keeps the scale of the common rank", "adapters/factors.py", "r = self.rank_at(site)\n        return", "r = self.rank\n        return", "tests/test_law_compose.py"),
     # FedSA and its kin
     Mutant("FedSA shares B", "methods/average.py", "return k.part in self.form.first", "return k.part in self.form.second", f"tests/test_law_fedsa.py {CONTRACT} -k 'fedsa'"),
     Mutant("FFA trains A", "methods/average.py", "return k.part in self.form.second\n\n    def shares(self, k: Key) -> bool:\n        return True", "return True\n\n    def shares(self, k: Key) -> bool:\n        return True", f"{CONTRACT} -k ffa"),
@@ -109,18 +109,18 @@ MUTANTS = (
     Mutant("FedProx pulls to the start of the run", "methods/fedprox.py", "norm(p[k] - v) ** 2", "norm(p[k]) ** 2", "tests/test_law_baselines.py -k fedprox"),
     Mutant("fine-tuning follows the decayed schedule", "views.py", "down_each, kept, work, Schedule(), serve=True)", "down_each, kept, work, f.schedule, serve=True)", "tests/test_law_baselines.py -k tuning"),
     # SLoRA and its baselines
-    Mutant("every party draws its own mask", "adapters.py", 'torch.randperm(size, generator=rng("mask", *path))[:n]', "torch.randperm(size)[:n]", "tests/test_law_slora.py"),
-    Mutant("all layers have one mask", "adapters.py", "s.out * s.in_, *seed, s.name)", "s.out * s.in_, *seed)", "tests/test_law_slora.py -k sides"),
+    Mutant("every party draws its own mask", "adapters/sparse.py", 'torch.randperm(size, generator=rng("mask", *path))[:n]', "torch.randperm(size)[:n]", "tests/test_law_slora.py"),
+    Mutant("all layers have one mask", "adapters/sparse.py", "s.out * s.in_, *seed, s.name)", "s.out * s.in_, *seed)", "tests/test_law_slora.py -k sides"),
     Mutant("the hand-over forgets the scale", "methods/slora.py", "factor(dw / scale, form.rank_at(s.name), self.split)", "factor(dw, form.rank_at(s.name), self.split)", "tests/test_law_slora.py -k 'reset or keep'"),
     Mutant("the frozen product is added, not taken away", "methods/slora.py", "a.clone(), -scale * b", "a.clone(), scale * b", "tests/test_law_slora.py -k keep"),
     Mutant("a plateau is a rise", "methods/slora.py", "return min(losses[-self.patience :]) > best * (1 - self.tolerance)", "return min(losses[-self.patience :]) > best", "tests/test_law_slora.py -k plateau"),
-    Mutant("Houlsby is Pfeiffer", "adapters.py", 'Bottleneck(rank, "outputs" if name == "houlsby" else "ffn_output")', 'Bottleneck(rank, "ffn_output")', "tests/test_law_slora.py -k bottlenecks"),
+    Mutant("Houlsby is Pfeiffer", "adapters/bottleneck.py", 'cls(rank, ("outputs",) if name == "houlsby" else ("ffn_output",))', 'cls(rank, ("ffn_output",))', "tests/test_law_slora.py -k bottlenecks"),
     # export
     Mutant("Conv1D is merged like Linear", "merge.py", 'change.mT if type(module).__name__ == "Conv1D" else change', "change", "tests/test_export.py -k conv1d"),
     Mutant("a tied output moves with its table", "merge.py", "module.weight = nn.Parameter(module.weight.detach() + turned.to(module.weight), requires_grad=False)", "module.weight.data += turned.to(module.weight)", "tests/test_export.py -k conv1d"),
-    Mutant("DoRA's norm is differentiated", "deltas.py", "    with torch.no_grad():\n        w = weight.to(b.dtype)", "    with torch.enable_grad():\n        w = weight.to(b.dtype)", "tests/test_model.py -k 'equals_peft and dora'"),
-    Mutant("DoRA scales the bias too", "deltas.py", "plain = rows if base is None else rows - base", "plain = rows", "tests/test_model.py -k dora_is"),
-    Mutant("FedSA shares DoRA's magnitude", "adapters.py", 'frozenset({"B", "m"})', 'frozenset({"B"})', f"{CONTRACT} -k ffa-dora"),
+    Mutant("DoRA's norm is differentiated", "adapters/dora.py", "    with torch.no_grad():\n        w = weight.to(b.dtype)", "    with torch.enable_grad():\n        w = weight.to(b.dtype)", "tests/test_model.py -k 'equals_peft and dora'"),
+    Mutant("DoRA scales the bias too", "adapters/dora.py", "plain = out if base is None else out - base", "plain = out", "tests/test_model.py -k dora_is"),
+    Mutant("FedSA shares DoRA's magnitude", "adapters/dora.py", 'frozenset({"B", "m"})', 'frozenset({"B"})', f"{CONTRACT} -k ffa-dora"),
     # memory
     Mutant("halves of a block are trained twice", "engine.py", "self._trained(order, down[s], kept[s], work[s])]", "self._trained(order, down[:s.stop], kept[:s.stop], work[:s.stop])]", "tests/test_memory.py"),
     Mutant("a lowered block is forgotten", "federation.py", 'facts | {"block": block}', "facts", "tests/test_memory.py"),

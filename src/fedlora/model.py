@@ -8,44 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import deltas, kernels
+from . import kernels
+from .adapters import Form, Parts, at_layers, form_of
 from .dropout import ClientDropout
 from .errors import ModelError, near
+from .layer import Site as Site
+from .layer import site_of
 from .tree import Params
 
 Batch = dict[
     str, Tensor
 ]  # leaves [K b ...]; "labels" [K b ...], "weight" [K b] 0 on padding rows, "seed" [K b] of dropout; "lengths" [K b] if packed
 NOT_INPUTS = frozenset({"labels", "weight", "seed", "common", "lengths"})
-
-
-class Site(NamedTuple):
-    """One place that can carry deltas."""
-
-    name: str  # module path in the base
-    out: int
-    in_: int
-    bias: bool = True  # whether the base has a bias there
-    kind: str = "linear"  # linear | norm | embedding
-
-
-def site_of(name: str, module: Any) -> Site | None:
-    """The site at `module`, None for a module that cannot carry deltas."""
-    bias = getattr(module, "bias", None) is not None
-    if isinstance(module, nn.Linear):
-        return Site(name, module.out_features, module.in_features, bias)
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2: weight [in out]
-        return Site(name, module.nf, module.weight.shape[0], bias)
-    if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
-        return Site(name, module.weight.shape[-1], module.weight.shape[-1], bias, "norm")
-    if isinstance(module, nn.Embedding):
-        return Site(name, module.embedding_dim, module.num_embeddings, False, "embedding")
-    return None
 
 
 class Adapted:
@@ -75,7 +55,7 @@ class Adapted:
         self._now = kernels.Now() if compiled else None
         useful = compiled and kernels.useful(self.device, self.dtype)
         self.compiled = kernels.Compiled(base, self._now, packs=not checkpointing) if useful and self._now else None
-        self._bound: dict[str, list[deltas.Parts]] = {}
+        self._bound: dict[str, list[tuple[type[Form], Parts]]] = {}  # the deltas of each site
         self._fired: set[str] = set()  # sites that some forward has reached
         self._common: set[str] = set()  # sites that work on a tensor all examples share
         self._clients, self._all_rows = 1, 1  # K and K * b of the batch at hand
@@ -83,7 +63,7 @@ class Adapted:
         self.groups: dict[str, tuple[Site, ...]] = {}
         modules = dict(base.named_modules())
         for group, names in groups.items():
-            self.groups[group] = tuple(self._site(n, modules) for n in names)
+            self.groups[group] = tuple(replace(self._site(n, modules), group=group) for n in names)
         hooked = {s.name for sites in self.groups.values() for s in sites}
         self.hooks = [modules[n].register_forward_hook(self._hook(n)) for n in sorted(hooked)]
         if self.compiled:
@@ -141,8 +121,8 @@ class Adapted:
                 )
             if self.compiled and self.compiled.added():
                 return y
-            for parts in bound:
-                y = deltas.apply(args[0], y, parts, module)
+            for form, parts in bound:
+                y = form.apply(args[0], y, parts, module)
             return y
 
         return add
@@ -150,8 +130,8 @@ class Adapted:
     def _hand(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hand(module: nn.Module, args: tuple[Any, ...]) -> None:
             bound = self._bound.get(name)
-            if self.compiled and bound and len(args[0]) == self._rows:
-                self.compiled.hand(module, bound)
+            if self.compiled and bound and len(args[0]) == self._rows and all(form.low_rank for form, _ in bound):
+                self.compiled.hand(module, [parts for _, parts in bound])
 
         return hand
 
@@ -182,13 +162,7 @@ class Adapted:
 
     def bind(self, p: Params) -> None:
         """Stays bound until the next call: gradient checkpointing re-runs the forward during backward."""
-        groups: dict[tuple[str, str], dict[str, Tensor]] = {}
-        for k, v in p.items():
-            if k.part in deltas.PARTS:
-                groups.setdefault((k.site, k.adapter), {})[k.part] = v
-        self._bound = {}
-        for (site, _), parts in groups.items():
-            self._bound.setdefault(site, []).append(parts)
+        self._bound = {s: [(form_of(parts), parts) for parts in each.values()] for s, each in at_layers(p).items()}
 
     @contextmanager
     def training(self, batch: Batch) -> Iterator[None]:
