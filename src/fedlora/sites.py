@@ -22,7 +22,7 @@ from .errors import ModelError, near
 from .layer import site_of
 
 # architecture -> (attention output, feed-forward output), as patterns on module paths
-OUTPUTS = {
+OUTPUTS: dict[str, tuple[str, ...]] = {
     "bert": (r".*\.attention\.output\.dense", r".*\.layer\.\d+\.output\.dense"),
     "albert": (r".*\.attention\.dense", r".*\.ffn_output"),
     "distilbert": (r".*\.attention\.out_lin", r".*\.ffn\.lin2"),
@@ -34,7 +34,7 @@ OUTPUTS = {
 OUTPUTS |= dict.fromkeys(("roberta", "xlm-roberta", "electra", "deberta", "deberta-v2"), OUTPUTS["bert"])
 OUTPUTS |= dict.fromkeys(("mistral", "qwen2", "qwen3", "gemma", "phi3"), OUTPUTS["llama"])
 
-KEYS_VALUES = {  # architecture -> keys and values, likewise
+KEYS_VALUES: dict[str, tuple[str, ...]] = {  # architecture -> keys and values, likewise
     "bert": (r".*\.attention\.self\.(key|value)",),
     "albert": (r".*\.attention\.(key|value)",),
     "distilbert": (r".*\.attention\.(k_lin|v_lin)",),
@@ -69,7 +69,11 @@ def group(name: str, base: nn.Module, model_type: str, targets: Sequence[str], h
         return found
     if name == "all":
         return [n for n in sites if n in linear or not isinstance(sites[n][0], nn.Linear)]
-    tables = {"keys_values": KEYS_VALUES, "outputs": OUTPUTS, "ffn_output": {k: v[1:] for k, v in OUTPUTS.items()}}
+    tables: dict[str, dict[str, tuple[str, ...]]] = {
+        "keys_values": KEYS_VALUES,
+        "outputs": OUTPUTS,
+        "ffn_output": {k: v[1:] for k, v in OUTPUTS.items()},
+    }
     if model_type not in tables[name]:
         what = "keys and values are in" if name == "keys_values" else "the sublayers end in"
         raise ModelError(
