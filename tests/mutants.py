@@ -116,8 +116,8 @@ MUTANTS = (
     Mutant("a plateau is a rise", "methods/slora.py", "return min(losses[-self.patience :]) > best * (1 - self.tolerance)", "return min(losses[-self.patience :]) > best", "tests/test_law_slora.py -k plateau"),
     Mutant("Houlsby is Pfeiffer", "adapters/bottleneck.py", 'cls(rank, ("outputs",) if name == "houlsby" else ("ffn_output",))', 'cls(rank, ("ffn_output",))', "tests/test_law_slora.py -k bottlenecks"),
     # export
-    Mutant("Conv1D is merged like Linear", "merge.py", 'change.mT if type(module).__name__ == "Conv1D" else change', "change", "tests/test_export.py -k conv1d"),
-    Mutant("a tied output moves with its table", "merge.py", "module.weight = nn.Parameter(module.weight.detach() + turned.to(module.weight), requires_grad=False)", "module.weight.data += turned.to(module.weight)", "tests/test_export.py -k conv1d"),
+    Mutant("Conv1D is merged like Linear", "merge.py", 'change.weight.mT if type(module).__name__ == "Conv1D" else change.weight', "change.weight", "tests/test_export.py -k conv1d"),
+    Mutant("a tied output moves with its table", "merge.py", "        for m in homes:\n            m.weight = weight\n", "        module.weight.data.copy_(weight)\n", "tests/test_export.py -k conv1d"),
     Mutant("DoRA's norm is differentiated", "adapters/dora.py", "    with torch.no_grad():\n        w = weight.to(b.dtype)", "    with torch.enable_grad():\n        w = weight.to(b.dtype)", "tests/test_model.py -k 'equals_peft and dora'"),
     Mutant("DoRA scales the bias too", "adapters/dora.py", "plain = out if base is None else out - base", "plain = out", "tests/test_model.py -k dora_is"),
     Mutant("FedSA shares DoRA's magnitude", "adapters/dora.py", 'frozenset({"B", "m"})', 'frozenset({"B"})', f"{CONTRACT} -k ffa-dora"),

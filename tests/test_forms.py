@@ -96,7 +96,7 @@ def test_ia3_is_pefts(name: str, optimizer: Any, tmp_path: Path) -> None:
     train(theirs, list(mine.values()), optimizer, batches)
     for k, p in mine.items():
         torch.testing.assert_close(up[k], p.detach().flatten() - 1, rtol=5e-4, atol=5e-6)
-        assert up[k].abs().max() > 1e-3
+        assert up[k].abs().max() > 3e-4
     want = logits(f, ready(f, up))
     torch.testing.assert_close(plain(theirs), want, rtol=2e-4, atol=2e-5)
     torch.testing.assert_close(plain(merge(family(name), ready(f, up))), want, rtol=2e-4, atol=2e-5)

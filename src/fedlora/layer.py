@@ -49,7 +49,7 @@ def site_of(name: str, module: Any) -> Site | None:
         return Site(name, module.out_features, module.in_features, bias, module=module)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2: weight [in out]
         return Site(name, module.nf, module.weight.shape[0], bias, module=module)
-    if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
+    if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
         return Site(name, module.weight.shape[-1], module.weight.shape[-1], bias, "norm", module=module)
     if isinstance(module, nn.Embedding):
         return Site(name, module.embedding_dim, module.num_embeddings, False, "embedding", module=module)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .adapters import Parts, at_layers, form_of
 from .errors import ModelError
+from .tables import sharing
 from .tree import Params
 
 
@@ -30,8 +31,11 @@ def _fold(base: nn.Module, site: str, module: Any, parts: Parts) -> None:
     change = form.merge(parts, module)
     if change.weight is not None:
         turned = change.weight.mT if type(module).__name__ == "Conv1D" else change.weight
-        _untie(base, module)
-        module.weight = _moved(module.weight, turned)
+        homes = sharing(base, module) if isinstance(module, nn.Embedding) else [module]
+        _untie(base, homes)
+        weight = _moved(module.weight, turned)
+        for m in homes:
+            m.weight = weight
     if change.bias is not None:
         if module.bias is None:
             raise ModelError(
@@ -44,9 +48,9 @@ def _moved(p: Tensor, change: Tensor) -> nn.Parameter:
     return nn.Parameter(p.detach() + change.to(p), requires_grad=False)
 
 
-def _untie(base: nn.Module, module: Any) -> None:
+def _untie(base: nn.Module, homes: list[Any]) -> None:
     """A weight that an output layer shares is trained at its input only, so the two part."""
-    shared = [m for m in base.modules() if m is not module and getattr(m, "weight", None) is module.weight]
+    shared = [m for m in base.modules() if m not in homes and getattr(m, "weight", None) is homes[0].weight]
     config: Any = getattr(base, "config", None)
     if shared and config is not None:
         config.tie_word_embeddings = False

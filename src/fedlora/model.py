@@ -20,7 +20,8 @@ from .dropout import ClientDropout
 from .errors import ModelError, near
 from .layer import Site as Site
 from .layer import site_of
-from .tree import Params
+from .tables import Tables
+from .tree import Key, Params
 
 Batch = dict[
     str, Tensor
@@ -65,6 +66,7 @@ class Adapted:
         for group, names in groups.items():
             self.groups[group] = tuple(replace(self._site(n, modules), group=group) for n in names)
         hooked = {s.name for sites in self.groups.values() for s in sites}
+        self._tables = Tables(base, sorted(hooked))
         self.hooks = [modules[n].register_forward_hook(self._hook(n)) for n in sorted(hooked)]
         if self.compiled:
             self.hooks += self.compiled.hooks
@@ -162,7 +164,14 @@ class Adapted:
 
     def bind(self, p: Params) -> None:
         """Stays bound until the next call: gradient checkpointing re-runs the forward during backward."""
-        self._bound = {s: [(form_of(parts), parts) for parts in each.values()] for s, each in at_layers(p).items()}
+        layers = at_layers(p)
+        self._bound = {
+            s: [(form_of(parts), parts) for parts in each.values()]
+            for s, each in layers.items()
+            if s not in self._tables
+        }
+        read = {s: parts["table"] for s, each in layers.items() if s in self._tables for parts in each.values()}
+        self._tables.replace(read)
 
     @contextmanager
     def training(self, batch: Batch) -> Iterator[None]:
@@ -203,6 +212,10 @@ class Adapted:
         self._clients, self._all_rows = first.shape[0], first.shape[0] * first.shape[1]
         with self._packed(batch), self._operators() if self._mode is None else nullcontext():
             y: Tensor = self.call(self.base, inputs)
+        if silent := [s for s in self._bound if s not in self._fired and self._tables.is_table(s)]:
+            for s in silent:  # nothing has called them, so the base reads their weight
+                self._tables.add(s)
+            return self.forward(p, batch)
         return y.unflatten(0, first.shape[:2])
 
     @contextmanager
@@ -224,17 +237,30 @@ class Adapted:
         DeBERTa-v3 projects relative positions that all examples share by its target layers: its clients' deltas differ
         there, so its blocks hold one client.
         """
+        sites = {s.name: s for sites in self.groups.values() for s in sites}
         with torch.inference_mode():
-            self.forward({}, batch)
-        if unused := [s.name for sites in self.groups.values() for s in sites if s.name not in self._fired]:
+            y = self.forward({}, batch)
+            for name in (n for n in sites if self._tables.is_table(n) and n not in self._fired):
+                t = (
+                    torch.arange(sites[name].in_ * sites[name].out, device=self.device) % 7 - 3.0
+                )  # seen through any norm
+                one = {n: v[:1] for n, v in batch.items()}
+                if not torch.equal(
+                    self.forward({Key("probe", name, "table"): t.view(1, sites[name].in_, -1)}, one)[0], y[0]
+                ):
+                    self._fired.add(name)  # the base reads its weight
+        self.bind({})
+        if unused := [n for n in sites if n not in self._fired]:
             raise ModelError(
                 f"model: the forward never reaches {unused[0]!r} ({len(unused)} such sites), so a delta there would do "
                 "nothing; choose other targets"
             )
-        return not self._common & {s.name for group, sites in self.groups.items() for s in sites if group != "head"}
+        adapted = {s.name for group, sites in self.groups.items() for s in sites if group != "head"}
+        return not self._common & adapted and not any(n in self._tables for n in adapted)
 
     def close(self) -> None:
         """Remove the hooks: the base is as it was."""
+        self.bind({})
         for h in self.hooks:
             h.remove()
 

@@ -68,7 +68,17 @@ def group(name: str, base: nn.Module, model_type: str, targets: Sequence[str], h
             raise ModelError(f"BitFit: {type(base).__name__} has no biases to train; choose another adapter")
         return found
     if name == "all":
-        return [n for n in sites if n in linear or not isinstance(sites[n][0], nn.Linear)]
+        every = [n for n in sites if n in linear or not isinstance(sites[n][0], nn.Linear)]
+        first = {id(sites[n][0].weight): n for n in reversed(every)}  # one parameter under several names has one delta
+        every = [n for n in every if first[id(sites[n][0].weight)] == n]
+        held = {id(p) for n in [*every, *head] for p in base.get_submodule(n).parameters()}
+        lost = [n for n, p in base.named_parameters() if id(p) not in held]
+        if lost:
+            raise ModelError(
+                f"full: {lost[0]!r} ({len(lost)} such parameters) of {type(base).__name__} belongs to no layer that can carry a "
+                "delta (Linear, Conv1D, LayerNorm, RMSNorm, Embedding), so not every parameter would be trained; use another adapter"
+            )
+        return every
     tables: dict[str, dict[str, tuple[str, ...]]] = {
         "keys_values": KEYS_VALUES,
         "outputs": OUTPUTS,
