@@ -121,6 +121,18 @@ MUTANTS = (
     Mutant("DoRA's norm is differentiated", "adapters/dora.py", "    with torch.no_grad():\n        w = weight.to(b.dtype)", "    with torch.enable_grad():\n        w = weight.to(b.dtype)", "tests/test_model.py -k 'equals_peft and dora'"),
     Mutant("DoRA scales the bias too", "adapters/dora.py", "plain = out if base is None else out - base", "plain = out", "tests/test_model.py -k dora_is"),
     Mutant("FedSA shares DoRA's magnitude", "adapters/dora.py", 'frozenset({"B", "m"})', 'frozenset({"B"})', f"{CONTRACT} -k ffa-dora"),
+    # delta forms
+    Mutant("(IA)^3 scales the other side", "adapters/ia3.py", 'if s.group == "ffn_output"', 'if s.group != "ffn_output"', "tests/test_forms.py -k 'ia3_is_pefts and sgd-bert'"),
+    Mutant("(IA)^3 is merged without its bias", "adapters/ia3.py", "None if bias is None else scale * bias", "None", "tests/test_forms.py -k 'ia3_is_pefts and adamw-gpt2'"),
+    Mutant("(IA)^3 is merged on the other side", "adapters/ia3.py", 'Change(w * p["l_in"].to(w))', 'Change((w.mT * p["l_in"][: len(w)].mean().to(w)).mT)', "tests/test_forms.py -k 'ia3_is_pefts and adamw-bert'"),
+    Mutant("(IA)^3's vectors leave as changes from one", "adapters/ia3.py", '1 + (p["l_in"]', '(p["l_in"]', "tests/test_export.py -k 'peft and ia3'"),
+    Mutant("PiSSA trains without its start", "adapters/pissa.py", 'of("A0") + v, v]', "v, v]", "tests/test_forms.py -k 'pissa_is_pefts and sgd-bert'"),
+    Mutant("PiSSA's start forgets the scale", "adapters/pissa.py", "half = self.scale_at(s.name) ** -0.5", "half = 1.0", "tests/test_forms.py -k pissa_starts"),
+    Mutant("layers of other ranks leave without their scales", "adapters/lora.py", '"alpha_pattern": odd', '"alpha_pattern": {}', "tests/test_forms.py -k leave"),
+    Mutant("an export follows the order of hashes", "peft_io.py", '        _in_order(out / "adapter_config.json")\n', "", "tests/test_forms.py -k equal_exports"),
+    Mutant("a parameter of several names is several", "tables.py", "isinstance(m, nn.Embedding) and m.weight is module.weight]", "m is module]", "tests/test_full.py -k 'torchs and t5'"),
+    Mutant("a table that shifts its rows gets a plain one's delta", "tables.py", "type(module).forward is not nn.Embedding.forward or ", "", "tests/test_full.py -k 'torchs and bart'"),
+    Mutant("a table read by its weight is left as it is", "model.py", "        self._tables.replace(read)\n", "", "tests/test_full.py -k 'torchs and deberta-v2'"),
     # memory
     Mutant("halves of a block are trained twice", "engine.py", "self._trained(order, down[s], kept[s], work[s])]", "self._trained(order, down[:s.stop], kept[:s.stop], work[:s.stop])]", "tests/test_memory.py"),
     Mutant("a lowered block is forgotten", "federation.py", 'facts | {"block": block}', "facts", "tests/test_memory.py"),
