@@ -52,8 +52,8 @@ TABLE = {
     "ffa-dora": Row(METHODS["ffa"](rank=4, adapter="dora", optimizer=AdamW(3e-2)), f"lora.B lora.m {HEAD}"),
     "fedsa-dora": Row(METHODS["fedsa"](rank=4, adapter="dora", head="personal", optimizer=AdamW(1e-2)), "lora.A"),
     "fedsa-vera": Row(METHODS["fedsa"](rank=16, adapter="vera", optimizer=AdamW(5e-2)), f"lora.d {HEAD}"),
-    "homlora-pissa": Row(METHODS["homlora"](rank=4, adapter="pissa", optimizer=AdamW(3e-3)), f"lora.dA lora.dB {HEAD}"),
-    "fedsa-pissa": Row(METHODS["fedsa"](rank=4, adapter="pissa", head="personal", optimizer=AdamW(3e-3)), "lora.dA"),
+    "homlora-pissa": Row(METHODS["homlora"](rank=4, adapter="pissa", optimizer=AdamW(1e-2)), f"lora.dA lora.dB {HEAD}"),
+    "fedsa-pissa": Row(METHODS["fedsa"](rank=4, adapter="pissa", head="personal", optimizer=AdamW(1e-2)), "lora.dA"),
     "homlora-ia3": Row(METHODS["homlora"](adapter="ia3", optimizer=AdamW(3e-2)), f"lora.l_out lora.l_in {HEAD}"),
     "share-b": Row(METHODS["share-b"](rank=4, optimizer=AdamW(1e-2), clip=1.0), f"lora.B {HEAD}"),
     "hetlora": Row(

@@ -34,27 +34,27 @@ def _found() -> tuple[type[Form], ...]:
         for cls in vars(import_module(f"{__name__}.{module}")).values():
             own = isinstance(cls, type) and issubclass(cls, Form) and cls.__module__ == f"{__name__}.{module}"
             if own and not inspect.isabstract(cls):
-                for can, why in (("merge", "no_merge"), ("hold", "no_peft")):
-                    says = getattr(cls, can).__func__ is not getattr(Form, can).__func__
-                    assert says != bool(getattr(cls, why)), (
-                        f"{cls.__name__} must have either {can} or a sentence in {why}"
-                    )
+                _check(cls)
                 out.append(cls)
     return tuple(out)
+
+
+def _check(form: type[Form]) -> None:
+    """A form must say all that will be asked of it: found out here, not by a user's export."""
+    for can, why in (("merge", "no_merge"), ("hold", "no_peft")):
+        has = getattr(form, can).__func__ is not getattr(Form, can).__func__
+        assert has != bool(getattr(form, why)), f"{form.__name__}: state either {can} or, in {why}, why there is none"
+    if form.low_rank:
+        assert form.first | form.second == {"A", "B"}, f"{form.__name__}.low_rank: its leaves are not A and B"
 
 
 KINDS: tuple[type[Form], ...] = _found()
 FORMS: dict[str, type[Form]] = {name: kind for kind in KINDS for name in kind.names}
 _BY_PARTS: dict[frozenset[str], type[Form]] = {shape: kind for kind in KINDS for shape in kind.shapes}
-PARTS: frozenset[str] = frozenset().union(
-    *_BY_PARTS
-)  # what deltas are made of; other leaves (a rank, a norm) never reach the model
-for kind in KINDS:
-    assert not kind.low_rank or kind.first | kind.second == {"A", "B"}, (
-        f"{kind.__name__}.low_rank: its leaves are not A and B"
-    )
 assert len(FORMS) == sum(len(kind.names) for kind in KINDS), "two delta forms have one name"
 assert len(_BY_PARTS) == sum(len(kind.shapes) for kind in KINDS), "two delta forms have the same parts"
+# What deltas are made of; other leaves (a rank, a norm) never reach the model.
+PARTS: frozenset[str] = frozenset().union(*_BY_PARTS)
 
 if TYPE_CHECKING:
     AdapterName = str
