@@ -5,15 +5,13 @@ Every file holds all about its form (base.py says what that is); nothing else as
 
 from __future__ import annotations
 
-import inspect
 import textwrap
 from collections.abc import Callable, Iterable
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from ..registry import classes
 from ..tree import Params
 from .base import Densities, Form, Held, Parts, Pattern, pattern_problems
 from .full import init_head
@@ -27,18 +25,6 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _found() -> tuple[type[Form], ...]:
-    """Every concrete form of this package, by file and then by its place in the file."""
-    out: list[type[Form]] = []
-    for module in sorted(m.name for m in iter_modules(__path__)):
-        for cls in vars(import_module(f"{__name__}.{module}")).values():
-            own = isinstance(cls, type) and issubclass(cls, Form) and cls.__module__ == f"{__name__}.{module}"
-            if own and not inspect.isabstract(cls):
-                _check(cls)
-                out.append(cls)
-    return tuple(out)
-
-
 def _check(form: type[Form]) -> None:
     """A form must say all that will be asked of it: found out here, not by a user's export."""
     for can, why in (("merge", "no_merge"), ("hold", "no_peft")):
@@ -48,7 +34,9 @@ def _check(form: type[Form]) -> None:
         assert form.first | form.second == {"A", "B"}, f"{form.__name__}.low_rank: its leaves are not A and B"
 
 
-KINDS: tuple[type[Form], ...] = _found()
+KINDS: tuple[type[Form], ...] = tuple(classes(__name__, __path__, Form))  # type: ignore[type-abstract]
+for _form in KINDS:
+    _check(_form)
 FORMS: dict[str, type[Form]] = {name: kind for kind in KINDS for name in kind.names}
 _BY_PARTS: dict[frozenset[str], type[Form]] = {shape: kind for kind in KINDS for shape in kind.shapes}
 assert len(FORMS) == sum(len(kind.names) for kind in KINDS), "two delta forms have one name"

@@ -63,6 +63,10 @@ class HetLoRA(Ranked):
             )
         return bad
 
+    @property
+    def states(self) -> bool:
+        return self.share == "first"
+
     def trains(self, k: Key) -> bool:
         return k.part != "rank"
 
