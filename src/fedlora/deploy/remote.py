@@ -20,8 +20,10 @@ from ..engine import RoundLog, enough, in_order
 from ..errors import TrainingError, UploadError
 from ..federation import Federation
 from ..method import Client, Order, Server, Upload
-from ..metrics import primary, summary
+from ..metrics import primary
+from ..records import EvalLine, Line
 from ..tree import Params
+from ..views import scored
 from ..watch import Watch
 from .packets import EVERYBODY, PROTOCOL, Kind, Packet, same
 
@@ -279,7 +281,7 @@ class Remote:
         return leaves, wire.measure(message, text)
 
     # evaluation ---------------------------------------------------------------------------------------------------
-    def evaluate(self, server: Server) -> list[dict[str, Any]]:
+    def evaluate(self, server: Server) -> list[Line]:
         """Scores that sites measure on their own rows; a site that is not online is missing from the lines."""
         online = self.wait(1)
         self.fed.store.write_json("partition.json", self.described)
@@ -299,18 +301,17 @@ class Remote:
                     found.setdefault((line["view"], line["split"]), {}).update(scores)
             except (UploadError, KeyError, TypeError, AttributeError) as e:
                 self.say(f"evaluation at {', '.join(list(self.sites[node])[:3])}: {e}")
-        lines: list[dict[str, Any]] = []
+        lines: list[EvalLine] = []
         for view in self.fed.evaluation.views:
             for split in ("validation", "test"):
                 scores = {c: found[view, split][c] for c in self.fed.data.ids if c in found.get((view, split), {})}
                 if scores:
-                    lines.append({"kind": "eval", "round": server.round, "view": view, "split": split,
-                                  "clients": scores, **summary(scores)})  # fmt: skip
+                    lines.append(scored(server.round, view, split, scores))
         name = primary(self.fed.task.kind)
         for line in lines[:1]:
-            self.metric = (f"{line['view']} {line['split']} {name}", line["mean"].get(name, math.nan))
+            self.metric = (f"{line.view} {line.split} {name}", line.mean.get(name, math.nan))
         self.status("done" if server.round == order.rounds else "evaluated", server)
-        return lines
+        return [*lines]
 
     # status -------------------------------------------------------------------------------------------------------
     def status(
