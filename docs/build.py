@@ -92,8 +92,7 @@ def text() -> str:
     for name, guard in GUARDS.items():
         fields = [f"`{f}: {json.dumps(default(guard, f))}`" for f in all_fields(guard)]
         out.append(f"| `{name}` | {', '.join(fields)} | {(guard.__doc__ or '').partition('.')[0]} ({guard.paper}) |\n")
-    said = (adapters.__doc__ or "").partition("\n\n")[2]
-    out.append(f"\n### method.adapter\n\n```text\n{said.strip()}\n```\n")
+    out.append(f"\n### method.adapter\n\n```text\n{adapters.described()}\n```\n")
     return "".join(out)
 
 

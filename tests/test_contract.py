@@ -15,6 +15,7 @@ import tiny
 import torch
 
 from fedlora import wire
+from fedlora.adapters import KINDS
 from fedlora.data.batches import Plan
 from fedlora.engine import Schedule, train_block
 from fedlora.errors import FedloraError
@@ -52,6 +53,9 @@ TABLE = {
     "ffa-dora": Row(METHODS["ffa"](rank=4, adapter="dora", optimizer=AdamW(3e-2)), f"lora.B lora.m {HEAD}"),
     "fedsa-dora": Row(METHODS["fedsa"](rank=4, adapter="dora", head="personal", optimizer=AdamW(1e-2)), "lora.A"),
     "fedsa-vera": Row(METHODS["fedsa"](rank=16, adapter="vera", optimizer=AdamW(5e-2)), f"lora.d {HEAD}"),
+    "homlora-pissa": Row(METHODS["homlora"](rank=4, adapter="pissa", optimizer=AdamW(1e-2)), f"lora.dA lora.dB {HEAD}"),
+    "fedsa-pissa": Row(METHODS["fedsa"](rank=4, adapter="pissa", head="personal", optimizer=AdamW(1e-2)), "lora.dA"),
+    "homlora-ia3": Row(METHODS["homlora"](adapter="ia3", optimizer=AdamW(3e-2)), f"lora.l_out lora.l_in {HEAD}"),
     "share-b": Row(METHODS["share-b"](rank=4, optimizer=AdamW(1e-2), clip=1.0), f"lora.B {HEAD}"),
     "hetlora": Row(
         METHODS["hetlora"](rank=8, gamma=0.7, lam=0.5, optimizer=AdamW(1e-2)), f"lora.A lora.B lora.rank {HEAD}"
@@ -127,6 +131,11 @@ TABLE = {
 
 def test_every_method_has_a_row() -> None:
     assert {row.method.name for row in TABLE.values()} == set(METHODS)
+
+
+def test_every_delta_form_has_a_row() -> None:
+    forms = {type(form) for row in TABLE.values() if (form := getattr(row.method, "form", None)) is not None}
+    assert forms == set(KINDS)
 
 
 def state(f: Federation) -> tuple[Params, dict[str, Params], str]:

@@ -97,42 +97,33 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), target
 
 
-def test_contributing_example_is_a_method(tmp_path: Path) -> None:
-    """The worked example, put where CONTRIBUTING says, passes the contract; nothing else is touched."""
-    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (tmp_path / "src/fedlora/methods/even.py").write_text(block(CONTRIBUTING, "example: src/fedlora/methods/even.py"))
-    contract = tmp_path / "tests/test_contract.py"
+def passes_with_example(folder: Path, file: str, row: str, tests: list[str], least: int) -> None:
+    """The worked example, put where CONTRIBUTING says, passes these tests; nothing else is touched."""
+    for name in ("src", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / file).write_text(block(CONTRIBUTING, f"example: {file}"), encoding="utf-8")
+    contract = folder / "tests/test_contract.py"
     text = contract.read_text(encoding="utf-8")
-    contract.write_text(
-        text.replace("TABLE = {\n", "TABLE = {\n" + block(CONTRIBUTING, "example: row")), encoding="utf-8"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "tests/test_contract.py",
-        "-k",
-        "even or every_method_has_a_row",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment() | {"PYTHONPATH": str(tmp_path / "src")},
-    )
+    assert text.count("TABLE = {\n") == 1
+    contract.write_text(text.replace("TABLE = {\n", "TABLE = {\n" + block(CONTRIBUTING, row)), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", *tests, "-p", "no:cacheprovider", "-p", "no:xdist"]
+    own = environment() | {"PYTHONPATH": str(folder / "src")}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=own)
     assert done.returncode == 0, done.stdout[-3000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed
-    assert int(passed[1]) >= 7
+    assert int(passed[1]) >= least
+
+
+def test_contributing_example_is_a_method(tmp_path: Path) -> None:
+    tests = ["tests/test_contract.py", "-k", "even or every_method_has_a_row"]
+    passes_with_example(tmp_path, "src/fedlora/methods/even.py", "example: row", tests, 7)
+
+
+def test_contributing_example_is_a_delta_form(tmp_path: Path) -> None:
+    tests = ["tests/test_contract.py", "tests/test_export.py", "-k", "loudness or every_delta_form_has_a_row"]
+    passes_with_example(tmp_path, "src/fedlora/adapters/loudness.py", "example: row of a form", tests, 10)
 
 
 def test_contributing_example_is_a_task(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import tiny
 import torch
 from test_contract import TABLE
 
+from fedlora.adapters import at_layers, form_of
 from fedlora.errors import ModelError
 from fedlora.merge import merge
 from fedlora.methods import METHODS
@@ -19,10 +21,13 @@ from fedlora.tree import Params, stack, unstack
 from fedlora.views import served
 from fedlora.watch import Watch
 
-BOTTLENECK = {"houlsby", "pfeiffer", "local-houlsby"}
-HOLDS = {  # rows whose deltas PEFT's layers can hold
-    name for name in TABLE if name not in BOTTLENECK | {"fft", "sft", "bitfit", "slora-keep"}
-}
+
+def refusals(deltas: Params) -> tuple[str, str]:
+    """(why the deltas cannot be merged, why PEFT cannot hold them), as their forms say; "" where they can."""
+    adapters = [(a, parts) for each in at_layers(deltas).values() for a, parts in each.items()]
+    forms = sorted({form_of(parts) for a, parts in adapters if a != "head"}, key=lambda f: f.__name__)
+    peft = next((f.no_peft for f in forms if f.no_peft), "" if len(forms) == 1 else "cannot hold two")
+    return next((f.no_merge for f in forms if f.no_merge), ""), peft
 
 
 def trained(name: str, folder: Path, base: Any = None) -> tuple[Any, Params, Any]:
@@ -46,20 +51,29 @@ def plain(model: Any) -> Any:
         return model.eval()(**{n: v for n, v in batch.items() if n != "labels"}).logits
 
 
-@pytest.mark.parametrize("name", [n for n in TABLE if n not in BOTTLENECK])
+@pytest.mark.parametrize("name", TABLE)
 def test_a_merged_model_is_the_adapted_one(name: str, tmp_path: Path) -> None:
+    """Every row of the contract: its form can be merged, or says why not."""
     _, deltas, logits = trained(name, tmp_path)
+    if why := refusals(deltas)[0]:
+        with pytest.raises(ModelError, match=re.escape(why)):
+            merge(tiny.bert(), deltas)
+        return
     torch.testing.assert_close(plain(merge(tiny.bert(), deltas)), logits, rtol=2e-4, atol=2e-5)
     assert float((plain(tiny.bert()) - logits).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("name", sorted(HOLDS))
+@pytest.mark.parametrize("name", TABLE)
 def test_a_peft_folder_is_the_adapted_model(name: str, tmp_path: Path) -> None:
-    """Written by us, loaded by plain PEFT around a fresh base."""
+    """Written by us, loaded by plain PEFT around a fresh base; or the form says why not."""
     from peft import PeftModel
 
     f, deltas, logits = trained(name, tmp_path / "run")
     head = [s.name for s in f.model.groups["head"]]
+    if why := refusals(deltas)[1]:
+        with pytest.raises(ModelError, match=re.escape(why)):
+            export(tiny.bert, head, deltas, "classification", "somewhere", tmp_path / "out")
+        return
     export(tiny.bert, head, deltas, "classification", "somewhere", tmp_path / "out")
     theirs = PeftModel.from_pretrained(tiny.bert(), tmp_path / "out")
     torch.testing.assert_close(plain(theirs), logits, rtol=2e-4, atol=2e-5)

@@ -63,7 +63,7 @@ def test_weights_outside_the_mask_never_move(layers: str, tmp_path: Path) -> Non
     before = dict(tiny.bert().named_parameters())
     after = dict(merge(tiny.bert(), done.served).named_parameters())
     index = f.method.fixed(f.scene)  # type: ignore[attr-defined]
-    names = {f"{s.name}.weight" for s in f.scene.sites(f.method.form.group)}  # type: ignore[attr-defined]
+    names = {f"{s.name}.weight" for s in f.method.layers_of(f.scene)}  # type: ignore[attr-defined]
     assert len(names) == (4 if layers == "target" else 13)
     for name, was in before.items():
         moved = (after[name] != was).flatten()

@@ -12,7 +12,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from fedlora import deltas
+from fedlora import adapters
 from fedlora.batching import stack_batches
 from fedlora.dropout import keep_mask
 from fedlora.engine import Schedule, train_block
@@ -47,7 +47,7 @@ FORMS: dict[str, tuple[dict[str, Tensor], Any]] = {
 def test_delta_is_its_dense_matrix(name: str) -> None:
     parts, dense = FORMS[name]
     x, y = draw(K * B, L, I), draw(K * B, L, O)
-    got = deltas.apply(x, y, parts).unflatten(0, (K, B))
+    got = adapters.apply(x, y, parts).unflatten(0, (K, B))
     for k in range(K):
         w, c = dense(parts, k)
         torch.testing.assert_close(got[k], y.unflatten(0, (K, B))[k] + x.unflatten(0, (K, B))[k] @ w.T + c)
@@ -60,12 +60,12 @@ def test_dora_is_its_dense_matrix(bias: bool) -> None:
     x = draw(K * B, L, I)
     y = layer(x).detach()
     p = {"A": draw(K, R, I), "B": draw(K, O, R), "m": draw(K, O) / 4}
-    got = deltas.apply(x, y, p, layer).unflatten(0, (K, B))
+    got = adapters.apply(x, y, p, layer).unflatten(0, (K, B))
     for k in range(K):
         v = layer.weight + p["B"][k] @ p["A"][k]
         w = v / v.norm(dim=1, keepdim=True) * (layer.weight.norm(dim=1) + p["m"][k])[:, None]
         torch.testing.assert_close(got[k], nn.functional.linear(x.unflatten(0, (K, B))[k], w, layer.bias))
-    start = deltas.apply(x, y, {"A": p["A"], "B": 0 * p["B"], "m": 0 * p["m"]}, layer)
+    start = adapters.apply(x, y, {"A": p["A"], "B": 0 * p["B"], "m": 0 * p["m"]}, layer)
     assert torch.equal(start, y)
 
 
@@ -73,7 +73,7 @@ def test_sparse_delta_is_its_dense_matrix() -> None:
     index = torch.tensor([0, 7, 29])
     values = draw(K, 3)
     x, y = draw(K * B, L, I), draw(K * B, L, O)
-    got = deltas.apply(x, y, {"values": values, "index": index.expand(K, 3)}).unflatten(0, (K, B))
+    got = adapters.apply(x, y, {"values": values, "index": index.expand(K, 3)}).unflatten(0, (K, B))
     for k in range(K):
         w = torch.zeros(O, I, dtype=torch.float64)
         for n, at in enumerate(index.tolist()):
@@ -83,7 +83,7 @@ def test_sparse_delta_is_its_dense_matrix() -> None:
 
 def test_parts_that_form_no_delta_are_refused() -> None:
     with pytest.raises(ValueError, match="form no delta"):
-        deltas.apply(draw(1, 5), draw(1, 6), {"rank": draw(1)})
+        adapters.apply(draw(1, 5), draw(1, 6), {"rank": draw(1)})
 
 
 @pytest.mark.parametrize("family", tiny.families())

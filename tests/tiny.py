@@ -102,6 +102,20 @@ def padded_families() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def seq2seq() -> dict[str, Any]:
+    """Encoders with decoders, as functions that build a sequence classifier; rows must end with token 1, which is theirs for the end."""
+    import transformers as t
+
+    own = {"vocab_size": VOCABULARY, "d_model": 16, "num_labels": CLASSES, "pad_token_id": 0, "eos_token_id": 1,
+           "decoder_start_token_id": 0, "attn_implementation": "eager"}  # fmt: skip
+    bart = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32, "bos_token_id": 2, "forced_eos_token_id": 1, "max_position_embeddings": 64, "scale_embedding": True}  # fmt: skip
+    return {
+        "t5": lambda: t.T5ForSequenceClassification(t.T5Config(**own, d_kv=8, d_ff=32, num_layers=2, num_heads=2)),
+        "bart": lambda: t.BartForSequenceClassification(t.BartConfig(**own, **bart)),
+    }
+
+
 def causal_families() -> dict[str, Any]:
     """Causal language models."""
     import transformers as t

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .tree import Params
+from .adapters import at_layers, low_rank
+from .tree import Key, Params
 
 
 def gram_norm(b: Tensor, a: Tensor) -> Tensor:
@@ -25,19 +26,18 @@ def product_error(uploads: Sequence[tuple[Params, float]], new: Params) -> float
     """
     total = sum(w for _, w in uploads)
     error = size = 0.0
-    found = False
-    for k, a_new in sorted(new.items(), key=lambda x: x[0]):  # one order of the sum, whatever a file gave
-        if k.part != "A":
-            continue
-        kb = k._replace(part="B")
-        if kb not in new or k._replace(part="m") in new or not all(k in p and kb in p for p, _ in uploads):
+    deltas = {(a, s): parts for s, each in at_layers(new).items() for a, parts in each.items() if a != "head"}
+    if not all(low_rank(parts) for parts in deltas.values()):
+        return None
+    for adapter, site in sorted(deltas):  # one order of the sum, whatever a file gave
+        ka, kb = Key(adapter, site, "A"), Key(adapter, site, "B")
+        if not all(ka in p and kb in p for p, _ in uploads):
             return None
-        found = True
-        a = torch.cat([p[k] for p, _ in uploads]).double()
+        a = torch.cat([p[ka] for p, _ in uploads]).double()
         b = torch.cat([p[kb] * (w / total) for p, w in uploads], 1).double()
         size += float(gram_norm(b, a)) ** 2
-        error += float(gram_norm(torch.cat([b, -new[kb].double()], 1), torch.cat([a, a_new.double()]))) ** 2
-    return (error / size) ** 0.5 if found and size > 0 else None
+        error += float(gram_norm(torch.cat([b, -new[kb].double()], 1), torch.cat([a, new[ka].double()]))) ** 2
+    return (error / size) ** 0.5 if size > 0 else None
 
 
 # the models of clients --------------------------------------------------------------------------------------------------
@@ -49,14 +49,10 @@ def products(deltas: Params) -> dict[str, tuple[Tensor, Tensor]]:
     deltas: model-ready leaves of one client, no client axis.
     """
     out: dict[str, tuple[Tensor, Tensor]] = {}
-    for k in sorted(deltas):
-        kb = k._replace(part="B")
-        if k.part != "A" or kb not in deltas or {k._replace(part=p) for p in "dm"} & deltas.keys():
-            continue
-        a, b = deltas[k].double(), deltas[kb].double()
-        if k.site in out:
-            a, b = torch.cat([out[k.site][0], a]), torch.cat([out[k.site][1], b], 1)
-        out[k.site] = (a, b)
+    for site, each in sorted(at_layers(deltas).items()):
+        found = [each[adapter] for adapter in sorted(each) if low_rank(each[adapter])]
+        if found:
+            out[site] = torch.cat([p["A"].double() for p in found]), torch.cat([p["B"].double() for p in found], 1)
     return out
 
 

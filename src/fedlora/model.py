@@ -8,44 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import deltas, kernels
+from . import kernels
+from .adapters import Form, Parts, at_layers, form_of
 from .dropout import ClientDropout
 from .errors import ModelError, near
-from .tree import Params
+from .layer import Site as Site
+from .layer import site_of
+from .tables import Tables
+from .tree import Key, Params
 
 Batch = dict[
     str, Tensor
 ]  # leaves [K b ...]; "labels" [K b ...], "weight" [K b] 0 on padding rows, "seed" [K b] of dropout; "lengths" [K b] if packed
 NOT_INPUTS = frozenset({"labels", "weight", "seed", "common", "lengths"})
-
-
-class Site(NamedTuple):
-    """One place that can carry deltas."""
-
-    name: str  # module path in the base
-    out: int
-    in_: int
-    bias: bool = True  # whether the base has a bias there
-    kind: str = "linear"  # linear | norm | embedding
-
-
-def site_of(name: str, module: Any) -> Site | None:
-    """The site at `module`, None for a module that cannot carry deltas."""
-    bias = getattr(module, "bias", None) is not None
-    if isinstance(module, nn.Linear):
-        return Site(name, module.out_features, module.in_features, bias)
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2: weight [in out]
-        return Site(name, module.nf, module.weight.shape[0], bias)
-    if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
-        return Site(name, module.weight.shape[-1], module.weight.shape[-1], bias, "norm")
-    if isinstance(module, nn.Embedding):
-        return Site(name, module.embedding_dim, module.num_embeddings, False, "embedding")
-    return None
 
 
 class Adapted:
@@ -75,7 +56,7 @@ class Adapted:
         self._now = kernels.Now() if compiled else None
         useful = compiled and kernels.useful(self.device, self.dtype)
         self.compiled = kernels.Compiled(base, self._now, packs=not checkpointing) if useful and self._now else None
-        self._bound: dict[str, list[deltas.Parts]] = {}
+        self._bound: dict[str, list[tuple[type[Form], Parts]]] = {}  # the deltas of each site
         self._fired: set[str] = set()  # sites that some forward has reached
         self._common: set[str] = set()  # sites that work on a tensor all examples share
         self._clients, self._all_rows = 1, 1  # K and K * b of the batch at hand
@@ -83,8 +64,9 @@ class Adapted:
         self.groups: dict[str, tuple[Site, ...]] = {}
         modules = dict(base.named_modules())
         for group, names in groups.items():
-            self.groups[group] = tuple(self._site(n, modules) for n in names)
+            self.groups[group] = tuple(replace(self._site(n, modules), group=group) for n in names)
         hooked = {s.name for sites in self.groups.values() for s in sites}
+        self._tables = Tables(base, sorted(hooked))
         self.hooks = [modules[n].register_forward_hook(self._hook(n)) for n in sorted(hooked)]
         if self.compiled:
             self.hooks += self.compiled.hooks
@@ -151,8 +133,8 @@ class Adapted:
                 )
             if self.compiled and self.compiled.added():
                 return y
-            for parts in bound:
-                y = deltas.apply(args[0], y, parts, module)
+            for form, parts in bound:
+                y = form.apply(args[0], y, parts, module)
             return y
 
         return add
@@ -160,8 +142,8 @@ class Adapted:
     def _hand(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hand(module: nn.Module, args: tuple[Any, ...]) -> None:
             bound = self._bound.get(name)
-            if self.compiled and bound and len(args[0]) == self._rows:
-                self.compiled.hand(module, bound)
+            if self.compiled and bound and len(args[0]) == self._rows and all(form.low_rank for form, _ in bound):
+                self.compiled.hand(module, [parts for _, parts in bound])
 
         return hand
 
@@ -192,13 +174,14 @@ class Adapted:
 
     def bind(self, p: Params) -> None:
         """Stays bound until the next call: gradient checkpointing re-runs the forward during backward."""
-        groups: dict[tuple[str, str], dict[str, Tensor]] = {}
-        for k, v in p.items():
-            if k.part in deltas.PARTS:
-                groups.setdefault((k.site, k.adapter), {})[k.part] = v
-        self._bound = {}
-        for (site, _), parts in groups.items():
-            self._bound.setdefault(site, []).append(parts)
+        layers = at_layers(p)
+        self._bound = {
+            s: [(form_of(parts), parts) for parts in each.values()]
+            for s, each in layers.items()
+            if s not in self._tables
+        }
+        read = {s: parts["table"] for s, each in layers.items() if s in self._tables for parts in each.values()}
+        self._tables.replace(read)
 
     @contextmanager
     def training(self, batch: Batch) -> Iterator[None]:
@@ -241,6 +224,10 @@ class Adapted:
             inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, self.pad)
         with self._packed(batch), self._operators() if self._mode is None else nullcontext():
             y: Tensor = self.call(self.base, inputs)
+        if silent := [s for s in self._bound if s not in self._fired and self._tables.is_table(s)]:
+            for s in silent:  # nothing has called them, so the base reads their weight
+                self._tables.add(s)
+            return self.forward(p, batch)
         return y.unflatten(0, first.shape[:2])
 
     @contextmanager
@@ -262,17 +249,30 @@ class Adapted:
         DeBERTa-v3 projects relative positions that all examples share by its target layers: its clients' deltas differ
         there, so its blocks hold one client.
         """
+        sites = {s.name: s for sites in self.groups.values() for s in sites}
         with torch.inference_mode():
-            self.forward({}, batch)
-        if unused := [s.name for sites in self.groups.values() for s in sites if s.name not in self._fired]:
+            y = self.forward({}, batch)
+            for name in (n for n in sites if self._tables.is_table(n) and n not in self._fired):
+                t = (
+                    torch.arange(sites[name].in_ * sites[name].out, device=self.device) % 7 - 3.0
+                )  # seen through any norm
+                one = {n: v[:1] for n, v in batch.items()}
+                if not torch.equal(
+                    self.forward({Key("probe", name, "table"): t.view(1, sites[name].in_, -1)}, one)[0], y[0]
+                ):
+                    self._fired.add(name)  # the base reads its weight
+        self.bind({})
+        if unused := [n for n in sites if n not in self._fired]:
             raise ModelError(
                 f"model: the forward never reaches {unused[0]!r} ({len(unused)} such sites), so a delta there would do "
                 "nothing; choose other targets"
             )
-        return not self._common & {s.name for group, sites in self.groups.items() for s in sites if group != "head"}
+        adapted = {s.name for group, sites in self.groups.items() for s in sites if group != "head"}
+        return not self._common & adapted and not any(n in self._tables for n in adapted)
 
     def close(self) -> None:
         """Remove the hooks: the base is as it was."""
+        self.bind({})
         for h in self.hooks:
             h.remove()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .adapters import Form, Parts, at_layers, form_of
 from .errors import ModelError, near
 from .merge import merge
 from .tasks import TASKS
@@ -35,93 +37,65 @@ def default_targets(model_type: str) -> list[str] | str:
 def to_peft(base: nn.Module, head: Sequence[str], deltas: Params, task: str, source: str) -> Any:
     """A PeftModel around `base` (a plain copy, without our hooks) that computes what the model-ready `deltas` compute.
 
-    Scale is in B already, so lora_alpha = r. Several low-rank adapters at a site become one of the summed rank, by
-    concatenation. The head is saved whole: base plus delta. Raises ModelError for deltas that PEFT's LoRA cannot hold.
+    What it holds is the form's business (`Form.hold`). The head is saved whole: base plus delta. Raises ModelError for deltas that
+    PEFT cannot hold, and for deltas of several forms.
     """
+    import peft
     import torch
-    from peft import LoraConfig, TaskType, get_peft_model
 
-    factors = _factors(deltas)
-    other = [k for k in deltas if k.part not in ("A", "B", "m", "rank") and k.adapter != "head"]
-    if other:
-        raise ModelError(f"export: leaf {other[0]} is no low-rank delta, so PEFT's LoRA cannot hold it; use --merged")
-    ranks = {site: len(a) for site, (a, _) in factors.items()}
-    if not ranks:
-        raise ModelError("export: there is no low-rank adapter to export; use --merged for the model itself")
-    common = max(ranks.values())
-    odd = {site: r for site, r in ranks.items() if r != common}
-    magnitudes = {k.site: v for k, v in deltas.items() if k.part == "m"}
-    config = LoraConfig(
-        r=common,
-        lora_alpha=common,
-        use_dora=bool(magnitudes),
-        target_modules=sorted(ranks),
-        rank_pattern={f"^{site}$": r for site, r in odd.items()},
-        alpha_pattern={f"^{site}$": r for site, r in odd.items()},
+    at, form = _by_form(deltas)
+    held = form.hold(at)
+    config = getattr(peft, held.config)(
+        target_modules=sorted(at),
         modules_to_save=sorted({h.split(".")[0] for h in head}) or None,
-        fan_in_fan_out=_transposed(base, ranks),
-        task_type=TaskType[TASKS[task].peft_type],
+        fan_in_fan_out=_transposed(base, at),
+        task_type=peft.TaskType[TASKS[task].peft_type],
+        **held.options,
     )
-    model = get_peft_model(base, config)
+    model = peft.get_peft_model(base, config)
     model.peft_config["default"].base_model_name_or_path = source
-    inner = dict(model.base_model.model.named_modules())
+    inner = model.base_model.model
     with torch.no_grad():
-        for site, (a, b) in factors.items():
-            inner[site].lora_A["default"].weight.copy_(a)
-            inner[site].lora_B["default"].weight.copy_(b)
-        for site, m in magnitudes.items():
-            inner[site].lora_magnitude_vector["default"].weight.add_(m)  # the base's norms already
-        _save_head(inner, deltas)
+        for path, v in held.leaves.items():
+            _at(inner, path).copy_(v)
+        for path, v in held.added.items():
+            _at(inner, path).add_(v)
+        _save_head(dict(inner.named_modules()), deltas)
     return model
+
+
+def _by_form(deltas: Params) -> tuple[Mapping[str, Sequence[Parts]], type[Form]]:
+    """(layer -> its deltas, their form), the head's left out."""
+    layers = {
+        s: list(each.values())
+        for s, each in at_layers({k: v for k, v in deltas.items() if k.adapter != "head"}).items()
+    }
+    forms = {form_of(parts): s for s, each in layers.items() for parts in each}
+    if not forms:
+        raise ModelError("export: there is no adapter to export; use --merged for the model itself")
+    for form, site in forms.items():
+        if form.no_peft:
+            raise ModelError(f"export: {site!r}: {form.no_peft}")
+    if len(forms) > 1:
+        names = " and ".join(sorted(f.__name__ for f in forms))
+        raise ModelError(
+            f"export: the layers have deltas of the forms {names}, and a PEFT folder cannot hold two; use --merged"
+        )
+    return layers, next(iter(forms))
+
+
+def _at(inner: nn.Module, path: str) -> Tensor:
+    """The tensor at a path through modules and PEFT's dictionaries of tensors."""
+    found: Any = inner
+    for step in path.split("."):
+        found = getattr(found, step) if hasattr(found, step) else found[step]
+    return found
 
 
 def _transposed(base: nn.Module, sites: Iterable[str]) -> bool:
     """Whether the sites keep their weights as [in, out], as GPT-2's Conv1D does."""
     modules = dict(base.named_modules())
     return any(type(modules[s]).__name__ == "Conv1D" for s in sites)
-
-
-def _factors(deltas: Params) -> dict[str, tuple[Tensor, Tensor]]:
-    """site -> (A [r i], B [o r]), all low-rank adapters of a site side by side."""
-    import torch
-
-    out: dict[str, tuple[Tensor, Tensor]] = {}
-    for k, a in deltas.items():
-        if k.part == "A" and "d" not in {x.part for x in deltas if x.adapter == k.adapter}:
-            b = deltas[k._replace(part="B")]
-            old = out.get(k.site)
-            out[k.site] = (a, b) if old is None else (torch.cat([old[0], a]), torch.cat([old[1], b], 1))
-    return out
-
-
-def to_peft_vera(base: nn.Module, head: Sequence[str], deltas: Params, task: str, source: str) -> Any:
-    """As to_peft, for VeRA: our projections take the place of PEFT's, and are saved with the vectors."""
-    import torch
-    from peft import TaskType, VeraConfig, get_peft_model
-
-    sites = sorted({k.site for k in deltas if k.part == "d"})
-    first = {k.part: v for k, v in deltas.items() if k.site == sites[0] and k.adapter != "head"}
-    config = VeraConfig(
-        r=len(first["d"]),
-        target_modules=sites,
-        save_projection=True,
-        fan_in_fan_out=_transposed(base, sites),
-        modules_to_save=sorted({h.split(".")[0] for h in head}) or None,
-        task_type=TaskType[TASKS[task].peft_type],
-    )
-    model = get_peft_model(base, config)
-    model.peft_config["default"].base_model_name_or_path = source
-    inner = dict(model.base_model.model.named_modules())
-    with torch.no_grad():
-        for site in sites:
-            layer = inner[site]
-            layer.vera_A["default"][: len(first["A"]), : first["A"].shape[1]].copy_(first["A"])
-            layer.vera_B["default"][: first["B"].shape[0], : first["B"].shape[1]].copy_(first["B"])
-            for k, v in deltas.items():
-                if k.site == site and k.part in ("d", "b"):
-                    getattr(layer, f"vera_lambda_{k.part}")["default"].copy_(v)
-        _save_head(inner, deltas)
-    return model
 
 
 def _save_head(inner: dict[str, Any], deltas: Params) -> None:
@@ -133,6 +107,15 @@ def _save_head(inner: dict[str, Any], deltas: Params) -> None:
             getattr(module, k.part).add_(v.to(getattr(module, k.part)))
 
 
+def _in_order(config: Path) -> None:
+    """PEFT writes sets in the order of their hashes, and a name twice: write them so that equal exports are equal bytes."""
+    said = json.loads(config.read_text(encoding="utf-8"))
+    for field in ("target_modules", "modules_to_save", "feedforward_modules", "exclude_modules"):
+        if isinstance(said.get(field), list):
+            said[field] = sorted(set(said[field]))
+    config.write_text(json.dumps(said, indent=2, sort_keys=True), encoding="utf-8")
+
+
 def export(
     make_base: Callable[[], nn.Module], head: Sequence[str], deltas: Params, task: str, source: str, out: Path,
     merged: bool = False, tokenizer: Any = None,
@@ -142,9 +125,9 @@ def export(
         plain: Any = merge(make_base(), deltas)
         plain.save_pretrained(out)
     else:
-        hold = to_peft_vera if any(k.part == "d" for k in deltas) else to_peft
         # no embedding is adapted; asked to find that out by itself, PEFT would look for the base on the hub
-        hold(make_base(), head, deltas, task, source).save_pretrained(out, save_embedding_layers=False)
+        to_peft(make_base(), head, deltas, task, source).save_pretrained(out, save_embedding_layers=False)
+        _in_order(out / "adapter_config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TypeVar
@@ -11,14 +11,21 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def found(package: str, path: Iterable[str], base: type[T]) -> dict[str, type[T]]:
-    """Name -> class, of every concrete subclass of `base` that has a `name` of its own, by file and place in the file."""
-    out: dict[str, type[T]] = {}
+def classes(package: str, path: Iterable[str], base: type[T]) -> Iterator[type[T]]:
+    """Every concrete subclass of `base`, by file and place in the file."""
     for module in sorted(m.name for m in iter_modules(path)):
         for cls in vars(import_module(f"{package}.{module}")).values():
             own = isinstance(cls, type) and issubclass(cls, base) and cls.__module__ == f"{package}.{module}"
-            if own and not inspect.isabstract(cls) and "name" in vars(cls):
-                name: str = vars(cls)["name"]
-                assert name not in out, f"two classes of {package} are called {name!r}"
-                out[name] = cls
+            if own and not inspect.isabstract(cls):
+                yield cls
+
+
+def found(package: str, path: Iterable[str], base: type[T]) -> dict[str, type[T]]:
+    """Name -> class, of those that have a `name` of their own."""
+    out: dict[str, type[T]] = {}
+    for cls in classes(package, path, base):
+        if "name" in vars(cls):
+            name: str = vars(cls)["name"]
+            assert name not in out, f"two classes of {package} are called {name!r}"
+            out[name] = cls
     return out

@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .adapters import LOW_RANK, Adapter, AdapterName, LoRA, Pattern, init_head, make, pattern_problems
-from .errors import ConfigError, ModelError, Problem
+from .adapters import FORMS, AdapterName, Form, Pattern, init_head, make, named, pattern_problems
+from .errors import ConfigError, Problem, near
 from .loss import Loss
 from .method import Client, Method, Metrics, Order, Scene, Server, Upload, Work
 from .model import Batch, Site
@@ -42,7 +42,7 @@ def expand(p: Params, k: int) -> Params:
 class SGDMethod(Method):
     """Client side written once: descend the loss over the trainable leaves; upload the shared ones, keep the rest.
 
-    rank, alpha, adapter: the delta form (adapters.py). rank_pattern: ranks of some layers, as PEFT has it; their alpha stays.
+    rank, alpha, adapter: the delta form (adapters/). rank_pattern: ranks of some layers, as PEFT has it; their alpha stays.
     head: who owns the classification head; one switch, the same for all methods of a comparison.
     weights: p_k by number of examples or uniform.
     moments: optimizer state reset at the start of each round, or kept by the client.
@@ -69,6 +69,8 @@ class SGDMethod(Method):
     def problems(self) -> list[Problem]:
         """What is wrong with the fields; a method with fields of its own adds to it, so that all is shown at once."""
         bad = []
+        if self.adapter not in FORMS:
+            raise ConfigError([Problem("method.adapter", self.adapter, "a delta form", near(self.adapter, FORMS))])
         if not isinstance(self.rank, int) or not 1 <= self.rank <= MOST_RANK:
             bad.append(Problem("method.rank", self.rank, f"an integer from 1 to {MOST_RANK:,}", "choose 4, 8 or 16"))
             if not isinstance(self.rank, int):
@@ -80,24 +82,29 @@ class SGDMethod(Method):
                 Problem(
                     "method.adapter",
                     self.adapter,
-                    f"lora, rslora, dora or vera: {self.title} tells two halves apart",
+                    f"{named(lambda f: bool(f.first))}: {self.title} tells two halves apart",
                     "or use homlora",
                 )
             )
         bad += rank_problems("method.rank_pattern", self.rank_pattern)
-        if self.rank_pattern and self.adapter not in (*LOW_RANK, "dora"):
-            bad.append(Problem("method.rank_pattern", dict(self.rank_pattern), "none: it is of lora, rslora and dora"))
+        if self.rank_pattern and not FORMS[self.adapter].ranks_by_layer:
+            have = named(lambda f: f.ranks_by_layer, "and")
+            bad.append(Problem("method.rank_pattern", dict(self.rank_pattern), f"none: it is of {have}"))
         if self.clip is not None and not self.clip > 0:
             bad.append(Problem("train.clip", self.clip, "a number > 0 or null"))
         return bad
 
     @property
-    def form(self) -> Adapter:
+    def form(self) -> Form:
         return make(self.adapter, self.rank, self.alpha, self.rank_pattern)
 
     @property
     def groups(self) -> Sequence[str]:
-        return (self.form.group,)
+        return self.form.groups
+
+    def layers_of(self, scene: Scene) -> list[Site]:
+        """The sites that the form lives on."""
+        return [s for group in self.form.groups for s in scene.sites(group)]
 
     @property
     def averages(self) -> bool:
@@ -120,14 +127,14 @@ class SGDMethod(Method):
 
     def fixed(self, scene: Scene) -> Params:
         """Leaves that every party derives from the seed: frozen halves, random projections. Nobody owns or sends them."""
-        form, sites = self.form, scene.sites(self.form.group)
+        form, sites = self.form, self.layers_of(scene)
         start = form.init(self.label, sites, scene.seed)
         return form.fixed(self.label, sites, scene.seed) | select(start, lambda k: not self.trains(k))
 
     def start(self, scene: Scene) -> Params:
         """Every trained leaf at its start: the deltas are zero, so training starts at the base model."""
-        sites = scene.sites(self.form.group)
-        check_ranks(self, sites)
+        sites = self.layers_of(scene)
+        self.form.check(self.title, sites)
         p = select(self.form.init(self.label, sites, scene.seed), self.trains)
         return p if self.head == "frozen" else p | init_head(scene.head)
 
@@ -203,20 +210,6 @@ class SGDMethod(Method):
     def weight(self, u: Upload) -> float:
         """p_k before normalisation."""
         return float(u.client.examples) if self.weights == "examples" else 1.0
-
-
-def check_ranks(method: SGDMethod, sites: Sequence[Site]) -> None:
-    """A LoRA rank above a layer's size buys nothing and hides a mistake: refused. VeRA's rank may exceed it."""
-    form = method.form
-    if not isinstance(form, LoRA):
-        return
-    for s in sites:
-        r = form.rank_at(s.name)
-        if r > min(s.out, s.in_):
-            raise ModelError(
-                f"{method.title}: rank {r} exceeds the layer {s.name!r} of {s.out} x {s.in_}; "
-                f"lower method.rank to at most {min(s.out, s.in_)} or choose other targets"
-            )
 
 
 def to(p: Params, like: Params) -> Params:

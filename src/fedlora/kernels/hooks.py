@@ -45,8 +45,8 @@ class Compiled:
         return bool(self.stack) and longest <= MOST
 
     def hand(self, layer: nn.Module, bound: Sequence[Mapping[str, Tensor]]) -> None:
-        """Before a layer: its deltas, which its own product adds where all are low-rank (A [K r i], B [K o r])."""
-        if isinstance(layer, nn.Linear) and all(p.keys() == {"A", "B"} for p in bound):
+        """Before a layer: its deltas, all low-rank (A [K r i], B [K o r]), which its own product adds."""
+        if isinstance(layer, nn.Linear):
             a, b = (torch.cat([p[n].to(layer.weight.dtype) for p in bound], axis) for n, axis in (("A", 1), ("B", 2)))
             self._handed, self.now.delta = True, LowRank(layer.weight, a, b)
 

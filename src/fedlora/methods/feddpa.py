@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..adapters import LOW_RANK
+from ..adapters import named
 from ..errors import Problem
 from ..loss import Loss
 from ..method import Client, Method, Metrics, Order, Scene, Work
@@ -40,8 +40,12 @@ class Mixed(SGDMethod):
         bad = super().problems()
         if not 0 <= self.mix <= 1:
             bad.append(Problem("method.mix", self.mix, "a number in [0, 1]", "0.5 weighs both adapters alike"))
-        if self.adapter not in LOW_RANK:
-            bad.append(Problem("method.adapter", self.adapter, "lora or rslora: FedDPA mixes two low-rank products"))
+        if not self.form.low_rank:
+            bad.append(
+                Problem(
+                    "method.adapter", self.adapter, f"{named(lambda f: f.low_rank)}: FedDPA mixes two low-rank products"
+                )
+            )
         return bad
 
     def trains(self, k: Key) -> bool:

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from ..adapters import LOW_RANK
+from ..adapters import named
 from ..errors import Problem
 from ..method import Scene, Server, Upload
 from ..ranks import Ranked
@@ -36,9 +36,13 @@ class FlexLoRA(Ranked):
 
     def problems(self) -> list[Problem]:
         bad = super().problems()
-        if self.adapter not in LOW_RANK:
+        if not self.form.low_rank:
             bad.append(
-                Problem("method.adapter", self.adapter, "lora or rslora: FlexLoRA decomposes a low-rank product")
+                Problem(
+                    "method.adapter",
+                    self.adapter,
+                    f"{named(lambda f: f.low_rank)}: FlexLoRA decomposes a low-rank product",
+                )
             )
         return bad
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..adapters import LOW_RANK
+from ..adapters import named
 from ..analysis import gram_norm
 from ..errors import Problem
 from ..method import Scene, Server, Upload, Work
@@ -53,8 +53,14 @@ class HetLoRA(Ranked):
             bad.append(Problem("method.gamma", self.gamma, "a number in (0, 1]", "0.99, 0.85 and 0.5 are in use"))
         if self.lam < 0:
             bad.append(Problem("method.lam", self.lam, "a number >= 0"))
-        if self.adapter not in LOW_RANK:
-            bad.append(Problem("method.adapter", self.adapter, "lora or rslora: the others have no ranks to truncate"))
+        if not self.form.low_rank:
+            bad.append(
+                Problem(
+                    "method.adapter",
+                    self.adapter,
+                    f"{named(lambda f: f.low_rank)}: the others have no ranks to truncate",
+                )
+            )
         return bad
 
     @property

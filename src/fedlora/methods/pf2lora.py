@@ -21,13 +21,13 @@ a and eta alike. Exact second derivatives need attention that has them (eager); 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..adapters import LOW_RANK, Adapter, LoRA, Pattern, make
+from ..adapters import Form, Pattern, make, named
 from ..errors import Problem
 from ..loss import Loss
 from ..method import Client, Metrics, Scene, Work
@@ -74,8 +74,12 @@ class PF2LoRA(SGDMethod):
                 )
             )
         bad += rank_problems("method.rank_pattern_personal", self.rank_pattern_personal)
-        if self.adapter not in LOW_RANK:
-            bad.append(Problem("method.adapter", self.adapter, "lora or rslora: PF2LoRA adds two low-rank products"))
+        if not self.form.low_rank:
+            bad.append(
+                Problem(
+                    "method.adapter", self.adapter, f"{named(lambda f: f.low_rank)}: PF2LoRA adds two low-rank products"
+                )
+            )
         if self.lr_personal < 0:
             bad.append(Problem("method.lr_personal", self.lr_personal, "a number >= 0"))
         return bad
@@ -95,9 +99,9 @@ class PF2LoRA(SGDMethod):
         return k.adapter == "common"
 
     @property
-    def form_personal(self) -> Adapter:
-        form = make(self.adapter, max(self.rank_personal, 1), self.alpha_personal, self.rank_pattern_personal)
-        return replace(form, field="method.rank_pattern_personal") if isinstance(form, LoRA) else form
+    def form_personal(self) -> Form:
+        own = (self.alpha_personal, self.rank_pattern_personal, "method.rank_pattern_personal")
+        return make(self.adapter, max(self.rank_personal, 1), *own)
 
     def keep(self, scene: Scene, client: Client) -> Params:
         if not self.rank_personal:

@@ -26,7 +26,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..adapters import LOW_RANK, LoRA
+from ..adapters import FORMS, LoRA, named
 from ..errors import Problem
 from ..loss import Loss
 from ..method import Client, Method, Metrics, Order, Scene, Server, Upload, Work
@@ -69,8 +69,12 @@ class SLoRA(SFT):
             bad.append(Problem("method.sparse_rounds", self.sparse_rounds, "an integer >= 1"))
         if self.patience < 1:
             bad.append(Problem("method.patience", self.patience, "an integer >= 1"))
-        if self.adapter not in LOW_RANK:
-            bad.append(Problem("method.adapter", self.adapter, "lora or rslora: an SVD primes low-rank factors"))
+        if not FORMS[self.adapter].low_rank:
+            bad.append(
+                Problem(
+                    "method.adapter", self.adapter, f"{named(lambda f: f.low_rank)}: an SVD primes low-rank factors"
+                )
+            )
         return bad + self.second_problems()
 
     def second_problems(self) -> list[Problem]:

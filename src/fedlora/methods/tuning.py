@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..adapters import Adapter, AdapterName, Densities, Sparse, pattern_problems
+from ..adapters import AdapterName, Densities, Form, Sparse, pattern_problems
 from ..errors import Problem
 from ..sgd import SGDMethod
 from ..tree import Key
@@ -101,5 +101,5 @@ class SFT(Shared):
         return bad
 
     @property
-    def form(self) -> Adapter:
-        return Sparse(self.density, "target" if self.layers == "target" else "linear", self.density_pattern)
+    def form(self) -> Form:
+        return Sparse(self.density, ("target" if self.layers == "target" else "linear",), self.density_pattern)
