@@ -10,6 +10,7 @@ import string
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+from ..data.template import names
 from ..errors import Problem, near
 from .sections import Data, Evaluation, Federation, Model, Partition, Run, Section, Train
 
@@ -98,6 +99,18 @@ def _language(data: Data) -> Iterator[Problem]:
         yield Problem(
             "data.text", None, "a column for causal-lm", "name a text column, or data.prompt and data.completion"
         )
+
+
+def template(data: Data) -> Iterator[Problem]:
+    if data.template is None:
+        return
+    try:
+        names(data.template)
+    except ValueError as e:
+        yield Problem(
+            "data.template", data.template, "plain {name} of columns, without formats or attributes",
+            f"it has {e}; double the braces that are text",
+        )  # fmt: skip
 
 
 def encoding(data: Data) -> Iterator[Problem]:
@@ -199,7 +212,7 @@ def output(run: Run) -> Iterator[Problem]:
             )
 
 
-RULES: tuple[Rule, ...] = (work, targets, columns, encoding, clients, labels, cohort, views, output)
+RULES: tuple[Rule, ...] = (work, targets, columns, template, encoding, clients, labels, cohort, views, output)
 
 
 class Wrong(Exception):
