@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import printable
 from ..units import NOTHING, count, number, seconds, size
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ def status(s: Mapping[str, Any]) -> Table:
     where = {c: n for n, held in s["sites"].items() for c in held}
     for c in sorted(where):
         state = s["clients"].get(c, "idle")
-        table.add_row(Text(c), where[c], Text(state, style=COLOURS.get(state, "")))
+        table.add_row(Text(printable(c)), where[c], Text(state, style=COLOURS.get(state, "")))
     for node, reason in s["failed"].items():
-        table.add_row(Text(NOTHING), node, Text(reason, style="red"))
+        table.add_row(Text(NOTHING), node, Text(printable(reason), style="red"))
     if s["state"] == "waiting":
         table.caption = f"waiting for clients: {s['have']} of {s['need']} are here"
     return table
