@@ -84,7 +84,10 @@ def known_fields() -> frozenset[str]:
     """The fields that a recipe can have: what an error calls a field may hold anything, and only these names are sent."""
     own = {f"{s}.{f}" for s, kind in SECTIONS.items() for f in kind.model_fields}
     return frozenset(
-        own | SECTIONS.keys() | {"method", "method.name", "name"} | {f"method.{f}" for m in table().values() for f in own_fields(m)}
+        own
+        | SECTIONS.keys()
+        | {"method", "method.name", "name"}
+        | {f"method.{f}" for m in table().values() for f in own_fields(m)}
     )
 
 
