@@ -180,6 +180,13 @@ def test_a_server_says_which_columns_it_needs_and_the_site_which_they_are() -> N
     assert trusting.data.label == "diagnosis"
 
 
+def test_an_order_outside_the_policy_is_refused_before_data_are_read(tmp_path: Path) -> None:
+    """There are none here: whoever looks for them says so."""
+    given = told_to_sites(recipe("train.batch_size=1"))
+    s = guarded(Holding("a", NOWHERE, {}, policy=Policy(), device="cpu"), tmp_path, accept=[digest(given)])
+    assert s.answer(packet(given)).header["error"]["code"] == "policy"
+
+
 # how often -----------------------------------------------------------------------------------------------------------
 def test_rounds_scores_and_runs_are_counted_over_a_day_and_a_restart(tmp_path: Path) -> None:
     now = [1e9]

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..adapters import NAMES
 from ..data import template
-from ..errors import ConfigError, Problem, near
+from ..errors import ConfigError, Problem, near, printable
 from ..pretrained import MINILM
 from ..recipe import reading
 from ..recipe.core import read_section
@@ -202,10 +202,11 @@ class Policy(BaseModel):
         except ValueError as e:
             raise Refusal("policy", f"data.template: {asked!r} has {e}", "data.template") from None
         odd = sorted(set(named) - own - roles)
+        shown = printable(", ".join(odd), 200)
         if odd:
             raise Refusal(
                 "policy",
-                f"data.template: it names {', '.join(odd)}; this site's policy allows {', '.join(sorted(own))}",
+                f"data.template: it names {shown}; this site's policy allows {', '.join(sorted(own))}",
                 "data.template",
             )
         if len(set(named)) < len(named) or len(str(asked)) > TEMPLATE:
