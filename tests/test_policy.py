@@ -397,7 +397,7 @@ def order(s: Site, kind: Any, given: Mapping[str, Any], home: Path, tmp_path: Pa
 def test_only_the_adapter_leaves_unless_it_is_said(home: Path, tmp_path: Path) -> None:
     """By default no loss, score or token count, even where the recipe asks for all; the audit log is what was sent."""
     given = told_to_sites(recipe("deployment.histograms=true"))
-    s = site(home, tmp_path, given=given)
+    s = site(home, tmp_path, given=given, least={"score_rows": 1})
     joined = s.answer(packet(given, histograms=True))
     assert set(joined.header) == {"run", "round", "protocol", "clients", "base"}
     assert joined.header["clients"] == {"a": {"train": 63, "validation": 9, "test": 18}}
@@ -490,6 +490,41 @@ def test_what_cannot_be_recorded_is_not_sent(home: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(Audit, "write", full)
     assert s.answer(packet(told_to_sites(recipe()))).header["error"]["code"] == "disk"
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_a_run_through_gates_comes_to_its_end(
+    scores: bool, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two sites whose columns have other names, with scores and without; the report and the tables do without them."""
+    from test_deploy import Loop
+
+    tables = pytest.importorskip("fedlora.cli.tables")
+    from fedlora.report import write_run
+
+    r = recipe("deployment.clients=2", "federation.min_clients=2", model=str(home / "model"))
+    given = told_to_sites(r)
+    write_csv(tmp_path / "b.csv", [(t, c, w) for t, c, w in rows(90, 1)], ("note", "outcome", "who"))
+    p = policy(model={"known": {str(home / "model"): None}}, send={"scores": scores}, least={"score_rows": 9})
+    kinds = {0: ("a", home / "good.csv", {}), 1: ("b", tmp_path / "b.csv", {"text": "note", "label": "outcome"})}
+    sites = {
+        n: guarded(
+            Holding(id, str(data), columns, threads=1, policy=p.with_columns(columns)), tmp_path / id, accept=[digest(given)]
+        )
+        for n, (id, data, columns) in kinds.items()
+    }  # fmt: skip
+    said: list[str] = []
+    there = coordinator(r, tmp_path / "run", lambda: Loop(sites), said.append)
+    summary = there.run()
+    assert summary["rounds"] == 2
+    assert (summary["test"] is not None) == scores
+    assert f"sites accept this recipe with --accept {digest(given)}" in said
+    assert [x["event"] for x in Audit(tmp_path / "a").lines()][:4] == ["start", "accepted", "asked", "sent"]
+    write_run(tmp_path / "run")
+    from rich.console import Console
+
+    tables.result(Console(), tmp_path / "run")
+    assert "at round" in capsys.readouterr().out
 
 
 # one base ------------------------------------------------------------------------------------------------------------
