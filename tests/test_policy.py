@@ -86,7 +86,7 @@ ASKED: dict[str, tuple[dict[str, Any], list[str], list[str], str]] = {  # policy
     "full": ({}, ["method.name=homlora"], ["method.name=homlora", "method.adapter=full"], "method.adapter"),
     "biases": ({}, ["method.name=homlora", "method.adapter=dora"], ["method.name=homlora", "method.adapter=bitfit"], "method.adapter"),
     "allow.adapters": ({"allow": {"adapters": ["lora"]}}, ["method.name=homlora"], ["method.name=homlora", "method.adapter=dora"], "method.adapter"),
-    "sparse": ({"allow": {"methods": ["sft", "slora", "fedsa"]}}, [], ["method.name=slora"], "method.adapter"),
+    "sparse": ({"allow": {"methods": ["sft", "slora", "fedsa", "homlora"]}}, [], ["method.name=slora"], "method.adapter"),
     "allow.heads": ({"allow": {"heads": ["personal"]}}, ["method.head=personal"], ["method.head=shared"], "method.head"),
     "targets": ({}, ["model.targets=[query, value]"], ['model.targets="(a+)+$"'], "model.targets"),
     "patterns": ({}, ["method.rank_pattern={query: 4}"], ['method.rank_pattern={"(a+)+$": 4}'], "method.rank_pattern"),

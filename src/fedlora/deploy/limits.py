@@ -27,7 +27,8 @@ def _kinds(policy: Policy, r: Recipe) -> Iterator[Problem]:
     """Task, model, method, and the form of its updates."""
     allow = policy.allow
     yield from _one_of("model.task", r.model.task, allow.tasks)
-    yield from _one_of("method.name", r.method.name, allow.methods)
+    for name in _names(r.resolved()["method"]):
+        yield from _one_of("method.name", name, allow.methods)
     for form in forms(r.method_object()):
         yield from _one_of("method.adapter", form, allow.adapters)
     yield from _one_of("method.head", getattr(r.method_object(), "head", "shared"), allow.heads)
@@ -43,7 +44,7 @@ def _kinds(policy: Policy, r: Recipe) -> Iterator[Problem]:
 def _sizes(policy: Policy, r: Recipe) -> Iterator[Problem]:
     """Ranks, steps, rows and rounds."""
     least, most, t = policy.least, policy.most, r.train
-    for name, value in r.resolved()["method"].items():
+    for name, value in _options(r.resolved()["method"]):
         field = f"method.{name}"
         if "pattern" in name:
             yield from _plain(field, [pair[0] for pair in value or ()])
@@ -59,6 +60,23 @@ def _sizes(policy: Policy, r: Recipe) -> Iterator[Problem]:
     yield from _bound("evaluation.batch_size", r.evaluation.batch_size, 1, most.batch)
     yield from _bound("data.max_length", r.data.max_length, 1, most.tokens)
     yield from _bound("federation.rounds", r.federation.rounds, 1, most.rounds)
+
+
+def _options(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Hyperparameters by name, those of a method inside a method too."""
+    for name, value in given.items():
+        if isinstance(value, Mapping) and "name" in value:
+            yield from _options(value)
+        else:
+            yield name, value
+
+
+def _names(given: Mapping[str, Any]) -> Iterator[str]:
+    """The method's name, and that of a method inside it."""
+    yield given["name"]
+    for value in given.values():
+        if isinstance(value, Mapping) and "name" in value:
+            yield from _names(value)
 
 
 def forms(method: Method) -> set[str]:

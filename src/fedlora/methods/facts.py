@@ -22,7 +22,7 @@ def facts(m: type[Method]) -> dict[str, Any]:
         "shared": shared,
         "personal": personal,
         "second_order": method.second_order,
-        "options": {f.name: getattr(method, f.name) for f in fields(method) if f.name != "optimizer"},
+        "options": {f.name: _shown(getattr(method, f.name)) for f in fields(method) if f.name != "optimizer"},
     }
 
 
@@ -37,3 +37,8 @@ def leaves(method: Any) -> tuple[list[str], list[str]]:
     kept = method.keep(scene, client)
     label = lambda p: sorted({k.adapter if k.adapter == "head" else f"{k.part}" for k in p if "~" not in k.adapter})  # noqa: E731
     return label(down), label(kept)
+
+
+def _shown(value: Any) -> Any:
+    """A hyperparameter's default; a method inside a method by its name."""
+    return value.name if isinstance(value, Method) else value
