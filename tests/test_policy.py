@@ -524,7 +524,7 @@ def test_a_run_through_gates_comes_to_its_end(
     from rich.console import Console
 
     tables.result(Console(), tmp_path / "run")
-    assert "at round" in capsys.readouterr().out
+    assert ("at round" if scores else "no scores") in capsys.readouterr().out
 
 
 # one base ------------------------------------------------------------------------------------------------------------

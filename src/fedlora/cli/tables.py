@@ -67,6 +67,8 @@ def result(out: Console, folder: Path) -> None:
         table.add_row(view, *(number(scores[k].get(s["metric"])) for k in ("mean", "weighted", "worst_decile")))
     out.print(table)
     chosen = f"{s['metric']} on test at round {s['chosen_round']}, chosen on {s['chosen_on']}"
+    if s["chosen_round"] is None:
+        chosen = "no scores: nothing was evaluated, or sites keep them"
     last = f"; mean of the last rounds {number(s['test_last10'])}" if s["test_last10"] is not None else ""
     known = s.get("constant")
     bar = "" if known is None else f"; always a client's most frequent class {number(known)}"
