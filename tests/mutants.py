@@ -180,7 +180,7 @@ MUTANTS = (
     # data
     Mutant("a stale token cache", "data/load.py", "for texts in (first, second or ()):", "for texts in ():", "tests/test_tokenize.py -k cache"),
     Mutant("splits ignore labels", "data/split.py", "labels[rows.rows], clients))", "clients))", "tests/test_partition.py -k splits_of"),
-    Mutant("a short client stays short", "data/partition.py", "filled[given] = np.repeat(np.arange(clients), short)", "pass", "tests/test_partition.py -k short"),
+    Mutant("a short client stays short", "data/partitions/partition.py", "filled[given] = np.repeat(np.arange(clients), short)", "pass", "tests/test_partition.py -k short"),
     # store and wire
     Mutant("no checksum", "store.py", "whole = _digest(wire.encode(params, header)).hex() == digest", "whole = True", "tests/test_store.py -k damaged"),
     Mutant("metrics are not cut back", "store.py", "f.truncate(length)", "pass", "tests/test_store.py -k 'dropped or committed'"),
