@@ -34,6 +34,7 @@ class Mutant:
 
 CONTRACT = "tests/test_contract.py"
 DEPLOY = "tests/test_deploy.py"
+POLICY = "tests/test_policy.py"
 MUTANTS = (
     # engine: blocks, resume, ownership
     Mutant("a client out of batches goes on training", "engine.py", "work = where(alive[-1], new, work)", "work = new", f"{CONTRACT} -k block_equals"),
@@ -169,6 +170,23 @@ MUTANTS = (
     Mutant("the norm is not bounded", "channel.py", "wire.validate(p, spec, self.norm_bound,", "wire.validate(p, spec, None,", f"{DEPLOY} -k bad_upload"),
     Mutant("all that answered in time counts, however many were asked", "deploy/remote.py", "if len(arrived) >= self.needed and self.terms.over_selection > 1:", "if False:", f"{DEPLOY} -k over_selection"),
     Mutant("int8 has one scale for a whole leaf", "wire.py", "scale = v.abs().amax(-1, keepdim=True) / 127", "scale = v.abs().amax().expand(*v.shape[:-1], 1) / 127", "tests/test_wire.py"),
+    # a site's policy
+    Mutant("an error is told in its own words", "deploy/refusal.py", '"text": REASONS[code]}', '"text": str(e)}', f"{POLICY} -k 'fit_are_told or whatever_fails'"),
+    Mutant("a field is told whatever it is called", "deploy/refusal.py", "field if field in known_fields() else None", "field", f"{POLICY} -k own_names"),
+    Mutant("full updates leave by another method's name", "deploy/limits.py", 'yield from _one_of("method.adapter", form, allow.adapters)', "pass", f"{POLICY} -k within_the_policy"),
+    Mutant("an upload may rest on any number of rows", "deploy/limits.py", "max(least.steps, math.ceil(least.rows / t.batch_size))", "least.steps", f"{POLICY} -k within_the_policy"),
+    Mutant("scores leave unasked", "deploy/gate.py", "if not send.scores:", "if False:", f"{POLICY} -k adapter_leaves"),
+    Mutant("losses leave unasked", "deploy/gate.py", 'if send.scores and "loss" in facts["metrics"]', 'if "loss" in facts["metrics"]', f"{POLICY} -k adapter_leaves"),
+    Mutant("nobody is asked", "deploy/gate.py", "if name not in self.accept:", "if False:", f"{POLICY} -k 'consent or asked_for_once'"),
+    Mutant("a site that is started again counts from nothing", "deploy/audit.py", 'for x in self.lines() if x.get("event") == "asked"', 'for x in self.lines() if x.get("event") == "never"', f"{POLICY} -k counted"),
+    Mutant("rows are read before the policy", "deploy/site.py", "            self.gate.admit(packet)\n        fed = self.federation(str(h[\"run\"]), h[\"recipe\"])\n", "            fed = self.federation(str(h[\"run\"]), h[\"recipe\"])\n            self.gate.admit(packet)\n        fed = self.federation(str(h[\"run\"]), h[\"recipe\"])\n", f"{POLICY} -k before"),
+    Mutant("a template formats its values", "data/template.py", "if form or conversion:", "if False:", f"{POLICY} -k plain_names"),
+    Mutant("a model may ask to run its own code", "pretrained.py", "locate(name), trust_remote_code=False, **", "locate(name), **", f"{POLICY} -k remote_code"),
+    Mutant("deltas of another base are summed", "deploy/remote.py", 'if header.get("base") != self._base:', "if False:", f"{POLICY} -k servers_base"),
+    Mutant("the server names the columns", "deploy/policy.py", "out |= {k: getattr(d, k) for k in used}", "out |= {k: given[k] for k in used}", f"{POLICY} -k which_columns"),
+    Mutant("escape sequences reach a terminal", "errors.py", "c if c.isprintable() else", "c if c else", f"{POLICY} -k 'own_names or escape'"),
+    Mutant("an upload is not looked at before it leaves", "deploy/gate.py", "if not (head if k.adapter == HEAD", "if not (True if k.adapter", f"{POLICY} -k other_leaves"),
+    Mutant("an order has no end", "deploy/gate.py", "if time.monotonic() > self._end:", "if False:", f"{POLICY} -k its_time"),
     Mutant("the network reaches the control API", "flower/superlink.py", 'if not scope["path"].startswith(prefixes):', "if False:", "tests/test_flower.py -k strangers"),
     Mutant("nodes need no key", "flower/superlink.py", "self.open_to_all = keys is None", "self.open_to_all = True", "tests/test_flower.py -k strangers"),
     # data

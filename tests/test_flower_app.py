@@ -16,6 +16,10 @@ import yaml
 from cli import command, environment, model_folder, rows, write_csv
 from test_flower import free_port
 
+from fedlora.deploy.audit import digest
+from fedlora.deploy.coordinator import told_to_sites
+from fedlora.recipe import Recipe
+
 pytest.importorskip("flwr")
 
 APP = Path(__file__).parents[1] / "examples" / "flower-app"
@@ -39,13 +43,18 @@ def place(tmp_path: Path) -> Path:
             "max_length": 16,
         },
         "method": {"name": "fedsa", "rank": 2},
-        "train": {"steps": 2, "batch_size": 4, "lr": 0.01, "dropout": False},
+        "train": {"steps": 4, "batch_size": 4, "lr": 0.01, "dropout": False},
         "federation": {"rounds": 2},
         "evaluation": {"every": 2},
         "deployment": {"clients": 2, "deadline": 120},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return tmp_path
+
+
+def accepted(place: Path, *sets: str) -> str:
+    """What a site that nobody sits at is told to accept."""
+    return digest(told_to_sites(Recipe.load(place / "recipe.yaml", sets)))
 
 
 def finished(folder: Path, seconds: float) -> dict[str, object]:
@@ -96,7 +105,7 @@ def test_the_flower_app_runs_under_flower(place: Path) -> None:
         )
         time.sleep(5)
         for id, port in zip("ab", ports, strict=True):
-            config = f'id="{id}" data="{place}/{id}.csv" state="{place}/state"'
+            config = f'id="{id}" data="{place}/{id}.csv" state="{place}/state" model="{place}/model" accept="{accepted(place)}"'
             begin(str(bin_ / "flower-supernode"), "--insecure", "--superlink", f"127.0.0.1:{link}", "--port", str(port),
                   "--node-config", config)  # fmt: skip
         time.sleep(4)
@@ -144,7 +153,8 @@ def test_without_tls_it_must_be_said_on_both_sides(place: Path) -> None:
         "--set",
         "deployment.clients=3",
     )
-    here = ("--server", f"127.0.0.1:{port}", "--insecure")
+    here = ("--server", f"127.0.0.1:{port}", "--insecure", "--model", "model")
+    here = (*here, "--accept", accepted(place, "deployment.clients=3"))
     sites = [
         start(place, "client", "--id", "a", *here, "--data", "a.csv", "--state", "state-a"),
         start(place, "client", "--id", "b", *here, "--data", "b.csv", "--clients", "ward", "--state", "state-b"),
@@ -168,7 +178,7 @@ def test_a_server_killed_by_the_system_goes_on(place: Path) -> None:
     """SIGKILL between rounds, the same command again: clients come back by themselves, no round is lost or doubled."""
     port = free_port()
 
-    here = ("--server", f"127.0.0.1:{port}", "--insecure")
+    here = ("--server", f"127.0.0.1:{port}", "--insecure", "--trust-server")
     line = ("server", "recipe.yaml", "--listen", f"127.0.0.1:{port}", "--insecure", "-o", "run", "--quiet",
             "--set", "federation.rounds=12", "--set", "evaluation.every=12")  # fmt: skip
     sites = [start(place, "client", "--id", id, *here, "--data", f"{id}.csv", "--state", f"state-{id}") for id in "ab"]

@@ -425,7 +425,7 @@ train: {steps: 11, epochs: 1.0, batch_size: 8, optimizer: sgd, lr: 1.0, betas: [
         schedule: linear, warmup: 0.1, clip: 1.0, accumulation: 2, dropout: false}
 federation: {rounds: 11, clients_per_round: 4, cohort: fixed, min_clients: 2, precision: int8, norm_bound: 5.0}
 evaluation: {every: 2, views: [global], cross_clients: 4, batch_size: 32, analyses: [asymmetry], threshold: 0.1, target: 0.5, bandwidth: [5, 1]}
-deployment: {clients: 3, deadline: 10.0, over_selection: 1.5, attempts: 2, histograms: true}
+deployment: {clients: 3, deadline: 10.0, over_selection: 1.5, attempts: 2, histograms: true, same_base: false}
 run: {seed: 1, block: 2, output: elsewhere, tensorboard: true, keep: all, threads: 1}
 """
 SAME_RESULT = {
@@ -437,6 +437,7 @@ SAME_RESULT = {
     "evaluation.target",
     "evaluation.bandwidth",
     "deployment.clients",
+    "deployment.same_base",
     "deployment.deadline",
     "deployment.over_selection",
     "deployment.attempts",

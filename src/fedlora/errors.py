@@ -80,6 +80,14 @@ class ConfigError(FedloraError):
         super().__init__(f"{count} problem{'s' * (count != 1)} in the configuration:\n{lines}")
 
 
+def printable(text: object, most: int = 2000) -> str:
+    """What somebody else has sent, safe to print: one line, at most `most` characters, and what is no printable character
+    (escape sequences, line breaks, marks that turn the writing around) written out as Python does."""
+    said = str(text)
+    cut = said if len(said) <= most else said[: most - 3] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+
+
 def near(name: str, known: Iterable[str], n: int = 3) -> str:
     """A remedy that lists the near misses: "did you mean 'query', 'key'?" or what exists at all."""
     known = [str(k) for k in known]

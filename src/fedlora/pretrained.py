@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +105,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     try:
         with _quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(
-                locate(name), **({"revision": revision} if revision else {})
+                locate(name), trust_remote_code=False, **({"revision": revision} if revision else {})
             )
     except (OSError, ValueError, KeyError) as e:
         raise _cannot("tokenizer of", name, e) from e
@@ -154,6 +154,7 @@ def load(
         with _quiet(), torch.random.fork_rng(devices=[]):
             base, info = auto.from_pretrained(
                 source,
+                trust_remote_code=False,  # without it transformers asks whoever sits there, and runs the code on a "y"
                 output_loading_info=True,
                 attn_implementation=attention,
                 dtype=torch.float32,
@@ -201,6 +202,22 @@ def fresh(base: nn.Module, names: list[str], seed: int) -> None:
                 p.copy_(torch.randn(p.shape, generator=rng(seed, "base", name)) * std)
             else:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def fingerprint(base: nn.Module, head: Iterable[str] = ()) -> str:
+    """sha256 of a base's weights as they are loaded: name, dtype, shape and bytes of each, in the order of their names.
+
+    Neither the folder nor the hub id counts. head: module paths of the task head, which is left out: it is drawn from the
+    run's seed, and its size is that of the task. fp32 and bf16 of one checkpoint have different fingerprints.
+    """
+    inside = tuple(f"{h}." for h in head)
+    digest = hashlib.sha256()
+    for name, v in sorted(base.state_dict().items()):
+        if name.startswith(inside):
+            continue
+        digest.update(f"{name} {str(v.dtype).removeprefix('torch.')} {list(v.shape)}\n".encode())
+        digest.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def head_of(base: nn.Module, task: str) -> tuple[str, ...]:

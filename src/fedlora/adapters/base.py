@@ -62,12 +62,18 @@ class Form(ABC):
     ranks_by_layer: ClassVar[bool] = False  # takes method.rank_pattern
     no_merge: ClassVar[str] = ""  # why no weight of the base can hold it; "" where `merge` can
     no_peft: ClassVar[str] = ""  # why PEFT cannot hold it; "" where `hold` can
+    leaves: ClassVar[frozenset[str]] = frozenset()  # parts that are trained, where they are not all of `shapes`
     groups: tuple[str, ...] = ("target",)  # groups of the model's sites it lives on (sites.py)
 
     @classmethod
     def make(cls: type[Self], name: str, rank: int, alpha: float, pattern: Pattern, field: str) -> Self:
         """The form called `name` in a recipe; a form takes of the hyperparameters what it has."""
         return cls()
+
+    @classmethod
+    def trained(cls) -> frozenset[str]:
+        """The parts that are trained, and so may be uploaded."""
+        return cls.leaves or frozenset().union(*cls.shapes)
 
     @abstractmethod
     def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:

@@ -51,6 +51,7 @@ class PiSSA(LoRA):
         "(arXiv:2404.02948)"
     }
     shapes: ClassVar[tuple[frozenset[str], ...]] = ()  # none of its own: the delta reaches the model as LoRA's
+    leaves: ClassVar[frozenset[str]] = frozenset({"dA", "dB"})
     low_rank: ClassVar[bool] = False  # but its leaves are no factors of the delta
     first: ClassVar[frozenset[str]] = frozenset({"dA"})
     second: ClassVar[frozenset[str]] = frozenset({"dB"})

@@ -26,6 +26,7 @@ class Sparse(Form):
     """Values at positions that every party derives from the seed: density * out * in of each layer."""
 
     shapes: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"values", "index"}),)
+    leaves: ClassVar[frozenset[str]] = frozenset({"values"})
     no_peft: ClassVar[str] = "scattered entries are no low-rank product, so PEFT's LoRA cannot hold them; use --merged"
     density: float = 0.01
     groups: tuple[str, ...] = ("target",)

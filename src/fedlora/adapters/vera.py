@@ -25,6 +25,7 @@ class VeRA(Form):
         "d = 0.1, b = 0 (arXiv:2310.11454)"
     }
     shapes: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"A", "B", "d", "b"}),)
+    leaves: ClassVar[frozenset[str]] = frozenset({"d", "b"})
     first: ClassVar[frozenset[str]] = frozenset({"d"})
     second: ClassVar[frozenset[str]] = frozenset({"b"})
     rank: int = 256

@@ -38,7 +38,10 @@ def _say(text: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True).print(Text("error: ", style="bold red") + Text(text), soft_wrap=True)
+    from ..errors import printable
+
+    shown = "\n".join(printable(line, 10**6) for line in text.split("\n"))  # it may hold what another machine has sent
+    Console(stderr=True).print(Text("error: ", style="bold red") + Text(shown), soft_wrap=True)
 
 
 def entry() -> None:

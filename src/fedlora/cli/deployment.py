@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import ConfigError, FedloraError, Problem, StateError
+from ..errors import ConfigError, FedloraError, Problem, StateError, printable
 from ..records import TrainLine, read_lines
 from ..watch import Several
 from . import tables
@@ -36,7 +36,10 @@ def _flower() -> Iterator[None]:
 def _say(quiet: bool) -> Callable[[str], None]:
     def say(text: str) -> None:
         if not quiet:
-            err.print(text, soft_wrap=True, highlight=False, markup=False)
+            shown = "\n".join(
+                printable(line, 10**6) for line in text.split("\n")
+            )  # it may hold what the other side has sent
+            err.print(shown, soft_wrap=True, highlight=False, markup=False)
 
     return say
 
@@ -134,12 +137,12 @@ def _finish(folder: Path, recipe: Any, quiet: bool, json: bool, run: Callable[[A
 def client(
     id: str, server: str, data: Sequence[str], ca: Path | None, key: Path | None, insecure: bool,
     columns: Mapping[str, Any], clients: str | None, state: Path, model: str | None, device: str, block: int | None,
-    threads: int | None, share_histogram: bool,
+    threads: int | None, share_histogram: bool, share_scores: bool, policy: Path | None, accept: Sequence[str], trust_server: bool,
 ) -> None:  # fmt: skip
     with _flower():
         from ..flower import client as flower
         from ..flower.keys import check_id, private_key
-    from ..deploy.site import Holding, Site
+    from ..deploy.site import Holding, guarded
 
     check_id(id)
     problems = []
@@ -154,25 +157,62 @@ def client(
     ]
     if ":" not in server:
         problems.append(Problem("--server", server, "host:port", "for example fl.example.org:8443"))
-    if problems:
-        raise ConfigError(problems)
+    if trust_server and (policy or accept or share_scores):
+        problems.append(
+            Problem("--trust-server", "beside --policy, --accept or --share-scores", "alone", "it needs none of them")
+        )
+    problems += [
+        Problem("--accept", a, "64 hex digits, as the server prints them when it starts")
+        for a in accept
+        if not (len(a) == 64 and set(a) <= set("0123456789abcdef"))
+    ]
     said = {k: v for k, v in columns.items() if v}
     if "text" in said:
         said["text"] = said["text"][0] if len(said["text"]) == 1 else list(said["text"])
-    holding = Holding(id, data[0] if len(data) == 1 else list(data), said, clients, model, device, block, threads)
+    rules = None
+    try:
+        rules = None if trust_server else _policy(policy, said, model, share_histogram, share_scores)
+    except ConfigError as e:
+        problems += e.problems
+    if problems:
+        raise ConfigError(problems)
+    holding = Holding(
+        id, data[0] if len(data) == 1 else list(data), said, clients, model, device, block, threads, rules
+    )
     keys = None if key is None else private_key(key)
     state.mkdir(parents=True, exist_ok=True)
     lock = FileLock(state / ".lock", timeout=0)
     say = _say(False)
     try:
         with lock, Pressed() as pressed:
-            site = Site(holding.federation, state, share_histogram, say)
+            if rules is None:
+                err.print(
+                    "[yellow]--trust-server: the server chooses which columns are read and what is sent[/]",
+                    soft_wrap=True,
+                )
+            else:
+                say(f"policy of this site ({policy or 'the default'}):\n{rules.to_yaml()}")
+            site = guarded(holding, state, accept=accept, ask=_ask(), say=say, histograms=share_histogram)
             flower.serve(flower.Uplink(server, ca, keys, insecure), site, say, pressed.stop)
     except Timeout:
         raise StateError(f"--state {state}: another client uses it; give each client a folder of its own") from None
     except KeyboardInterrupt:
         pass
     say("stopped; what the server has accepted is kept here")
+
+
+def _policy(path: Path | None, columns: Mapping[str, Any], model: str | None, histograms: bool, scores: bool) -> Any:
+    from ..deploy.policy import Policy
+
+    found = Policy() if path is None else Policy.load(path)
+    return found.with_columns(columns, model, histograms, scores)
+
+
+def _ask() -> Callable[[str], bool] | None:
+    """A question to whoever sits at this terminal; None where nobody does."""
+    if not sys.stdin.isatty():
+        return None
+    return lambda question: err.input(question, markup=False).strip().lower() in ("y", "yes")
 
 
 def keys(ids: Sequence[str], output: Path, hosts: Sequence[str]) -> None:

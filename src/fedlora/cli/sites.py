@@ -72,14 +72,30 @@ def client(
         bool,
         typer.Option("--share-histogram", help="Tell the server how many rows of each class there are, if it asks."),
     ] = False,
+    share_scores: Annotated[
+        bool, typer.Option("--share-scores", help="Tell the server losses and scores, rounded as the policy says.")
+    ] = False,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="What the server may ask (YAML); without it the strict default.", show_default=False),
+    ] = None,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option(help="Digest of a recipe that needs no question; repeat for more.", show_default=False),
+    ] = None,
+    trust_server: Annotated[
+        bool,
+        typer.Option("--trust-server", help="No policy: the server chooses columns, model and what is trained."),
+    ] = False,
 ) -> None:
-    """Train at this site for a server. Data and personal adapters stay here."""
+    """Train at this site for a server. Rows stay here; what else may leave, and for what, is this site's policy."""
     from . import deployment
 
     columns = {"text": text, "label": label, "template": template, "prompt": prompt, "completion": completion}
     deployment.client(
-        id, server, data, ca, key, insecure, columns, clients, state, model, device, block, threads, share_histogram
-    )
+        id, server, data, ca, key, insecure, columns, clients, state, model, device, block, threads, share_histogram,
+        share_scores, policy, accept or [], trust_server,
+    )  # fmt: skip
 
 
 @app.command()

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import printable
 from ..units import NOTHING, count, number, seconds, size
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ def status(s: Mapping[str, Any]) -> Table:
     where = {c: n for n, held in s["sites"].items() for c in held}
     for c in sorted(where):
         state = s["clients"].get(c, "idle")
-        table.add_row(Text(c), where[c], Text(state, style=COLOURS.get(state, "")))
+        table.add_row(Text(printable(c)), where[c], Text(state, style=COLOURS.get(state, "")))
     for node, reason in s["failed"].items():
-        table.add_row(Text(NOTHING), node, Text(reason, style="red"))
+        table.add_row(Text(NOTHING), node, Text(printable(reason), style="red"))
     if s["state"] == "waiting":
         table.caption = f"waiting for clients: {s['have']} of {s['need']} are here"
     return table
@@ -66,6 +67,8 @@ def result(out: Console, folder: Path) -> None:
         table.add_row(view, *(number(scores[k].get(s["metric"])) for k in ("mean", "weighted", "worst_decile")))
     out.print(table)
     chosen = f"{s['metric']} on test at round {s['chosen_round']}, chosen on {s['chosen_on']}"
+    if s["chosen_round"] is None:
+        chosen = "no scores: nothing was evaluated, or sites keep them"
     last = f"; mean of the last rounds {number(s['test_last10'])}" if s["test_last10"] is not None else ""
     known = s.get("constant")
     bar = "" if known is None else f"; always a client's most frequent class {number(known)}"

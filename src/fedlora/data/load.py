@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import string
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ..errors import DataError
-from . import encode
+from . import encode, template
 from .columns import codes, column, full, strings
 from .encode import Encoded
 from .examples import Tokens, Words
@@ -202,18 +201,18 @@ def _tokens(tokenizer: Any, texts: Texts, length: int, cache: Path | None) -> En
 
 def filled(table: pa.Table, data: Mapping[str, Any]) -> list[str]:
     """data.template with the columns it names, row by row; {prompt} and {text} are the columns of that name in the recipe."""
-    template = data["template"]
     try:
-        names = {n for _, n, _, _ in string.Formatter().parse(template) if n is not None}
+        cut = template.parts(data["template"])
     except ValueError as e:
         raise DataError(
-            f"data.template: {template!r} is no format string ({e}); double the braces that are text"
+            f"data.template: {data['template']!r} has {e}; write plain {{name}}, and double the braces that are text"
         ) from e
+    names = {n for _, n in cut if n is not None}
     alias = {n: data[n] for n in ("prompt", "text") if isinstance(data.get(n), str)}
     for n in names:
         column(table, alias.get(n) or n, "data.template")
     values = {n: strings(table, alias.get(n) or n, "data.template") for n in names}
-    return [template.format(**{n: v[i] for n, v in values.items()}) for i in range(table.num_rows)]
+    return [template.fill(cut, {n: v[i] for n, v in values.items()}) for i in range(table.num_rows)]
 
 
 def joined(parts: Sequence[Encoded], **more: Any) -> Tokens:

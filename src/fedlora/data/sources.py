@@ -164,7 +164,7 @@ def from_hub(name: str, subset: str | None = None, split: str | None = None, **o
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name, subset, split=split, **options)
+        loaded = datasets.load_dataset(name, subset, split=split, trust_remote_code=False, **options)
     except Exception as e:  # datasets raises whatever its storage, parser and network layers raise
         around = sorted(p.name for p in Path(name).parent.iterdir()) if Path(name).parent.is_dir() else []
         what = f"{name!r} (subset {subset!r}, split {split!r})" if subset or split else f"{name!r}"

@@ -13,6 +13,7 @@ from ..errors import ConfigError, Problem, StateError
 from ..federation import Federation
 from ..recipe import Recipe
 from ..tasks import TASKS
+from .audit import digest
 from .remote import Link, Remote, Terms
 from .site import SHOWN
 
@@ -54,16 +55,17 @@ def coordinator(
     d = recipe.deployment
     terms = Terms(d.clients or recipe.federation.min_clients, d.deadline, d.over_selection, d.attempts)
     fed = build.federation(recipe, output, lambda r, tokenizer: nobody)
-    told = _told(recipe)
+    told = told_to_sites(recipe)
 
     def runtime(fed: Federation, watch: Any) -> Remote:
+        say(f"sites accept this recipe with --accept {digest(told)}")
         return Remote(fed, watch, link(), terms, told, say)
 
     fed.runtime = runtime
     return fed
 
 
-def _told(recipe: Recipe) -> dict[str, Any]:
+def told_to_sites(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe a site is told: all but where the server's own files are."""
     raw: dict[str, Any] = json.loads(json.dumps(recipe.resolved()))
     raw["data"]["source"] = "(of the site)"

@@ -17,17 +17,20 @@ from .. import wire
 from ..channel import Declared, Sent
 from ..data.federated import roster
 from ..engine import RoundLog, enough, in_order
-from ..errors import TrainingError, UploadError
+from ..errors import TrainingError, UploadError, printable
 from ..federation import Federation
 from ..method import Client, Order, Server, Upload
+from ..pretrained import fingerprint
 from ..records import EvalLine, Line
 from ..tree import Params
 from ..views import scored
 from ..watch import Watch
 from .packets import EVERYBODY, PROTOCOL, Kind, Packet, same
+from .refusal import heard
 
 SPLITS = ("train", "validation", "test")
 MOST_CLIENTS = 10_000  # of one site
+LONGEST_ID = 200  # characters of a client's id
 
 
 class Link(Protocol):
@@ -65,6 +68,7 @@ class Remote:
         self.failed: dict[int, str] = {}
         self.needed = 0  # uploads that end a round early, where more clients than that were asked
         self.metric: tuple[str, float] | None = None
+        self._base: str | None = None  # fingerprint of the server's own, once somebody joins
         known = fed.store.read_json("deployment.json")
         self.run: str = known.get("run") or f"{fed.recipe_hash}-{secrets.token_hex(4)}"
         if not known:
@@ -95,7 +99,9 @@ class Remote:
             packet = Packet("join", self._header(0) | {"histograms": self._asks})
             for node, reply in self.link.exchange(dict.fromkeys(new, packet), self.terms.deadline):
                 try:
-                    facts = self._welcome(nodes[node], self._checked(reply, "join", 0))
+                    header = self._checked(reply, "join", 0)
+                    self._same_base(header)
+                    facts = self._welcome(nodes[node], header)
                 except UploadError as e:
                     self.failed[node] = str(e)
                     self.say(f"site {nodes[node] or node} cannot join: {e}")
@@ -109,6 +115,19 @@ class Remote:
     def _asks(self) -> bool:
         return bool(self.recipe.get("deployment", {}).get("histograms"))
 
+    def _same_base(self, header: Mapping[str, Any]) -> None:
+        """Raise UploadError for a site whose base has other weights, unless the recipe allows it."""
+        if not self.recipe.get("deployment", {}).get("same_base", True):
+            return
+        if self._base is None:
+            self._base = fingerprint(self.fed.model.base, [s.name for s in self.fed.model.groups.get("head", ())])
+        if header.get("base") != self._base:
+            theirs = printable(header.get("base"), 64)
+            raise UploadError(
+                f"its base has the weights {theirs}, the server's {self._base}; load the same model on both sides, or "
+                "set deployment.same_base to false"
+            )
+
     def _welcome(self, name: str | None, header: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """A site's clients with their rows. Raises UploadError for names that are not its own, and for nonsense."""
         facts = header.get("clients")
@@ -117,6 +136,10 @@ class Remote:
         others = {c for held in self.sites.values() for c in held}
         out: dict[str, dict[str, Any]] = {}
         for id, rows in facts.items():
+            if not id.isprintable() or len(id) > LONGEST_ID:
+                raise UploadError(
+                    f"client {printable(id, 80)} is no id, expected up to {LONGEST_ID} printable characters"
+                )
             if name is not None and id != name and not id.startswith(f"{name}/"):
                 raise UploadError(
                     f"client {id!r} is not of site {name!r}, whose key it uses; start it with --id {name}"
@@ -193,8 +216,8 @@ class Remote:
                 try:
                     params, message = self._upload(reply, clients[c], sent[c].params, declared)
                 except UploadError as e:
-                    log.refused[c], state[c] = str(e), "refused"
-                    self.say(f"upload of {c} refused: {e}")
+                    log.refused[c], state[c] = printable(e), "refused"
+                    self.say(f"upload of {c} refused: {log.refused[c]}")
                     continue
                 log.up += message
                 metrics = {"loss": _number(facts.get(c, {}).get("metrics", {}).get("loss"))}
@@ -261,9 +284,9 @@ class Remote:
     def _checked(self, reply: Packet | str, kind: Kind, round: int) -> Mapping[str, Any]:
         """The header of a reply to this run's order. Raises UploadError for all others, and for a site's own failure."""
         if isinstance(reply, str):
-            raise UploadError(reply)
+            raise UploadError(printable(reply))
         if "error" in reply.header:
-            raise UploadError(str(reply.header["error"])[:2000])
+            raise UploadError(heard(reply.header["error"]))
         same({**reply.header, "kind": reply.kind}, kind=kind, run=self.run, round=round, protocol=PROTOCOL)
         if kind == "train" and not isinstance(reply.header.get("clients"), Mapping):
             raise UploadError("reply says nothing of its clients, expected what each has done")

@@ -11,18 +11,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import build, wire
+from .. import build, pretrained, wire
 from ..engine import Engine
-from ..errors import ConfigError, FedloraError, Problem, StateError, UploadError
+from ..errors import ConfigError, FedloraError, Problem, StateError, UploadError, printable
 from ..federation import Federation
 from ..memory import kept
 from ..method import Client, Order, Server
+from ..pretrained import fingerprint
 from ..recipe import Recipe
 from ..records import EvalLine
 from ..tree import Params
 from ..views import evaluate, served
 from ..watch import Watch
+from .audit import digest
+from .gate import Ask, Gate
 from .packets import EVERYBODY, KINDS, PROTOCOL, Packet
+from .policy import Policy
+from .refusal import Refusal, told
 
 SHOWN = ("personal", "global")  # the views that need nobody else's data
 COLUMNS = ("text", "label", "template", "prompt", "completion")
@@ -45,6 +50,7 @@ class Holding:
     device: str = "auto"
     block: int | None = None
     threads: int | None = None
+    policy: Policy | None = None  # without one the server chooses columns and model
 
     def recipe(self, given: Mapping[str, Any]) -> Recipe:
         """The server's recipe over this site's data. Raises ConfigError."""
@@ -63,7 +69,10 @@ class Holding:
             "subset": None,
             "limit": None,
         }
-        raw["data"] |= {"source": self.data, "format": "auto", **elsewhere, **self.columns}
+        own = {"source": self.data, "format": "auto", **elsewhere}
+        raw["data"] = (
+            {**raw["data"], **self.columns} if self.policy is None else self.policy.overlay(raw["data"])
+        ) | own
         shares = {k: raw["partition"][k] for k in ("validation", "test")}
         raw["partition"] = {"kind": "column" if self.clients else "iid", "clients": 1, "column": self.clients, **shares}
         raw["federation"] |= {"clients_per_round": None, "min_clients": 1}
@@ -75,19 +84,36 @@ class Holding:
 
     def federation(self, recipe: Mapping[str, Any], folder: Path) -> Federation:
         """The run's model and method over this site's data; personal leaves are kept in `folder`."""
-        return build.federation(self.recipe(recipe), folder)
+        r = self.recipe(recipe)
+        if self.policy is not None:
+            self._known_base(r, self.policy.wanted(r.model.name))
+        return build.federation(r, folder)
+
+    def _known_base(self, r: Recipe, wanted: str | None) -> None:
+        """Raise Refusal unless the base has the weights that the policy names; asked before any row is read."""
+        if wanted is None or self.model:
+            return
+        loaded = pretrained.load(
+            r.model.name, r.model.task, dtype=r.model.dtype, revision=r.model.revision, seed=r.run.seed
+        )
+        found = fingerprint(loaded.base, loaded.head)
+        if found != wanted:
+            raise Refusal(
+                "base", f"the weights of {r.model.name!r} are {found}, the policy names {wanted}", "model.name"
+            )
 
 
 class Site:
     """Answers packets. make: a run's federation over this site's data (`Holding.federation`). folder: where personal leaves
-    are kept, a subfolder for each run. histograms: consent to send class histograms."""
+    are kept, a subfolder for each run. histograms: consent to send class histograms. gate: the site's policy, consent and
+    audit log; None trusts the server and records nothing, for trials within one process."""
 
     def __init__(
         self, make: Callable[[Mapping[str, Any], Path], Federation], folder: str | Path, histograms: bool = False,
-        say: Callable[[str], None] = lambda text: None,
+        say: Callable[[str], None] = lambda text: None, gate: Gate | None = None,
     ):  # fmt: skip
-        self.make, self.folder, self.histograms, self.say = make, Path(folder), histograms, say
-        self._run: str | None = None
+        self.make, self.folder, self.histograms, self.say, self.gate = make, Path(folder), histograms, say, gate
+        self._run: tuple[str, str] | None = None
         self._fed: Federation | None = None
 
     def answer(self, packet: Packet) -> Packet:
@@ -97,14 +123,11 @@ class Site:
         try:
             with kept():
                 return self._answer(packet, head)
-        except FedloraError as e:
-            reason = str(e)
-        except MemoryError:
-            reason = "out of memory; give this site fewer clients at once (fedlora client --block), or more memory"
-        except OSError as e:
-            reason = f"{e.strerror or e} ({e.filename})" if e.filename else str(e)
-        self.say(f"failed: {reason}")
-        return Packet(packet.kind, head | {"error": reason})
+        except Exception as e:  # whatever it is: the server learns a code, and the next order may be a better one
+            self.say(f"failed: {particulars(e)}")
+            if self.gate is not None:
+                self.gate.refused(packet, e)
+            return Packet(packet.kind, head | {"error": told(e)})
 
     def _answer(self, packet: Packet, head: dict[str, Any]) -> Packet:
         h = packet.header
@@ -113,9 +136,18 @@ class Site:
                 f"order {packet.kind!r} of protocol {h.get('protocol')!r}, this site speaks {PROTOCOL}; "
                 "install the same version of fedlora on both sides"
             )
+        if self.gate is not None:
+            self.gate.admit(packet)
         fed = self.federation(str(h["run"]), h["recipe"])
-        if packet.kind == "join":
-            return Packet("join", head | {"clients": self._facts(fed, bool(h.get("histograms")))})
+        reply = self._joined(fed, h, head) if packet.kind == "join" else self._done(packet, fed, head)
+        return reply if self.gate is None else self.gate.leave(reply, fed)
+
+    def _joined(self, fed: Federation, h: Mapping[str, Any], head: dict[str, Any]) -> Packet:
+        base = fingerprint(fed.model.base, [s.name for s in fed.model.groups.get("head", ())])
+        return Packet("join", head | {"clients": self._facts(fed, bool(h.get("histograms"))), "base": base})
+
+    def _done(self, packet: Packet, fed: Federation, head: dict[str, Any]) -> Packet:
+        h = packet.header
         accepted: dict[str, int | None] = dict(h["clients"])
         foreign = sorted(set(accepted) - set(fed.data.ids))
         if foreign:
@@ -128,12 +160,15 @@ class Site:
 
     def federation(self, run: str, recipe: Mapping[str, Any]) -> Federation:
         """The run's model, method and this site's data, loaded once and kept for the next order."""
-        if self._fed is None or self._run != run:
-            self.say(f"run {run}: loading model and data")
+        name = run, digest(recipe)  # a run whose recipe has changed is another one
+        if self._fed is None or self._run != name:
+            self.say(f"run {_name(run)}: loading model and data")
             fed = self.make(recipe, self.folder / _name(run))
+            if self.gate is not None:
+                self.gate.holds(fed)
             fed.store.root.mkdir(parents=True, exist_ok=True)
             fed.store.claim(fed.recipe_hash, dict(fed.recipe))
-            self._fed, self._run = fed, run
+            self._fed, self._run = fed, name
         return self._fed
 
     def _facts(self, fed: Federation, asked: bool) -> dict[str, Any]:
@@ -163,7 +198,8 @@ class Site:
             return found
 
         engine = fed.engine(Watch())
-        return replace(engine, load=load, received=lambda client: down[client.id])
+        pace = engine.pace if self.gate is None else self.gate.pace(engine.pace)
+        return replace(engine, load=load, received=lambda client: down[client.id], pace=pace)
 
     def _train(
         self, fed: Federation, order: Order, accepted: Mapping[str, int | None], down: Mapping[str, Params], head: dict[str, Any]
@@ -203,8 +239,36 @@ class Site:
         return Packet("evaluate", head | {"lines": kept})
 
 
+def guarded(
+    holding: Holding, folder: Path, *, accept: Sequence[str] = (), ask: Ask | None = None,
+    say: Callable[[str], None] = lambda text: None, histograms: bool = False,
+) -> Site:  # fmt: skip
+    """A site behind its gate: with the holding's policy, or without one a server that is trusted; with an audit log always.
+
+    histograms: consent to class histograms where there is no policy to give it.
+    """
+    policy = holding.policy
+    if policy is not None:
+        histograms = policy.send.histograms
+        if policy.model.folder and not holding.model:
+            holding = replace(holding, model=policy.model.folder)
+    gate = Gate(policy, folder, holding.recipe, accept=accept, ask=ask, say=say)
+    return Site(holding.federation, folder, histograms, say, gate)
+
+
+def particulars(e: Exception) -> str:
+    """What went wrong, for the site's own eyes."""
+    if isinstance(e, FedloraError):
+        return str(e)
+    if isinstance(e, MemoryError):
+        return "out of memory; give this site fewer clients at once (fedlora client --block), or more memory"
+    if isinstance(e, OSError):
+        return f"{e.strerror or e} ({e.filename})" if e.filename else str(e)
+    return f"{type(e).__name__}: {e}"
+
+
 def _name(run: str) -> str:
     """A run's id as a folder. Raises UploadError for one that a server of ours has not made."""
     if not run.replace("-", "").isalnum() or len(run) > 64:
-        raise UploadError(f"run {run[:64]!r} is no run id, expected letters, digits and dashes")
+        raise UploadError(f"run {printable(run, 64)} is no run id, expected letters, digits and dashes")
     return run

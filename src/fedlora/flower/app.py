@@ -1,7 +1,8 @@
 """ServerApp and ClientApp: the project as a plain Flower app, for those who run Flower already (`flwr run`).
 
 Run config: recipe (path at the server), output. Node config of a SuperNode: id, data; and text, label, template, prompt,
-completion, clients, model, state, block as `fedlora client` has them. Flower starts a process per message: it imports torch
+completion, clients, model, state, block, policy, accept (digests, with commas between), trust-server, share-histogram,
+share-scores as `fedlora client` has them. Flower starts a process per message: it imports torch
 and loads the model each time; `fedlora client` does not.
 """
 
@@ -17,7 +18,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from ..deploy.coordinator import coordinator
 from ..deploy.packets import Packet
-from ..deploy.site import COLUMNS, Holding, Site
+from ..deploy.policy import Policy
+from ..deploy.refusal import told
+from ..deploy.site import COLUMNS, Holding, Site, guarded
 from ..errors import ConfigError, Problem, UploadError
 from ..recipe import Recipe
 from ..watch import Watch
@@ -51,7 +54,8 @@ def answer(message: Message, context: Context) -> Message:
     try:
         reply = site(tuple(sorted(context.node_config.items()))).answer(records.unpack(message.content))
     except (ConfigError, UploadError) as e:
-        reply = Packet("join", {"error": str(e)})
+        print(f"failed: {e}")
+        reply = Packet("join", {"error": told(e)})
     return Message(records.pack(reply), reply_to=message)
 
 
@@ -66,8 +70,18 @@ def site(node_config: tuple[tuple[str, Any], ...]) -> Site:
     columns = {k: said[k] for k in COLUMNS if k in said}
     if "," in str(columns.get("text", "")):
         columns["text"] = [c.strip() for c in str(columns["text"]).split(",")]
-    holding = Holding(
-        str(said["id"]), str(said["data"]), columns, said.get("clients"), said.get("model"), block=said.get("block")
-    )
+    policy = None
+    if not said.get("trust-server", False):
+        policy = Policy.load(str(said["policy"])) if "policy" in said else Policy()
+        policy = policy.with_columns(
+            columns, said.get("model"), bool(said.get("share-histogram")), bool(said.get("share-scores"))
+        )
     folder = Path(str(said.get("state", "fedlora-state"))) / str(said["id"])
-    return Site(holding.federation, folder, bool(said.get("share-histogram", False)), print)
+    accept = [a.strip() for a in str(said.get("accept", "")).split(",") if a.strip()]
+    return guarded(
+        Holding(
+            str(said["id"]), str(said["data"]), columns, said.get("clients"), said.get("model"), block=said.get("block"),
+            policy=policy,
+        ),
+        folder, accept=accept, say=print, histograms=bool(said.get("share-histogram", False)),
+    )  # fmt: skip

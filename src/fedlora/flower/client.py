@@ -47,6 +47,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from ..deploy.packets import Packet
+from ..deploy.refusal import told
 from ..deploy.site import Site
 from ..errors import FedloraError, UploadError
 from . import records
@@ -258,4 +259,5 @@ def _answer(site: Site, message: Message) -> Packet:
     try:
         return site.answer(records.unpack(message.content))
     except UploadError as e:
-        return Packet("join", {"error": str(e)})
+        site.say(f"failed: {e}")
+        return Packet("join", {"error": told(e)})

@@ -13,6 +13,21 @@ from ..model import Site
 def facts(m: type[Method]) -> dict[str, Any]:
     """Name, paper, what is shared and what stays personal (as adapter.part), hyperparameters with defaults."""
     method: Any = m()
+    shared, personal = leaves(method)
+    return {
+        "name": m.name,
+        "title": m.title,
+        "paper": m.paper,
+        "what": (inspect.getdoc(m) or "").splitlines()[0],
+        "shared": shared,
+        "personal": personal,
+        "second_order": method.second_order,
+        "options": {f.name: _shown(getattr(method, f.name)) for f in fields(method) if f.name != "optimizer"},
+    }
+
+
+def leaves(method: Any) -> tuple[list[str], list[str]]:
+    """What a method sends and what it keeps in its first round, as parts of an adapter and "head"."""
     layer = (Site("layer", 512, 512),)
     scene = Scene({"head": (Site("head", 2, 512),), "target": layer} | {g: layer for g in method.groups}, 0)
     from ..method import Client
@@ -21,16 +36,7 @@ def facts(m: type[Method]) -> dict[str, Any]:
     down = method.broadcast(scene, method.init(scene), client)
     kept = method.keep(scene, client)
     label = lambda p: sorted({k.adapter if k.adapter == "head" else f"{k.part}" for k in p if "~" not in k.adapter})  # noqa: E731
-    return {
-        "name": m.name,
-        "title": m.title,
-        "paper": m.paper,
-        "what": (inspect.getdoc(m) or "").splitlines()[0],
-        "shared": label(down),
-        "personal": label(kept),
-        "second_order": method.second_order,
-        "options": {f.name: _shown(getattr(method, f.name)) for f in fields(method) if f.name != "optimizer"},
-    }
+    return label(down), label(kept)
 
 
 def _shown(value: Any) -> Any:

@@ -139,7 +139,7 @@ def _checked(raw: Mapping[str, Any]) -> tuple[dict[str, Any], Method | None, tup
     fields: dict[str, Any] = {}
     partial: dict[str, Any] = {}
     for name, kind in SECTIONS.items():
-        value, rest, wrong = _section(name, kind, raw.get(name))
+        value, rest, wrong = read_section(name, kind, raw.get(name))
         problems += wrong
         if value is not None:
             fields[name] = value
@@ -164,7 +164,7 @@ def _checked(raw: Mapping[str, Any]) -> tuple[dict[str, Any], Method | None, tup
     return {"name": title, **fields, "method": MethodSection(**written)}, method, guards
 
 
-def _section(name: str, kind: type[Section], raw: Any) -> tuple[Section | None, Partial | None, list[Problem]]:
+def read_section(name: str, kind: type[Section], raw: Any) -> tuple[Section | None, Partial | None, list[Problem]]:
     """One section by itself: whole, without its wrong fields, and what is wrong. JSON's types are taken strictly."""
     if isinstance(raw, kind):
         return raw, Partial(raw), []

@@ -10,6 +10,7 @@ import string
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..data.template import names
 from ..errors import Problem, near
 from .sections import Data, Evaluation, Federation, Model, Partition, Run, Section, Train
 
@@ -75,6 +76,18 @@ def options(model: Model) -> Iterator[Problem]:
         if value != usual and field not in _task(model).options:
             whose = ", ".join(name for name, t in _tasks().items() if field in t.options)
             yield Problem(f"model.{field}", value, f"{usual} for {model.task}", f"only {whose} reads it: leave it out")
+
+
+def template(data: Data) -> Iterator[Problem]:
+    if data.template is None:
+        return
+    try:
+        names(data.template)
+    except ValueError as e:
+        yield Problem(
+            "data.template", data.template, "plain {name} of columns, without formats or attributes",
+            f"it has {e}; double the braces that are text",
+        )  # fmt: skip
 
 
 def encoding(data: Data) -> Iterator[Problem]:
@@ -178,7 +191,7 @@ def output(run: Run) -> Iterator[Problem]:
             )
 
 
-RULES: tuple[Rule, ...] = (work, targets, options, columns, encoding, clients, labels, cohort, views, output)
+RULES: tuple[Rule, ...] = (work, targets, options, columns, template, encoding, clients, labels, cohort, views, output)
 
 
 class Wrong(Exception):

@@ -201,6 +201,8 @@ class Deployment(Section):
     """Times a round is tried before the run stops, to be resumed."""
     histograms: bool = False
     """Ask clients for their class histograms; those that do not consent send none."""
+    same_base: bool = True
+    """Refuse a site whose base has other weights than the server's: their deltas would be summed as if they fitted."""
 
 
 class Run(Section):
