@@ -163,13 +163,19 @@ MUTANTS = (
     # data
     Mutant("a client sees everybody's labels unpermuted", "data/batches.py", 'batch["labels"] = torch.from_numpy(data.label_maps[owners, batch["labels"].numpy()])', "pass", "tests/test_federation.py"),
     Mutant("prompts carry loss", "data/examples.py", "scored = inside & (at >= np.maximum(skip, 1)[:, None])", "scored = inside & (at >= 1)", "tests/test_federation.py"),
+    # recipes, the hub, the example by hand
+    Mutant("a copied recipe overwrites a file", "recipe/shipped.py", 'target.open("x", encoding="utf-8")', 'target.open("w", encoding="utf-8")', "tests/test_recipes_shipped.py -k overwrites"),
+    Mutant("without a network the hub is asked again and again", "data/sources.py", "datasets.config.HF_HUB_OFFLINE = offline or not (Path(name).is_dir() or reachable())", "pass", "tests/test_sources.py -k asked_once"),
+    Mutant("the hub stays switched off after one failure", "data/sources.py", "        datasets.config.HF_HUB_OFFLINE = offline\n", "        pass\n", "tests/test_sources.py -k asked_once"),
+    Mutant("data sets that are scripts cannot be read", "data/sources.py", "split=split, revision=PARQUET, **options)", "split=split, **options)", "tests/test_sources.py -k parquet_copy"),
+    Mutant("clients of all sizes count alike", "sgd.py", 'return float(u.client.examples) if self.weights == "examples" else 1.0', "return 1.0", "tests/test_examples.py"),
 )  # fmt: skip
 
 
 def found(m: Mutant, python: str) -> bool:
     """Whether the tests notice the bug, in a copy of the tree."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("src", "tests", "recipes", "docs"):
+        for name in ("src", "tests", "examples", "docs"):
             shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md"):
             shutil.copy(ROOT / name, folder)
