@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,20 @@ from fedlora.recipe.sections import SECTIONS
 
 HEAD = """# Recipes
 
-A recipe is a YAML file that describes a run whole. Every field has a type, a range and (nearly always) a default; all
-errors are shown at once. `--set a.b=c` overrides a field. The resolved recipe and its hash are stored with the run; the
-hash covers all that decides the result and nothing else, so a folder can be resumed with other threads but not with
-another learning rate.
+A recipe is a YAML file that describes a whole run. `fedlora recipes` lists those that come with the
+package, and `fedlora recipes NAME` copies one to the current folder.
 
-A section `sweep` makes many runs of one file: `sweep: {method.name: [homlora, fedsa], run.seed: [0, 1, 2]}` is six.
-`variants` in it changes several fields at once. This page is made from the types by `make docs`.
+Every field has a type, a range and (nearly always) a default. All errors of a recipe are shown at
+once. `--set a.b=c` overrides a field on the command line.
+
+The resolved recipe and its hash are stored with the run. The hash covers what decides the result, and
+nothing else: a run can be resumed with other threads, but not with another learning rate.
+
+A section `sweep` makes many runs of one file.
+`sweep: {method.name: [homlora, fedsa], run.seed: [0, 1, 2]}` makes six. `variants` in it changes
+several fields at once.
+
+This page is made from the types by `make docs`.
 
 """
 
@@ -56,6 +64,12 @@ def allowed(field: dict[str, Any]) -> str:
     return " ".join([out, *(p for p in parts if p)])
 
 
+def wrapped(text: str) -> str:
+    """Lines that are not indented, at no more than 100 columns."""
+    lines = [[x] if x[:1].isspace() or not x else textwrap.wrap(x, 100) for x in text.splitlines()]
+    return "\n".join(x for line in lines for x in line)
+
+
 def text() -> str:
     """The page."""
     types = schema()["$defs"]
@@ -84,7 +98,7 @@ def text() -> str:
     for name, cls in METHODS.items():
         fields = [f"`{f}`" if (v := default(cls, f)) is UNTYPED else f"`{f}: {json.dumps(v)}`" for f in own_fields(cls)]
         out.append(f"| `{name}` | {', '.join(fields)} |\n")
-    said = (adapters.__doc__ or "").partition("\n\n")[2]
+    said = wrapped((adapters.__doc__ or "").partition("\n\n")[2])
     out.append(f"\n### method.adapter\n\n```text\n{said.strip()}\n```\n")
     return "".join(out)
 
