@@ -96,7 +96,7 @@ def with_fedlora(base: torch.nn.Module, data: fl.FederatedData, output: Path) ->
     )
     method = fl.HomLoRA(rank=RANK, alpha=ALPHA, optimizer=fl.AdamW(LR))
     federation = fl.Federation(
-        model, fl.Classification(3), data, method, output, WORK, sampling=fl.Sampling(ROUNDS), seed=SEED
+        model, fl.Classification(3), data, method, output, plan=WORK, sampling=fl.Sampling(ROUNDS), seed=SEED
     )
     federation.run()
     lines = [json.loads(x) for x in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -18,10 +18,11 @@ from fedlora import wire
 from fedlora.data.batches import Plan
 from fedlora.engine import Schedule, train_block
 from fedlora.errors import FedloraError
-from fedlora.federation import Federation, Sampling
+from fedlora.federation import Federation
 from fedlora.method import Method, Order, Server
 from fedlora.methods import METHODS
 from fedlora.optim import SGD, AdamW
+from fedlora.setting import Sampling
 from fedlora.tree import Params, stack
 from fedlora.views import scores, served
 from fedlora.watch import Watch
@@ -105,7 +106,7 @@ TABLE = {
     ),
     "slora-pf2lora": Row(
         METHODS["slora"](
-            rank=4, density=0.1, sparse_rounds=1, second="pf2lora", head="personal", optimizer=AdamW(1e-2)
+            rank=4, density=0.1, sparse_rounds=1, second=METHODS["pf2lora"](), head="personal", optimizer=AdamW(1e-2)
         ),
         "sparse.values",
     ),

@@ -22,11 +22,12 @@ from fedlora import wire
 from fedlora.data.batches import Plan
 from fedlora.engine import Schedule, train_block
 from fedlora.errors import ConfigError, ModelError
-from fedlora.federation import Evaluation, Federation, Sampling
+from fedlora.federation import Federation
 from fedlora.merge import merge
 from fedlora.method import Client, Order, Server
 from fedlora.methods import METHODS
 from fedlora.optim import AdamW
+from fedlora.setting import Evaluation, Sampling
 from fedlora.tree import Key, Params, stack, unstack
 
 SFT, SLORA = METHODS["sft"], METHODS["slora"]
@@ -172,7 +173,9 @@ def served(f: Federation, server: Server) -> Params:
 
 @pytest.mark.parametrize("second", ["homlora", "pf2lora"])
 def test_keep_leaves_every_logit_unchanged(second: str, tmp_path: Path) -> None:
-    f, server = stage_one(SLORA(rank=3, alpha=12, density=0.3, sparse_rounds=2, base="keep", second=second), tmp_path)
+    f, server = stage_one(
+        SLORA(rank=3, alpha=12, density=0.3, sparse_rounds=2, base="keep", second=METHODS[second]()), tmp_path
+    )
     new = f.method.advance(f.scene, server)
     assert any(k.part == "A" for k in new.params)
     torch.testing.assert_close(logits(f, served(f, new)), logits(f, served(f, server)), rtol=1e-4, atol=1e-5)

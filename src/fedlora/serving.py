@@ -12,8 +12,9 @@ from .build import tokenizer_of
 from .errors import DataError, StateError, near
 from .federation import Federation
 from .method import Server
+from .setting import View
 from .tree import Params
-from .views import View, served
+from .views import served
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def server_of(fed: Federation) -> Server:
     loaded = fed.store.load_server()
     if loaded is None:
         raise StateError(f"{fed.store.root}: no round is committed yet; run it first")
-    return Server(*loaded)
+    return Server.restored(*loaded)
 
 
 def deltas_of(fed: Federation, client: str | None) -> Params:

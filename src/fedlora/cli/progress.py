@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..records import EvalLine, Line, TrainLine
 from ..units import size
 from ..watch import Watch
 
@@ -37,8 +38,8 @@ class JsonLines(Watch):
     def lowered(self, block: int, clients: int) -> None:
         self._say({"kind": "lowered", "block": block, "clients": clients})
 
-    def record(self, line: dict[str, Any]) -> None:
-        self._say(line)
+    def record(self, line: Line) -> None:
+        self._say(line.to_json())
 
     def end(self, summary: dict[str, Any]) -> None:
         self._say({"kind": "summary", **summary})
@@ -92,15 +93,15 @@ class Bars(Watch):
         if self.clients is not None:
             self.progress.update(self.clients, note=f"evaluating, round {round}")
 
-    def record(self, line: dict[str, Any]) -> None:
-        if line["kind"] == "train":
-            self.facts["loss"] = line["loss"]
-            self.facts["bytes"] += sum(sum(d.values()) for d in line["bytes"].values())
-            for client, why in line["refused"].items():
-                self.progress.console.print(f"[yellow]round {line['round']}: refused the upload of {client}: {why}")
-        if line["kind"] == "eval" and line["view"] == "personal" and line["split"] in ("validation", "test"):
-            value = line["mean"].get(self.metric, float("nan"))
-            if line["split"] == "validation" or self.facts["metric"] != self.facts["metric"]:
+    def record(self, line: Line) -> None:
+        if isinstance(line, TrainLine):
+            self.facts["loss"] = line.loss
+            self.facts["bytes"] += line.sent("up") + line.sent("down")
+            for client, why in line.refused.items():
+                self.progress.console.print(f"[yellow]round {line.round}: refused the upload of {client}: {why}")
+        if isinstance(line, EvalLine) and line.view == "personal" and line.split in ("validation", "test"):
+            value = line.mean.get(self.metric, float("nan"))
+            if line.split == "validation" or self.facts["metric"] != self.facts["metric"]:
                 self.facts["metric"] = value
 
     def round_done(self, round: int, facts: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from ..federation import Federation
 from ..memory import kept
 from ..method import Client, Order, Server
 from ..recipe import Recipe
+from ..records import EvalLine
 from ..tree import Params
 from ..views import evaluate, served
 from ..watch import Watch
@@ -153,7 +154,8 @@ class Site:
             if round is None:
                 return None
             found = fed.store.load_client(id, round + 1)
-            if found is None and fed.method.keep(fed.scene, Client(id, 1)):
+            personal = fed.sampling.channel.remembers or fed.method.keep(fed.scene, Client(id, 1))
+            if found is None and personal:
                 raise StateError(
                     f"client {id!r}: its personal leaves of round {round + 1} are gone from {fed.store.root}; restore that "
                     "folder: the server has accepted what they belong to"
@@ -174,8 +176,8 @@ class Site:
             fed.store.save_client(client.id, order.round, done.kept)
             fed.store.sync()
             fed.store.forget(client.id, accepted[client.id])
-            message = wire.pack(done.upload, fed.sampling.precision)
-            parts[client.id] = wire.encode(message, {"round": order.round, "examples": client.examples})
+            assert done.sent is not None
+            parts[client.id] = done.sent.encode()
             facts[client.id] = {"examples": client.examples, "metrics": done.metrics, "tokens": tokens}
         losses = ", ".join(f"{f['metrics'].get('loss', float('nan')):.3f}" for f in list(facts.values())[:4])
         self.say(f"round {order.round + 1} of {order.rounds}: trained {len(parts)} client(s), loss {losses}")
@@ -197,7 +199,7 @@ class Site:
                 f"run {fed.store.root.name} is done; the models of {len(accepted)} client(s) are in {fed.store.root}"
             )
         lines = evaluate(fed, engine, server)
-        kept = [{k: x[k] for k in ("view", "split", "clients")} for x in lines if x["kind"] == "eval"]
+        kept = [{"view": x.view, "split": x.split, "clients": x.clients} for x in lines if isinstance(x, EvalLine)]
         return Packet("evaluate", head | {"lines": kept})
 
 
