@@ -181,7 +181,7 @@ MUTANTS = (
     Mutant("a site that is started again counts from nothing", "deploy/audit.py", 'for x in self.lines() if x.get("event") == "asked"', 'for x in self.lines() if x.get("event") == "never"', f"{POLICY} -k counted"),
     Mutant("rows are read before the policy", "deploy/site.py", "            self.gate.admit(packet)\n        fed = self.federation(str(h[\"run\"]), h[\"recipe\"])\n", "            fed = self.federation(str(h[\"run\"]), h[\"recipe\"])\n            self.gate.admit(packet)\n        fed = self.federation(str(h[\"run\"]), h[\"recipe\"])\n", f"{POLICY} -k before"),
     Mutant("a template formats its values", "data/template.py", "if form or conversion:", "if False:", f"{POLICY} -k plain_names"),
-    Mutant("a model may ask to run its own code", "pretrained.py", "locate(name), trust_remote_code=False, **", "locate(name), **", f"{POLICY} -k remote_code"),
+    Mutant("a model may ask to run its own code", "pretrained.py", "trust_remote_code=False,\n                local_files_only", "local_files_only", f"{POLICY} -k remote_code"),
     Mutant("deltas of another base are summed", "deploy/remote.py", 'if header.get("base") != self._base:', "if False:", f"{POLICY} -k servers_base"),
     Mutant("the server names the columns", "deploy/policy.py", "out |= {k: getattr(d, k) for k in used}", "out |= {k: given[k] for k in used}", f"{POLICY} -k which_columns"),
     Mutant("escape sequences reach a terminal", "errors.py", "c if c.isprintable() else", "c if c else", f"{POLICY} -k 'own_names or escape'"),
@@ -221,13 +221,19 @@ MUTANTS = (
     Mutant("a multi-label model does not say so", "tasks/multi_label.py", '"problem_type": "multi_label_classification"', '"problem_type": None', "tests/test_new_tasks.py -k exports"),
     Mutant("hits of one client count for the next", "tasks/classification.py", "count(true[right], whose[right])", "count(true[right], whose[: right.sum()])", "tests/test_new_tasks.py -k classes_are"),
     Mutant("an empty text has nothing to be read", "data/examples.py", "seen = at < np.maximum(length, 1)[:, None]", "seen = at < length[:, None]", "tests/test_padding.py -k without_tokens"),
+    # recipes, the hub, the example by hand
+    Mutant("a copied recipe overwrites a file", "recipe/shipped.py", 'target.open("x", encoding="utf-8")', 'target.open("w", encoding="utf-8")', "tests/test_recipes_shipped.py -k overwrites"),
+    Mutant("without a network the hub is asked again and again", "data/sources.py", "datasets.config.HF_HUB_OFFLINE = offline or not (Path(name).is_dir() or reachable())", "pass", "tests/test_sources.py -k asked_once"),
+    Mutant("the hub stays switched off after one failure", "data/sources.py", "        datasets.config.HF_HUB_OFFLINE = offline\n", "        pass\n", "tests/test_sources.py -k asked_once"),
+    Mutant("data sets that are scripts cannot be read", "data/sources.py", "split=split, revision=PARQUET, trust_remote_code=False", "split=split, trust_remote_code=False", "tests/test_sources.py -k parquet_copy"),
+    Mutant("clients of all sizes count alike", "sgd.py", 'return float(u.client.examples) if self.weights == "examples" else 1.0', "return 1.0", "tests/test_examples.py"),
 )  # fmt: skip
 
 
 def found(m: Mutant, python: str) -> bool:
     """Whether the tests notice the bug, in a copy of the tree."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("src", "tests", "recipes", "docs"):
+        for name in ("src", "tests", "examples", "docs"):
             shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md"):
             shutil.copy(ROOT / name, folder)

@@ -165,7 +165,7 @@ def test_the_picture(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_machinery_at_scale(tmp_path: Path) -> None:
-    """bench/scale.py as shipped, a million clients: what docs/performance.md says of memory, which is no matter of speed."""
+    """bench/scale.py as shipped, a million clients: what bench/NOTES.md says of memory, which is no matter of speed."""
     script("scale", tmp_path / "scale.json")
     found = json.loads((tmp_path / "scale.json").read_text(encoding="utf-8"))
     assert found["registered"]["clients"][-1] == 1_000_000

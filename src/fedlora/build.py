@@ -56,7 +56,7 @@ def attention_of(r: Recipe, method: Method) -> str | None:
     """None for transformers' own choice (fused where the model has it): where our kernels answer it, dropout included, or on a GPU.
 
     Eager elsewhere: where there is attention dropout (its masks are ours), where attention must be differentiated twice, and on
-    CPUs, where the fused form is slower in bf16 and gains little in fp32 (docs/performance.md).
+    CPUs, where the fused form is slower in bf16 and gains little in fp32 (bench/NOTES.md).
     """
     if r.model.attention != "auto":
         if r.model.attention == "sdpa" and method.second_order:

@@ -55,7 +55,7 @@ def auto_block(f: Setting) -> int:
     """The largest block that fits in half of the free memory, at most MOST clients; 1 where clients train whole models.
 
     Full fine-tuning gives each client every weight: a block shares no product, so it saves no time (1.04 times the speed of one
-    client after another, docs/performance.md), and holds the model with gradient and moments once for each client.
+    client after another, bench/NOTES.md), and holds the model with gradient and moments once for each client.
     """
     numbers = f.parameters()
     if 2 * numbers["trainable"] > numbers["base"]:

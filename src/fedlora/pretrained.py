@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .errors import ModelError, near
+from .hub import reachable
 from .seeds import rng
 from .tasks import TASKS
 
@@ -102,14 +103,18 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of `name`, with a padding token; raises ModelError where there is none."""
     import transformers
 
+    source = locate(name)
     try:
         with _quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(
-                locate(name), trust_remote_code=False, **({"revision": revision} if revision else {})
+                source,
+                trust_remote_code=False,
+                local_files_only=_only_local(source),
+                **({"revision": revision} if revision else {}),
             )
     except (OSError, ValueError, KeyError) as e:
         raise _cannot("tokenizer of", name, e) from e
-    folder, files = Path(locate(name)), sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
+    folder, files = Path(source), sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
     if folder.is_dir() and not any((folder / f).exists() for f in files):  # transformers would make up an empty one
         raise ModelError(
             f"model.name: {name!r} holds no tokenizer, expected one of {', '.join(files)}; save it there as well"
@@ -119,11 +124,16 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def _only_local(source: str) -> bool:
+    """Whether to read only files that are here: a folder, or the cache where the hub does not answer."""
+    return Path(source).is_dir() or not reachable()
+
+
 def _cannot(what: str, name: str, e: Exception) -> ModelError:
     reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
     return ModelError(
-        f"model.name: cannot load the {what} {name!r} ({reason}); give a folder saved by save_pretrained, "
-        "a hub id you can reach, or 'minilm'"
+        f"model.name: cannot load the {what} {name!r} ({reason}); name another with --set model.name=: "
+        "a folder saved by save_pretrained, a hub id you can reach, or 'minilm'"
     )
 
 
@@ -160,6 +170,7 @@ def load(
                 dtype=torch.float32,
                 use_safetensors=True,  # a pickle is never opened
                 ignore_mismatched_sizes=True,  # a head for other classes; checked below
+                local_files_only=_only_local(source),
                 **extra,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as e:

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from ..federation import Federation
     from ..recipe import Recipe
 
-DEPLOYMENT = "deployment.json"  # in the run folder of a server whose clients are at sites
+DEPLOYMENT = "deployment.json"  # this file stands in the run folder of a server whose clients are at sites
 out = Console()
 err = Console(stderr=True)
 
 
 def _console(quiet: bool, json: bool) -> Console:
-    """Bars go to standard error when standard output carries JSON or nothing else."""
+    """Where a command says what it does beside its results: standard error; nowhere with --json or --quiet."""
     return Console(stderr=True, quiet=quiet or json)
 
 
@@ -52,7 +52,7 @@ def _build(recipe: Recipe, output: Path | None, console: Console) -> Federation:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             fed = federation(recipe, output)
-    for w in said:  # ours are for the user; libraries' deprecations are not
+    for w in said:  # our own warnings are for the user; deprecations in libraries are not
         if w.category is UserWarning and "fedlora" in w.filename:
             err.print(f"[yellow]{escape(str(w.message))}[/]", soft_wrap=True, highlight=False)
     return fed
@@ -163,7 +163,7 @@ def run_folders(folders: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for folder in folders:
         if folder.is_file() and folder.name == "comparison.html":
-            continue  # `compare runs/sweep/*` meets the page that the sweep wrote
+            continue  # `compare runs/sweep/*` also names the page that the sweep wrote, which is no run
         inside = (
             [folder] if (folder / "recipe.yaml").exists() else sorted(p.parent for p in folder.glob("*/recipe.yaml"))
         )

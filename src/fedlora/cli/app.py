@@ -73,6 +73,20 @@ def methods(
 
 
 @app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Copy this one to the current folder.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """List the recipes that come with fedlora, or copy one to the current folder, to run it and to change it."""
+    from . import measures
+
+    if name is None:
+        measures.recipes(json)
+    else:
+        measures.copy_recipe(name)
+
+
+@app.command()
 def example(
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("runs/example.html"),
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of every method.")] = 400,

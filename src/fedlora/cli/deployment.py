@@ -22,7 +22,7 @@ from .interrupts import Interrupted, Pressed
 
 @contextlib.contextmanager
 def _flower() -> Iterator[None]:
-    """Say what is missing where Flower is."""
+    """Raise an error that says what to install, if Flower is not installed."""
     try:
         yield
     except ModuleNotFoundError as e:
@@ -36,9 +36,7 @@ def _flower() -> Iterator[None]:
 def _say(quiet: bool) -> Callable[[str], None]:
     def say(text: str) -> None:
         if not quiet:
-            shown = "\n".join(
-                printable(line, 10**6) for line in text.split("\n")
-            )  # it may hold what the other side has sent
+            shown = "\n".join(printable(line, 10**6) for line in text.split("\n"))  # the text may quote the other side
             err.print(shown, soft_wrap=True, highlight=False, markup=False)
 
     return say
@@ -209,7 +207,7 @@ def _policy(path: Path | None, columns: Mapping[str, Any], model: str | None, hi
 
 
 def _ask() -> Callable[[str], bool] | None:
-    """A question to whoever sits at this terminal; None where nobody does."""
+    """A function that asks whoever sits at this terminal; None if nobody does."""
     if not sys.stdin.isatty():
         return None
     return lambda question: err.input(question, markup=False).strip().lower() in ("y", "yes")

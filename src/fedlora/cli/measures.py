@@ -1,4 +1,4 @@
-"""What the commands do that need no run: the methods and their costs, the synthetic example, the benchmark."""
+"""What the commands do that need no run: methods and their costs, shipped recipes, the synthetic example, the benchmark."""
 
 from __future__ import annotations
 
@@ -25,6 +25,24 @@ def methods(json: bool) -> None:
         sys.stdout.write(json_.dumps(rows) + "\n")
     else:
         tables.methods(out, rows)
+
+
+def recipes(json: bool) -> None:
+    from ..recipe.shipped import shipped
+
+    found = shipped()
+    if json:
+        rows = [{"name": r.name, "shows": r.shows, "size": r.size, "paper": r.paper} for r in found]
+        sys.stdout.write(json_.dumps(rows) + "\n")
+    else:
+        tables.recipes(out, found)
+
+
+def copy_recipe(name: str) -> None:
+    from ..recipe.shipped import copy
+
+    file = copy(name, Path())
+    out.print(f"{file}: look at it, then fedlora check {file} and fedlora run {file}", soft_wrap=True, highlight=False)
 
 
 def _task(task: str) -> str:

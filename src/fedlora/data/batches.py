@@ -77,6 +77,6 @@ def train_batches(data: FederatedData, client: int | None, plan: Plan, draws: in
     for i, at in enumerate(order(np.arange(len(rows)), plan.count(len(rows), draws) * draws, plan.batch_size, *path)):
         batch = batch_of(data, owners[at], rows[at])
         batch["seed"] = torch.from_numpy(np_rng("dropout", i, *path).integers(0, 2**62, len(at)))
-        batch["common"] = torch.tensor(number("dropout", i, *path[:-1]))  # the same for all clients of a block
+        batch["common"] = torch.tensor(number("dropout", i, *path[:-1]))  # one seed that all clients of a block share
         batches.append(batch)
     return batches

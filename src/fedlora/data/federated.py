@@ -176,7 +176,10 @@ def _partition(
 
 
 def _of_owner(column: Column, ids: Sequence[str], rows: np.ndarray, name: str) -> Rows:
-    """Rows of a file given to the natural clients that its own column names; those of clients left out stay out."""
+    """Rows of a test or validation file, given to the natural clients that its column names.
+
+    Rows of clients that were left out of training are left out as well.
+    """
     number = {id: k for k, id in enumerate(ids)}
     names = [str(v) for v in column.names]
     owner = np.array([number.get(v, -1) for v in names], np.int64)[column.codes[rows]]

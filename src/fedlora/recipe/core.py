@@ -32,7 +32,7 @@ LATER = {
     "model": ("kernels", "threshold"),
     "data": ("classes", "site"),
     "federation": ("precision", "norm_bound", "guards"),
-}  # not hashed at their defaults: they came after 0.1
+}  # these fields came after 0.1; at their defaults they are left out of the hash, so that older hashes stay
 RESULT = ("seed",)  # the fields of the section run that change the result; the others are not hashed
 
 

@@ -57,7 +57,7 @@ def _one(entry: Any, path: str) -> tuple[Guard | None, list[Problem]]:
 
 
 def fit(guards: Sequence[Guard], method: Method | None) -> list[Problem]:
-    """What is wrong with guards beside each other, and around the method, if that is known."""
+    """What is wrong with the guards together, and with them around the method if the method is known."""
     if not guards:
         return []
     from ..channel import together, unserved

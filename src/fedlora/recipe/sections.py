@@ -20,14 +20,16 @@ Share = Annotated[float, Field(ge=0, le=1)]
 if TYPE_CHECKING:
     TaskName = str
 else:
-    TaskName = Literal[NAMES]  # the tasks that there are, as the type that says so in errors, schema and docs
-PartShare = Annotated[float, Field(ge=0, lt=1)]  # a share that leaves something
+    # The names of all tasks as a type, so that errors, schema and docs list them.
+    TaskName = Literal[NAMES]
+PartShare = Annotated[float, Field(ge=0, lt=1)]  # a share of rows, below 1 so that some rows are left
 Text = Annotated[str, Field(min_length=1)]
 
 if TYPE_CHECKING:
     PartitionKind = str
 else:
-    PartitionKind = Literal[partitions.NAMES]  # the kinds that there are, so that errors, schema and docs name them
+    # The names of all kinds as a type, so that errors, schema and docs list them.
+    PartitionKind = Literal[partitions.NAMES]
 
 
 class Section(BaseModel):

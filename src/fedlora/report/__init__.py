@@ -77,7 +77,7 @@ def _write(page: dict[str, Any], out: Path) -> Path:
     )
 
     def draw(figure: Any) -> str:
-        """A figure's data as JSON in the page; "</" is escaped, or a client's name could end the script."""
+        """A figure's data as JSON in the page. "</" is escaped, since a client's name could otherwise end the script."""
         id, data = f"figure-{next(count)}", figure.to_json().replace("</", "<\\/").replace("<!--", "<\\u0021--")
         height = figure.layout.height
         return (

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6914")
 VIEWS = {"personal": PALETTE[0], "global": PALETTE[1], "unseen": PALETTE[2]}
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
-BARS = 60  # clients drawn one by one; beyond, a heat map
-HEAT = 400  # clients in a heat map; beyond, evenly chosen ones
+BARS = 60  # up to so many clients get a bar each; for more, a heat map is drawn
+HEAT = 400  # up to so many clients are in a heat map; of more, evenly spaced ones are shown
 
 
 def words(metric: str) -> str:

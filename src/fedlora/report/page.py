@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tile:
-    """One number that matters."""
+    """A number in large type at the top of a page, with its name and a note."""
 
     name: str
     value: str
@@ -35,7 +35,7 @@ class Block:
     title: str
     text: str = ""
     figure: go.Figure | None = None
-    table: Sequence[Sequence[str]] = ()  # the first row is the head
+    table: Sequence[Sequence[str]] = ()  # the first row holds the headings
     code: str = ""
     wide: bool = False
     folded: bool = False
