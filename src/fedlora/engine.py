@@ -65,7 +65,7 @@ def train_block(
         raise ValueError(
             f"{method.title}: every leaf has one owner, but server and client own {sorted(map(str, clash))}"
         )
-    device, d = loss.model.device, method.draws
+    device, d = loss.model.device, method.draws_for(down[0])
     work = method.begin(scene, order, _to(stack(down), device), _to(stack(kept), device))
     bound = work.get("bound")  # frozen leaves of the server: part of the model, and no leaf of the method's
     loss = loss.beside(bound) if bound else loss
@@ -151,6 +151,11 @@ class Engine:
         """A client's personal leaves as of its last accepted upload before `round`."""
         return self._kept(client, round)[0]
 
+    def serving(self, client: Client, round: int) -> Params:
+        """The personal leaves with which a client is served: `kept`, or those of a client that has never trained."""
+        own, _ = apart(self.load(client.id, round) or {})
+        return own or self.method.fresh(self.scene, client)
+
     def _kept(self, client: Client, round: int) -> tuple[Params, Params]:
         """(personal leaves, what the channel's guards keep) of a client before `round`."""
         own, guards = apart(self.load(client.id, round) or {})
@@ -194,6 +199,7 @@ class Engine:
             log.up += r.sent.traffic
             try:
                 upload = self.channel.accept(r.sent.params, specs.pop(c.id))
+                wire.finite(r.kept)  # a client that keeps all it trains would otherwise never be refused
             except UploadError as e:
                 log.refused[c.id] = str(e)
                 continue
@@ -207,8 +213,10 @@ class Engine:
         self, order: Order, cohort: Sequence[Client], down: Callable[[Client], Params]
     ) -> Iterator[tuple[Client, Trained, int]]:
         """Every client's local work of a round with its message, and its tokens; a block at a time."""
-        for clients, work in blocks(cohort, self.block, lambda c: self.batches(c, order, self.method.draws)):
+        for clients in blocks(cohort, self.block):
             received = [down(c) for c in clients]
+            draws = [self.method.draws_for(p) for p in received]
+            work = [self.batches(c, order, n) for c, n in zip(clients, draws, strict=True)]
             stored = [self._kept(c, order.round) for c in clients]
             results = self._trained(order, received, [own for own, _ in stored], work)
             for c, r, down_, (_, guards), batches in zip(clients, results, received, stored, work, strict=True):
@@ -260,11 +268,8 @@ def in_order(cohort: Sequence[Client]) -> list[Client]:
     return sorted(cohort, key=lambda c: -c.examples)  # stable: it does not depend on the block size
 
 
-def blocks(
-    cohort: Sequence[Client], size: int, batches: Callable[[Client], Sequence[Batch]]
-) -> Iterator[tuple[Sequence[Client], Sequence[Sequence[Batch]]]]:
+def blocks(cohort: Sequence[Client], size: int) -> Iterator[Sequence[Client]]:
     """Blocks of at most `size` clients; clients of like size together, so few wait."""
     todo = in_order(cohort)
     for i in range(0, len(todo), size):
-        clients = todo[i : i + size]
-        yield clients, [batches(c) for c in clients]
+        yield todo[i : i + size]

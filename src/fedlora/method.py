@@ -102,6 +102,10 @@ class Method(ABC):
         """Independent minibatches that one local step takes."""
         return 1
 
+    def draws_for(self, down: Params) -> int:
+        """The same for a client that has received `down`: a stage may take fewer than the method's most."""
+        return self.draws
+
     @property
     def second_order(self) -> bool:
         """Whether a step differentiates the model twice."""
@@ -167,6 +171,10 @@ class Method(ABC):
     def broadcast(self, scene: Scene, server: Server, client: Client) -> Params:
         """What this client receives."""
 
+    def whole(self, scene: Scene, server: Server) -> Params:
+        """What a client without limits would receive: the global model is made of it."""
+        return self.broadcast(scene, server, Client("", 1))
+
     @abstractmethod
     def aggregate(self, scene: Scene, server: Server, uploads: Iterable[Upload]) -> Server:
         """The next server. Reads `uploads` once, so that they can stream."""
@@ -202,3 +210,7 @@ class Method(ABC):
     def keep(self, scene: Scene, client: Client) -> Params:
         """Personal leaves of a client that has none yet; an unseen client serves these."""
         return {}
+
+    def fresh(self, scene: Scene, client: Client) -> Params:
+        """Personal leaves with which a client that has never trained is served; training starts from `keep`."""
+        return self.keep(scene, client)

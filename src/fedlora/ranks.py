@@ -185,5 +185,9 @@ class Ranked(SGDMethod):
         cut = truncate(server.params, lambda k: r.get(k.site, r.get("", self.rank)))
         return cut | {Key(self.label, site, "rank"): torch.tensor(n) for site, n in r.items()}
 
+    def whole(self, scene: Scene, server: Server) -> Params:
+        """The server's factors at their full rank."""
+        return server.params | {Key(self.label, at, "rank"): torch.tensor(self.rank) for at in self.deciders(scene)}
+
     def keep(self, scene: Scene, client: Client) -> Params:
         return truncate(super().keep(scene, client), lambda k: self.first_rank(scene, client))

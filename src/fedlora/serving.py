@@ -12,10 +12,9 @@ from .build import tokenizer_of
 from .errors import DataError, StateError, near
 from .federation import Federation
 from .method import Server
-from .setting import View
 from .tasks import TASKS
 from .tree import Params
-from .views import served
+from .views import served, whole
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -34,14 +33,14 @@ def server_of(fed: Federation) -> Server:
 
 def deltas_of(fed: Federation, client: str | None) -> Params:
     """Model-ready deltas of a client's personal model, or of the global one for None."""
-    view: View = "global" if client is None else "personal"
     if client is not None and client not in fed.index:
         raise DataError(f"client {client!r} is not in this run; {near(client, fed.data.ids)}")
-    k = 0 if client is None else fed.index[client]
+    k = None if client is None else fed.index[client]
     ready = None if client is None else fed.store.load_served(client)
     if ready is not None:  # a site has no server's state, but what its clients ended with
         return ready
-    return served(fed, fed.engine(Watch()), server_of(fed), [k], view)[0]
+    engine, server = fed.engine(Watch()), server_of(fed)
+    return whole(fed, engine, server) if k is None else served(fed, engine, server, [k], "personal")[0]
 
 
 def export_models(recipe: Recipe, fed: Federation, out: Path, clients: Sequence[str], merged: bool) -> list[Path]:

@@ -33,7 +33,7 @@ POOLED = "all clients"
 
 @dataclass(frozen=True)
 class Sampling:
-    """Who takes part: clients_per_round a count, a fraction in (0, 1), or None for all; a new sample each round or one
+    """Who takes part: clients_per_round a count, a share as a float in (0, 1], or None for all; a new sample each round or one
     fixed cohort. precision: of the messages. norm_bound: an upload whose leaves have a larger norm is refused. guards: what
     is done to uploads around the method (guards/)."""
 
@@ -55,7 +55,7 @@ class Sampling:
         c = self.clients_per_round
         if c is None:
             return clients
-        n = max(1, round(c * clients)) if isinstance(c, float) and 0 < c < 1 else int(c)
+        n = max(1, round(c * clients)) if isinstance(c, float) and 0 < c <= 1 else int(c)
         if most:
             return min(n, clients)
         if not 1 <= n <= clients:

@@ -122,7 +122,7 @@ class SGDMethod(Method):
     # ------------------------------------------------------------------------------------------------------------
     def shared(self, k: Key) -> bool:
         if k.adapter == "head":
-            return self.shares_head and self.head == "shared"
+            return self.shares_head and (self.head == "shared" or self.pooled)  # pooled data have one owner
         return "~" not in k.adapter and self.shares(k)
 
     def fixed(self, scene: Scene) -> Params:

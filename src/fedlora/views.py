@@ -32,7 +32,7 @@ def served(f: Setting, engine: Engine, server: Server, clients: Sequence[int], v
     for i in range(0, len(clients), engine.block):
         part = [f.client(k) for k in clients[i : i + engine.block]]
         down_each = [engine.down(server, c) for c in part]
-        kept = [method.keep(f.scene, c) if fresh else engine.kept(c, server.round) for c in part]
+        kept = [method.fresh(f.scene, c) if fresh else engine.serving(c, server.round) for c in part]
         if method.tune and not fresh:
             order, tuner = Order(server.round, max(f.sampling.rounds, server.round + 1)), method.tuner
             plan = Plan(method.tune, None, f.plan.batch_size)
@@ -48,6 +48,13 @@ def served(f: Setting, engine: Engine, server: Server, clients: Sequence[int], v
         else:
             out += unstack(method.personal(f.scene, stack(down_each), stack(kept)), len(part))
     return out
+
+
+def whole(f: Setting, engine: Engine, server: Server) -> Params:
+    """Model-ready deltas of the global model: all that the server holds, with fresh personal leaves."""
+    down = engine.channel.down(f.method.whole(f.scene, server), Order(server.round, f.sampling.rounds)).params
+    kept = f.method.fresh(f.scene, f.client(0))
+    return unstack(f.method.personal(f.scene, stack([down]), stack([kept])), 1)[0]
 
 
 def alike(f: Setting) -> bool:
@@ -71,17 +78,34 @@ def evaluate(f: Setting, engine: Engine, server: Server) -> list[Line]:
         groups["unseen"] = list(range(f.training, len(f.data.ids)))
     seen: dict[tuple[int, str], dict[str, Scores]] = {}  # a method without personal parts serves both views the same
     for view, clients in groups.items():
-        params = served(f, engine, server, clients, view)
         twin = view == "global" and alike(f) and not f.method.tune
-        for split in ("validation", "test"):
-            if split in f.data.splits and f.data.splits[split].offsets[-1] > 0:
-                known = seen.get((len(clients), split)) if twin else None
-                by_client = known or scores(f, params, clients, split, engine.block)
-                seen[len(clients), split] = by_client
-                lines.append(scored(f, server.round, view, split, by_client))
+        splits = [s for s in ("validation", "test") if s in f.data.splits and f.data.splits[s].offsets[-1] > 0]
+        found = {s: seen[len(clients), s] for s in splits if twin and (len(clients), s) in seen}
+        if left := [s for s in splits if s not in found]:
+            found |= by_split(f, engine, server, clients, view, left)
+        for split in splits:
+            seen[len(clients), split] = found[split]
+            lines.append(scored(f, server.round, view, split, found[split]))
     if "cross" in f.evaluation.views and server.round == f.sampling.rounds:
         lines.append(cross(f, engine, server))
     return lines + (analyse(f, engine, server) if f.evaluation.analyses else [])
+
+
+def by_split(
+    f: Setting, engine: Engine, server: Server, clients: Sequence[int], view: View, splits: Sequence[str]
+) -> dict[str, dict[str, Scores]]:
+    """Scores of every client that has rows, by split. The models of one block at a time are in memory."""
+    held = {s: f.data.splits[s].sizes for s in splits}
+    asked = [k for k in clients if any(held[s][k] for s in splits)]
+    size = len(asked) if alike(f) and (view == "global" or not f.method.tune) else engine.block
+    out: dict[str, dict[str, Scores]] = {s: {} for s in splits}
+    for i in range(0, len(asked), max(size, 1)):
+        part = asked[i : i + size]
+        models = dict(zip(part, served(f, engine, server, part, view), strict=True))
+        for s in splits:
+            have = [k for k in part if held[s][k]]
+            out[s] |= scores(f, [models[k] for k in have], have, s, engine.block) if have else {}
+    return out
 
 
 def scored(f: Setting, round: int, view: str, split: str, clients: dict[str, Scores]) -> EvalLine:

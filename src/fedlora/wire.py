@@ -179,14 +179,14 @@ def validate(params: Params, spec: Spec, norm_bound: float | None = None, ranks_
             shape[axis] = rank(k, v)
         if list(v.shape) != shape or v.dtype != want.dtype:
             raise UploadError(f"leaf {k} is {list(v.shape)} {v.dtype}, expected {list(want.shape)} {want.dtype}")
-    norm = _norm(params)
+    norm = finite(params)
     if ranks_may_shrink:
         _one_rank(params)
     if norm_bound is not None and norm > norm_bound:
         raise UploadError(f"norm {norm:.3g} exceeds the bound {norm_bound:.3g}")
 
 
-def _norm(params: Params) -> float:
+def finite(params: Params) -> float:
     """Frobenius norm of all leaves together. Raises UploadError for values that are not finite."""
     floats = {k: v for k, v in params.items() if v.is_floating_point() and v.numel()}
     if not floats:

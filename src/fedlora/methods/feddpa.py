@@ -73,6 +73,10 @@ class FedDPAT(Mixed):
         start = self.form.init(LOCAL, scene.sites("target"), scene.seed, client.id)
         return super().keep(scene, client) | start
 
+    def fresh(self, scene: Scene, client: Client) -> Params:
+        """Without a local adapter of its own a client is served the global one alone, and not at the share 1 - mix."""
+        return select(self.keep(scene, client), lambda k: k.adapter.split("~")[0] != LOCAL)
+
     def step(self, work: Work, loss: Loss, lr: Tensor, *draws: Batch) -> tuple[Work, Metrics]:
         f = lambda p: self.ready(p, work["fixed"])  # noqa: E731
         p = work["train"]

@@ -131,12 +131,16 @@ class HetLoRA(Ranked):
             r = work["ranks"].get(Key(self.label, k.site, "rank"), work["ranks"].get(Key(self.label, "", "rank")))
             assert r is not None
             components = torch.arange(v.shape[-2 if k.part == "A" else -1], device=v.device)
-            tail = (components >= (self.gamma * r.double()).floor().to(v.device)[:, None]).to(v)  # [K r]
+            tail = (components >= self.head_of(r).to(v.device)[:, None]).to(v)  # [K r]
             masked = v * (tail[:, :, None] if k.part == "A" else tail[:, None, :])
             whole = self.norms == "model" and self.decide == "client"
             sides.setdefault("" if whole else k.site, {}).setdefault(k.part, []).append(norm(masked))
         total = lambda norms: torch.linalg.vector_norm(torch.stack(norms), dim=0)  # noqa: E731
         return {site: total(parts["B"]) * total(parts["A"]) for site, parts in sides.items()}
+
+    def head_of(self, r: Tensor) -> Tensor:
+        """g = floor(gamma r), exact where gamma r is whole: 0.7 * 90 in floating point is a little below 63."""
+        return (self.gamma * r.double() + 1e-9).floor()
 
     def penalty(self, work: Work, p: Params) -> Tensor | None:
         if self.lam == 0 or self.gamma == 1:
@@ -166,6 +170,6 @@ class HetLoRA(Ranked):
         for k, r in work["ranks"].items():
             sites = [k.site] if k.site in now else list(now)
             shrunk = torch.stack([now[s] for s in sites]).sum(0) < torch.stack([start[s] for s in sites]).sum(0)
-            g = (self.gamma * r.double()).floor().to(r).clamp_min(self.rank_min)
+            g = self.head_of(r).to(r).clamp_min(self.rank_min)
             out[k] = torch.where(shrunk.to(r.device), torch.minimum(g, r), r)
         return out

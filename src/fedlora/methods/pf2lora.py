@@ -15,8 +15,9 @@ batch for all four, h is the exact derivative of f(x, y - a g_y(x, y)) with resp
 coefficient of J v, so y is plain SGD.
 
 Choices: I local steps a round (the paper's t % I == 0 fires after the first step); alpha and alpha_personal default to
-the ranks, so both products have scale 1; the head, whoever owns it, is trained with x; the learning-rate schedule scales
-a and eta alike. Exact second derivatives need attention that has them (eager); finite_difference needs none.
+the ranks, so both products have scale 1; `clip` bounds the lower step's gradient as it bounds h; the head, whoever owns
+it, is trained with x; the learning-rate schedule scales a and eta alike. Exact second derivatives need attention that has
+them (eager); finite_difference needs none.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ..errors import Problem
 from ..loss import Loss
 from ..method import Client, Metrics, Scene, Work
 from ..model import Batch
+from ..optim import clip
 from ..sgd import SGDMethod, Weights, rank_problems
 from ..tree import Key, Params, norm, per_client, select
 
@@ -131,6 +133,7 @@ class PF2LoRA(SGDMethod):
         f = lambda p: self.ready(p, {})  # noqa: E731
 
         _, g_y = loss.gradient(lambda q: f(x | q), y, pi)
+        g_y = clip(g_y, self.clip)
         y_new = {k: v - per_client(a, v).to(v) * g_y[k] for k, v in y.items()}
         value, h = loss.gradient(lambda q: f(q | y_new), x, xi)
         if self.hypergradient != "first_order":

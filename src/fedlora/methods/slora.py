@@ -112,6 +112,9 @@ class SLoRA(SFT):
     def draws(self) -> int:
         return self.stages[1].draws
 
+    def draws_for(self, down: Params) -> int:
+        return self.now(down).draws
+
     @property
     def second_order(self) -> bool:
         return self.stages[1].second_order
@@ -207,6 +210,10 @@ class SLoRA(SFT):
 
     def parts(self, down: Params, kept: Params) -> tuple[Params, Params, Params]:
         """(what the stage's method receives, what it keeps, personal leaves that wait for stage 2)."""
+        if self.now(down).label != "sparse" and any(k.adapter.startswith("sparse~") for k in kept):
+            kept = select(
+                kept, lambda k: "~" not in k.adapter
+            )  # moments of stage 1, and its count of steps, end with it
         idle = select(kept, lambda k: self.idle(k, down))
         return select(down, lambda k: not self.frozen(k)), select(kept, lambda k: k not in idle), idle
 

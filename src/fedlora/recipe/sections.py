@@ -154,8 +154,8 @@ class Federation(Section):
     """Rounds and who takes part."""
 
     rounds: Count = 10
-    clients_per_round: Count | Annotated[float, Field(gt=0, lt=1)] | None = None
-    """A number of clients, a fraction in (0, 1), or null for all."""
+    clients_per_round: Count | Annotated[float, Field(gt=0, le=1)] | None = None
+    """A number of clients, a share of them as 0.1 to 1.0, or null for all."""
     cohort: Literal["uniform", "fixed"] = "uniform"
     """A new uniform sample each round, or one sample for the whole run."""
     min_clients: Count = 1
