@@ -18,7 +18,7 @@ from .analysis import product_error
 from .data.batches import Plan, batch_of, train_batches
 from .data.federated import FederatedData
 from .engine import Engine, RoundLog, Schedule
-from .errors import ConfigError, Problem
+from .errors import ConfigError, Problem, TrainingError
 from .memory import auto_block, forget_peak, kept, peak_memory
 from .method import Client, Method, Order, Scene, Server, Upload
 from .model import Adapted, Batch
@@ -30,7 +30,7 @@ from .tensorboard import TensorBoard
 from .tree import Params, count, select
 from .views import View
 from .watch import Several, Watch
-from .wire import Precision
+from .wire import Precision, finite_state
 
 Analysis = Literal["effective-ranks", "asymmetry"]
 POOLED = "all clients"
@@ -225,6 +225,11 @@ class Federation:
         watch.round_start(server.round + 1, len(cohort))
         meter = _Meter(self.method, self.scene, self.evaluation.exactness and len(cohort) <= EXACTNESS_COHORT)
         new, log = runtime.round(server, self.sampling.rounds, cohort, meter.see)
+        if why := finite_state(new.params):
+            raise TrainingError(
+                f"round {new.round}: {why}, so that no client could train on; lower train.lr, set train.clip or "
+                "federation.norm_bound. The round was dropped; earlier rounds are kept"
+            )
         trained = time.perf_counter()
         lines = [self._train_line(new, cohort, log, meter.error(new))]
         if self._due(new.round):

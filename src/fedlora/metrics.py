@@ -13,6 +13,11 @@ import numpy as np
 Scores = dict[str, float]
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_character"})
 
+RANGE = {  # that a score can have; of other metrics a score is any finite number
+    "accuracy": (0.0, 1.0), "macro_f1": (0.0, 1.0), "matthews": (-1.0, 1.0), "pearson": (-1.0, 1.0), "spearman": (-1.0, 1.0),
+    "perplexity": (0.0, math.exp(700.0)),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Predictions:

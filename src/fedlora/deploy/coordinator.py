@@ -12,7 +12,8 @@ from ..data.federated import roster
 from ..errors import ConfigError, Problem, StateError
 from ..federation import Federation
 from ..recipe import Recipe
-from .remote import Link, Remote, Terms
+from .attendance import Link
+from .remote import Remote, Terms
 from .site import SHOWN
 
 

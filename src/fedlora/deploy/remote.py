@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from .. import wire
 from ..data.federated import roster
@@ -20,22 +20,14 @@ from ..errors import TrainingError, UploadError
 from ..federation import Federation
 from ..method import Client, Order, Server, Upload
 from ..metrics import primary, summary
-from ..tree import Params, cut_rank, rank, rank_axis, stack, unstack
+from ..tree import Params, cut_rank, rank, rank_axis, select, stack, unstack
 from ..watch import Watch
-from .packets import EVERYBODY, PROTOCOL, Kind, Packet, same
+from . import claims, schema
+from .attendance import Attendance, Link
+from .packets import EVERYBODY, PROTOCOL, Kind, Packet, reply_of
 
 SPLITS = ("train", "validation", "test")
-MOST_CLIENTS = 10_000  # of one site
-
-
-class Link(Protocol):
-    """How packets reach sites."""
-
-    def nodes(self) -> Mapping[int, str | None]:
-        """Nodes that are online, and the name each has proved by its key; None where nobody proves anything."""
-
-    def exchange(self, packets: Mapping[int, Packet], deadline: float) -> Iterator[tuple[int, Packet | str]]:
-        """Send, and yield each reply (or the reason why there is none) as it arrives, for `deadline` seconds at most."""
+LINES = 12  # of a list that a person reads
 
 
 @dataclass(frozen=True)
@@ -47,6 +39,7 @@ class Terms:
     over_selection: float = 1.0
     attempts: int = 3
     poll: float = 0.5
+    pause: float = 5.0  # before a site that did not join is asked again
 
 
 class Remote:
@@ -59,73 +52,48 @@ class Remote:
         say: Callable[[str], None] = lambda text: None,
     ):  # fmt: skip
         self.fed, self.watch, self.link, self.terms, self.recipe, self.say = fed, watch, link, terms, recipe, say
-        self.sites: dict[int, dict[str, dict[str, Any]]] = {}  # node -> client id -> rows of each split
-        self.failed: dict[int, str] = {}
         self.needed = 0  # uploads that end a round early, where more clients than that were asked
         self.metric: tuple[str, float] | None = None
         known = fed.store.read_json("deployment.json")
         self.run: str = known.get("run") or f"{fed.recipe_hash}-{secrets.token_hex(4)}"
         if not known:
             fed.store.write_json("deployment.json", {"run": self.run})
+        asks = bool(recipe.get("deployment", {}).get("histograms"))
+        self.here = Attendance(
+            link, self._header(0) | {"histograms": asks}, terms.deadline, terms.pause, len(self._classes), say
+        )
         self.wait(self.terms.clients)
 
     # who is there -------------------------------------------------------------------------------------------------
     def wait(self, least: int) -> list[str]:
         """Ids of the clients that are online, as soon as there are `least`."""
-        told = -1
+        told: tuple[int, list[str]] | None = None
         while True:
             online = self.online()
             if len(online) >= least:
                 return online
-            if len(online) != told:
-                told = len(online)
-                self.say(f"waiting for clients: {told} of {least} are here")
-                self.status("waiting", have=told, need=least)
+            missing = self.here.missing()
+            if (len(online), missing) != told:
+                told = len(online), missing
+                more = f"; missing: {', '.join(missing[:LINES])}" if missing else ""
+                self.say(f"waiting for clients: {len(online)} of {least} are here{more}")
+                self.status("waiting", have=len(online), need=least)
             time.sleep(self.terms.poll)
 
     def online(self) -> list[str]:
         """Ids of the clients whose site is online, sorted; sites not seen before are asked what they hold."""
-        nodes = self.link.nodes()
-        for node in [n for n in self.failed if n not in nodes]:
-            del self.failed[node]  # one that comes back is asked again
-        new = [n for n in nodes if n not in self.sites and n not in self.failed]
-        if new:
-            packet = Packet("join", self._header(0) | {"histograms": self._asks})
-            for node, reply in self.link.exchange(dict.fromkeys(new, packet), self.terms.deadline):
-                try:
-                    facts = self._welcome(nodes[node], self._checked(reply, "join", 0))
-                except UploadError as e:
-                    self.failed[node] = str(e)
-                    self.say(f"site {nodes[node] or node} cannot join: {e}")
-                    continue
-                self.sites[node] = facts
-                self.say(f"site {nodes[node] or node} joins with {len(facts)} client(s)")
+        nodes, joined = self.here.refresh()
+        if joined:
             self._enrol()
         return sorted(c for n, facts in self.sites.items() if n in nodes for c in facts)
 
     @property
-    def _asks(self) -> bool:
-        return bool(self.recipe.get("deployment", {}).get("histograms"))
+    def sites(self) -> dict[int, dict[str, dict[str, Any]]]:
+        return self.here.sites
 
-    def _welcome(self, name: str | None, header: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """A site's clients with their rows. Raises UploadError for names that are not its own, and for nonsense."""
-        facts = header.get("clients")
-        if not isinstance(facts, Mapping) or not 1 <= len(facts) <= MOST_CLIENTS:
-            raise UploadError(f"it names no clients, expected 1 to {MOST_CLIENTS}")
-        others = {c for held in self.sites.values() for c in held}
-        out: dict[str, dict[str, Any]] = {}
-        for id, rows in facts.items():
-            if name is not None and id != name and not id.startswith(f"{name}/"):
-                raise UploadError(
-                    f"client {id!r} is not of site {name!r}, whose key it uses; start it with --id {name}"
-                )
-            if id in others:
-                raise UploadError(f"client {id!r} is already here from another site; give each site its own --id")
-            sizes = {s: rows.get(s, 0) for s in SPLITS}
-            if not all(isinstance(n, int) and n >= 0 for n in sizes.values()) or not sizes["train"]:
-                raise UploadError(f"client {id!r} has {sizes} rows, expected some to train on")
-            out[id] = sizes | ({"histogram": rows["histogram"]} if self._asks and "histogram" in rows else {})
-        return out
+    @property
+    def _classes(self) -> list[str]:
+        return list(self.recipe["data"].get("classes") or ())
 
     def _enrol(self) -> None:
         """Let the federation know its clients."""
@@ -135,13 +103,15 @@ class Remote:
         sizes = {s: n for s, n in sizes.items() if s == "train" or any(n)}
         self.fed.enrol(roster(ids, sizes))
         shown: dict[str, Any] = {"ids": ids, "label_names": [], "unseen": 0, "sizes": sizes}
-        names = list(self.recipe["data"].get("classes") or ())
+        names = self._classes
         if names and all("histogram" in known[c] for c in ids):
             shown |= {
                 "label_names": names,
                 "histogram": {s: [known[c]["histogram"].get(s, [0] * len(names)) for c in ids] for s in sizes},
             }
         self.described = shown | {"truncated": 0, "recipe": {}}
+        for text in claims.odd({c: float(known[c]["train"]) for c in ids}, "rows"):
+            self.say(f"odd: {text}")
 
     # a round ------------------------------------------------------------------------------------------------------
     def cohort(self, round: int) -> Sequence[Client]:
@@ -171,7 +141,7 @@ class Remote:
         fed, order = self.fed, Order(server.round, rounds)
         log = RoundLog(cohort=[c.id for c in cohort])
         declared, packets = self._orders("train", server, order, cohort, log)
-        arrived: dict[str, tuple[Params, dict[str, float]]] = {}
+        arrived: dict[str, Upload] = {}
         state = {c.id: "training" for c in cohort}
         where = {c: n for n, held in self.sites.items() for c in held}
         clients = {c.id: c for c in cohort}
@@ -179,25 +149,26 @@ class Remote:
         for node, reply in self.link.exchange(packets, self.terms.deadline):
             mine = [c for c in clients if where[c] == node]
             try:
-                facts = self._checked(reply, "train", order.round)["clients"]
+                said = reply_of(reply, schema.Trained, "train", self.run, order.round)
                 assert isinstance(reply, Packet)
-            except UploadError as e:
-                log.refused |= dict.fromkeys(mine, str(e))
+            except Exception as e:  # nothing of one site ends the round
+                why = schema.reason(e)
+                log.refused |= dict.fromkeys(mine, why)
                 state |= dict.fromkeys(mine, "failed")
-                self.say(f"{', '.join(mine[:3])}: {e}")
+                self.say(f"site {self.here.name(node)}: {why}")
                 continue
             for c in mine:
                 try:
                     params, message = self._upload(reply, c, declared[c])
-                except UploadError as e:
-                    log.refused[c], state[c] = str(e), "refused"
-                    self.say(f"upload of {c} refused: {e}")
+                    done = schema.parsed(schema.Done, said.clients.get(c), "reply, its clients")
+                except Exception as e:
+                    log.refused[c], state[c] = schema.reason(e), "refused"
+                    self.say(f"upload of {c} refused: {log.refused[c]}")
                     continue
                 log.up += message
-                metrics = {"loss": _number(facts.get(c, {}).get("metrics", {}).get("loss"))}
-                log.losses[c], state[c] = metrics["loss"], "done"
-                log.tokens += int(_number(facts.get(c, {}).get("tokens"), 0.0))
-                arrived[c] = params, metrics
+                log.losses[c], state[c] = done.metrics.loss, "done"
+                log.tokens += done.tokens
+                arrived[c] = Upload(clients[c], params, {"loss": done.metrics.loss})
             self.watch.clients_done(len(mine))
             self.status("training", server, clients=state)
             if len(arrived) >= self.needed and self.terms.over_selection > 1:
@@ -206,21 +177,49 @@ class Remote:
         log.refused |= dict.fromkeys(late, "late: no reply in time")
         if late:
             self.say(f"round {order.round + 1}: late: {', '.join(late[:5])}")
+        for c, why in claims.distant(list(arrived.values()), server.params).items() if arrived else ():
+            self._drop(c, why, arrived, log)
         enough(order.round, len(arrived), len(cohort), fed.sampling.min_clients, log.refused)
-        chosen = in_order([clients[c] for c in clients if c in arrived])
-        log.losses = {c.id: log.losses[c.id] for c in chosen}  # their mean, too, is that of a simulation
-        log.examples = sum(c.examples for c in chosen)
         self.status("aggregating", server, clients=state | dict.fromkeys(late, "late"))
-
-        def uploads() -> Iterator[Upload]:
-            for c in chosen:
-                u = Upload(c, *arrived[c.id])
-                see(u)
-                yield u
-
-        new = fed.method.aggregate(fed.scene, server, uploads())
+        chosen = in_order([clients[c] for c in clients if c in arrived])
+        new, used, left = claims.aggregated(
+            lambda uploads: fed.method.aggregate(fed.scene, server, iter(uploads)),
+            [arrived[c.id] for c in chosen], fed.sampling.min_clients, self._bound(server, arrived),
+        )  # fmt: skip
+        for c, why in left.items():
+            self._drop(c, why, arrived, log)
+        for u in used:
+            see(u)
+        log.losses = {u.client.id: log.losses[u.client.id] for u in used}  # their mean, too, is that of a simulation
+        log.examples = sum(u.client.examples for u in used)
+        self._name_the_odd(used)
         accepted = server.notes.get("accepted", {}) | dict.fromkeys(arrived, order.round)
         return replace(new, notes=new.notes | {"accepted": accepted}), log
+
+    def _drop(self, client: str, why: str, arrived: dict[str, Upload], log: RoundLog) -> None:
+        del arrived[client]
+        log.refused[client] = why
+        self.say(f"upload of {client} refused: {why}")
+
+    def _bound(self, server: Server, arrived: Mapping[str, Upload]) -> float | None:
+        """The largest norm that the aggregate of uploads within the norm bound can have; a component that nobody uploads keeps
+        the server's value."""
+        if self.fed.sampling.norm_bound is None:
+            return None
+        keys = {k for u in arrived.values() for k in u.params}
+        return 2 * max(self.fed.sampling.norm_bound, wire.magnitude(select(server.params, lambda k: k in keys)))
+
+    def _name_the_odd(self, uploads: Sequence[Upload]) -> None:
+        """Say whose claims stand far from all others': they were believed."""
+        weight = getattr(self.fed.method, "weight", None)
+        found: dict[str, dict[str, float]] = {
+            "a loss of": {u.client.id: abs(u.metrics["loss"]) for u in uploads},
+            "an upload of norm": {u.client.id: wire.magnitude(u.params) for u in uploads},
+            "a weight of": {u.client.id: float(weight(u)) for u in uploads} if weight else {},
+        }
+        for what, claimed in found.items():
+            for text in claims.odd(claimed, what):
+                self.say(f"odd: {text}")
 
     def _orders(
         self, kind: Kind, server: Server, order: Order, cohort: Sequence[Client], log: RoundLog
@@ -256,25 +255,14 @@ class Remote:
     def _header(self, round: int) -> dict[str, Any]:
         return {"run": self.run, "protocol": PROTOCOL, "round": round, "recipe": self.recipe}
 
-    def _checked(self, reply: Packet | str, kind: Kind, round: int) -> Mapping[str, Any]:
-        """The header of a reply to this run's order. Raises UploadError for all others, and for a site's own failure."""
-        if isinstance(reply, str):
-            raise UploadError(reply)
-        if "error" in reply.header:
-            raise UploadError(str(reply.header["error"])[:2000])
-        same({**reply.header, "kind": reply.kind}, kind=kind, run=self.run, round=round, protocol=PROTOCOL)
-        if kind == "train" and not isinstance(reply.header.get("clients"), Mapping):
-            raise UploadError("reply says nothing of its clients, expected what each has done")
-        return reply.header
-
     def _upload(self, reply: Packet, client: str, spec: wire.Spec) -> tuple[Params, wire.Traffic]:
         """A client's leaves, and their bytes. Raises UploadError unless they are what was declared."""
         if client not in reply.parts:
             raise UploadError("the reply has no leaves of this client")
         text = reply.parts[client]
-        message, header = wire.decode(text)
-        same(header, round=reply.header["round"])
-        params = wire.unpack(message)
+        message, header = wire.decode(text, most=2 * len(spec))
+        schema.same(header, round=reply.header["round"])
+        params = wire.travelled(message, spec, self.fed.sampling.precision)
         ranked = any(k.part == "rank" for k in spec)  # the method lets clients prune
         wire.validate(params, spec, self.fed.sampling.norm_bound, ranks_may_shrink=ranked)
         return params, wire.measure(message, text)
@@ -291,19 +279,28 @@ class Remote:
         found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
         for node, reply in self.link.exchange(packets, self.terms.deadline):
             try:
-                for line in self._checked(reply, "evaluate", order.round)["lines"]:
-                    scores = {
-                        c: {m: _number(x) for m, x in s.items()}
-                        for c, s in line["clients"].items()
-                        if c in self.sites[node]
-                    }
-                    found.setdefault((line["view"], line["split"]), {}).update(scores)
-            except (UploadError, KeyError, TypeError, AttributeError) as e:
-                self.say(f"evaluation at {', '.join(list(self.sites[node])[:3])}: {e}")
+                said = reply_of(reply, schema.Evaluated, "evaluate", self.run, order.round)
+            except Exception as e:  # nothing of one site ends the evaluation
+                self.say(f"evaluation at site {self.here.name(node)}: {schema.reason(e)}")
+                continue
+            for one in said.lines:
+                for c, given in one.clients.items():
+                    rows = self.sites[node].get(c)
+                    if rows is None:
+                        continue  # a site speaks for its own clients
+                    try:
+                        scored = claims.scores(given, rows[one.split], self.fed.task.kind)
+                    except Exception as e:
+                        self.say(f"scores of {c} refused ({one.view}, {one.split}): {schema.reason(e)}")
+                        continue
+                    found.setdefault((one.view, one.split), {})[c] = scored
         lines: list[dict[str, Any]] = []
         for view in self.fed.evaluation.views:
             for split in ("validation", "test"):
-                scores = {c: found[view, split][c] for c in self.fed.data.ids if c in found.get((view, split), {})}
+                all_scores = found.get((view, split), {})
+                scores, left = claims.alike({c: all_scores[c] for c in self.fed.data.ids if c in all_scores})
+                for c, why in left.items():
+                    self.say(f"scores of {c} left out ({view}, {split}): {why}")
                 if scores:
                     lines.append({"kind": "eval", "round": server.round, "view": view, "split": split,
                                   "clients": scores, **summary(scores)})  # fmt: skip
@@ -324,8 +321,8 @@ class Remote:
             "round": None if server is None else server.round + (state in ("training", "aggregating")),
             "rounds": self.fed.sampling.rounds,
             "clients": dict(clients or {}),
-            "sites": {str(n): sorted(held) for n, held in self.sites.items()},
-            "failed": {str(n): e for n, e in self.failed.items()},
+            "sites": {self.here.name(n): sorted(held) for n, held in self.sites.items()},
+            "failed": {self.here.name(n): f.why for n, f in self.here.failed.items()},
             "metric": self.metric,
             "updated": time.time(),
         }
@@ -341,8 +338,3 @@ def upload_of(fed: Federation, order: Order, down: Params, client: Client) -> wi
     }  # a client that has pruned the half it receives has pruned its own
     up, _ = fed.method.finish(fed.method.begin(fed.scene, order, stack([down]), stack([kept])))
     return wire.expect(unstack(up, 1)[0])
-
-
-def _number(x: Any, otherwise: float = math.nan) -> float:
-    """A number that a site has sent, or `otherwise` where it has not."""
-    return x if isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e15 else otherwise

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import build, wire
 from ..engine import Engine
-from ..errors import ConfigError, FedloraError, Problem, StateError, UploadError
+from ..errors import ConfigError, DataError, FedloraError, ModelError, Problem, StateError, UploadError
 from ..federation import Federation
 from ..memory import kept
 from ..method import Client, Order, Server
@@ -21,17 +21,27 @@ from ..recipe import Recipe
 from ..tree import Params
 from ..views import evaluate, served
 from ..watch import Watch
-from .packets import EVERYBODY, KINDS, PROTOCOL, Packet
+from . import schema
+from .packets import EVERYBODY, PROTOCOL, Packet, order_of
+from .schema import PacketError
 
 SHOWN = ("personal", "global")  # the views that need nobody else's data
-COLUMNS = ("text", "label", "template", "prompt", "completion")
+COLUMNS = ("text", "label", "template", "prompt", "completion", "encoding")
+CODES = {
+    ConfigError: "recipe",
+    DataError: "data",
+    ModelError: "model",
+    StateError: "state",
+    MemoryError: "memory",
+    OSError: "disk",
+}
 
 
 @dataclass(frozen=True)
 class Holding:
     """What a site holds and grants; none of it comes from the server.
 
-    id: the site. data: a file, or several. columns: of the recipe's section data, where they are called otherwise here.
+    id: the site. data: a file, or several. columns: fields of the recipe's section data that are other ones here (COLUMNS).
     clients: a column that names the client of each row, or None for one client that is the site. model: a folder to load
     the base from instead of the recipe's name. block: clients trained at once.
     """
@@ -90,40 +100,41 @@ class Site:
         self._fed: Federation | None = None
 
     def answer(self, packet: Packet) -> Packet:
-        """The reply to an order. What goes wrong comes back as the reply's header field `error`, never as an exception."""
-        run, round = packet.header.get("run"), packet.header.get("round")
-        head = {"run": run, "round": round, "protocol": PROTOCOL}
+        """The reply to an order. What goes wrong comes back as the reply's header field `error`, never as an exception:
+        whatever a server sends, this site goes on with its next order."""
+        head: dict[str, Any] = {"run": None, "round": None, "protocol": PROTOCOL}
         try:
+            order = order_of(packet)
+            head |= {"run": order.run, "round": order.round}
             with kept():
-                return self._answer(packet, head)
-        except FedloraError as e:
-            reason = str(e)
-        except MemoryError:
-            reason = "out of memory; give this site fewer clients at once (fedlora client --block), or more memory"
-        except OSError as e:
-            reason = f"{e.strerror or e} ({e.filename})" if e.filename else str(e)
-        self.say(f"failed: {reason}")
-        return Packet(packet.kind, head | {"error": reason})
+                return self._answer(packet, order, head)
+        except Exception as e:
+            failed = failure(e)
+            self.say(f"failed: {failed['text']} ({failed['code']})")
+            return Packet(packet.kind, head | {"error": failed})
 
-    def _answer(self, packet: Packet, head: dict[str, Any]) -> Packet:
-        h = packet.header
-        if packet.kind not in KINDS or h.get("protocol") != PROTOCOL:
-            raise UploadError(
-                f"order {packet.kind!r} of protocol {h.get('protocol')!r}, this site speaks {PROTOCOL}; "
-                "install the same version of fedlora on both sides"
-            )
-        fed = self.federation(str(h["run"]), h["recipe"])
-        if packet.kind == "join":
-            return Packet("join", head | {"clients": self._facts(fed, bool(h.get("histograms")))})
-        accepted: dict[str, int | None] = dict(h["clients"])
+    def _answer(self, packet: Packet, order: schema.JoinOrder | schema.WorkOrder, head: dict[str, Any]) -> Packet:
+        fed = self.federation(order.run, order.recipe)
+        if isinstance(order, schema.JoinOrder):
+            return Packet("join", head | {"clients": self._facts(fed, order.histograms)})
+        accepted = dict(order.clients)
         foreign = sorted(set(accepted) - set(fed.data.ids))
         if foreign:
-            raise UploadError(
-                f"order names clients that are not here: {foreign[:3]}, expected {list(fed.data.ids)[:3]}"
+            raise PacketError(
+                f"order names clients that are not here: {foreign[:3]}, expected {list(fed.data.ids)[:3]}",
+                field="clients",
             )
-        down = {c: wire.unpack(wire.decode(packet.parts.get(c, packet.parts.get(EVERYBODY, b"")))[0]) for c in accepted}
+        down = {c: self._received(packet.parts.get(c, packet.parts.get(EVERYBODY, b""))) for c in accepted}
         work = self._train if packet.kind == "train" else self._evaluate
-        return work(fed, Order(h["round"], h["rounds"]), accepted, down, head)
+        return work(fed, Order(order.round, order.rounds), accepted, down, head)
+
+    @staticmethod
+    def _received(message: bytes) -> Params:
+        """What the server has sent. Raises UploadError for leaves with which nobody can train."""
+        params = wire.unpack(wire.decode(message)[0])
+        if why := wire.finite_state(params):
+            raise PacketError(f"order, leaves: {why}")
+        return params
 
     def federation(self, run: str, recipe: Mapping[str, Any]) -> Federation:
         """The run's model, method and this site's data, loaded once and kept for the next order."""
@@ -199,6 +210,25 @@ class Site:
         lines = evaluate(fed, engine, server)
         kept = [{k: x[k] for k in ("view", "split", "clients")} for x in lines if x["kind"] == "eval"]
         return Packet("evaluate", head | {"lines": kept})
+
+
+def failure(e: Exception) -> dict[str, Any]:
+    """What a site tells of an error: its code, the field of the order that is at fault, and a sentence."""
+    if isinstance(e, PacketError):
+        return {"code": e.code, "field": e.field, "text": schema.line(str(e))}
+    code = next((code for kind, code in CODES.items() if isinstance(e, kind)), "refused")
+    if isinstance(e, MemoryError):
+        text = "out of memory; give this site fewer clients at once (fedlora client --block), or more memory"
+    elif isinstance(e, FedloraError):
+        text = str(e)
+    elif isinstance(e, OSError):
+        text = f"{e.strerror or e} ({e.filename})" if e.filename else str(e)
+    else:
+        code = "internal"
+        text = (
+            f"what the order asks cannot be done ({type(e).__name__}); do both sides have the same version of fedlora?"
+        )
+    return {"code": code, "field": None, "text": schema.line(text)}
 
 
 def _name(run: str) -> str:

@@ -1,7 +1,7 @@
 """ServerApp and ClientApp: the project as a plain Flower app, for those who run Flower already (`flwr run`).
 
 Run config: recipe (path at the server), output. Node config of a SuperNode: id, data; and text, label, template, prompt,
-completion, clients, model, state, block as `fedlora client` has them. Flower starts a process per message: it imports torch
+completion, encoding, clients, model, state, block as `fedlora client` has them. Flower starts a process per message: it imports torch
 and loads the model each time; `fedlora client` does not.
 """
 
@@ -17,8 +17,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from ..deploy.coordinator import coordinator
 from ..deploy.packets import Packet
-from ..deploy.site import COLUMNS, Holding, Site
-from ..errors import ConfigError, Problem, UploadError
+from ..deploy.site import COLUMNS, Holding, Site, failure
+from ..errors import ConfigError, Problem
 from ..recipe import Recipe
 from ..watch import Watch
 from . import records
@@ -50,8 +50,8 @@ def answer(message: Message, context: Context) -> Message:
     """One order of the server's."""
     try:
         reply = site(tuple(sorted(context.node_config.items()))).answer(records.unpack(message.content))
-    except (ConfigError, UploadError) as e:
-        reply = Packet("join", {"error": str(e)})
+    except Exception as e:
+        reply = Packet("join", {"error": failure(e)})
     return Message(records.pack(reply), reply_to=message)
 
 

@@ -64,7 +64,7 @@ def run(
         def link() -> GridLink:
             superlink = stack.enter_context(SuperLink(host, port, tls, keys, LARGEST, say))
             ready(superlink.port)
-            return GridLink(superlink.grid, superlink.online)
+            return GridLink(superlink.grid, superlink.online, known=sorted(keys or ()))
 
         fed = coordinator(recipe, output, link, say)
         return fed, fed.run(watch)
