@@ -115,7 +115,7 @@ class Attendance:
                 )
             if id in others:
                 raise UploadError(f"client {id!r} is already here from another site; give each site its own --id")
-            out[id] = {**facts.sizes()}
+            out[id] = {str(s): n for s, n in facts.sizes().items()}
             if self.header.get("histograms") and facts.histogram is not None:
                 claims.histogram(facts.histogram, facts.sizes(), self.classes)
                 out[id]["histogram"] = facts.histogram

@@ -62,6 +62,8 @@ def reply_of(reply: Packet | str, model: type[R], kind: Kind, run: str, round: i
     if not isinstance(reply.header, Mapping):
         raise PacketError(f"reply: its header is {schema.shown(reply.header)}, expected fields")
     if "error" in reply.header:
+        if isinstance(reply.header["error"], str):
+            raise PacketError("it failed and says so in an old form; install the same version of fedlora on both sides")
         failed = schema.parsed(schema.Failure, reply.header["error"], "reply, error")
         about = f", {schema.line(failed.field, 200)}" if failed.field else ""
         raise PacketError(f"{schema.line(failed.text)} ({failed.code}{about})", failed.code, failed.field)
