@@ -27,7 +27,7 @@ def server_of(fed: Federation) -> Server:
     loaded = fed.store.load_server()
     if loaded is None:
         raise StateError(f"{fed.store.root}: no round is committed yet; run it first")
-    return Server(*loaded)
+    return Server.restored(*loaded)
 
 
 def deltas_of(fed: Federation, client: str | None) -> Params:

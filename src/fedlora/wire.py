@@ -93,8 +93,14 @@ def pack(params: Params, precision: Precision = "fp32") -> Params:
     return out
 
 
-def unpack(params: Params) -> Params:
-    """Inverse of `pack`, up to its rounding: every real leaf as float32. Raises UploadError where leaf and scale do not fit."""
+def unpack(params: Params, precision: Precision | None = None) -> Params:
+    """Inverse of `pack`, up to its rounding: every real leaf as float32.
+
+    precision: what the sender was told to use; None takes a message as it is. Raises UploadError where leaf and scale do
+    not fit, for a scale without a leaf, and for a leaf of another precision.
+    """
+    if precision is not None:
+        _of_precision(params, precision)
     if all(v.dtype in (torch.float32, torch.int64) and not k.part.endswith(SCALE) for k, v in params.items()):
         return params
     out: Params = {}
@@ -109,6 +115,23 @@ def unpack(params: Params) -> Params:
         else:
             out[k] = v.float() if v.dtype in (torch.float16, torch.bfloat16) else v
     return out
+
+
+def _of_precision(params: Params, precision: Precision) -> None:
+    """Raise UploadError unless a message is one that `pack` makes at this precision."""
+    real = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    for k, v in params.items():
+        scaled = k._replace(part=k.part + SCALE) in params
+        if k.part.endswith(SCALE):
+            whose = params.get(k._replace(part=k.part.removesuffix(SCALE)))
+            right = precision == "int8" and whose is not None and whose.dtype == torch.int8 and v.dtype == torch.float32
+        elif precision == "int8":
+            right = scaled if v.dtype == torch.int8 else not v.is_floating_point() or (not v.ndim and not scaled)
+        else:
+            right = not scaled and (not v.is_floating_point() or v.dtype == (real if v.ndim else torch.float32))
+            right = right and v.dtype != torch.int8
+        if not right:
+            raise UploadError(f"leaf {k} is {list(v.shape)} {v.dtype}, expected a message of {precision}")
 
 
 def size(params: Params, header: Mapping[str, Any] | None = None) -> int:
@@ -149,33 +172,6 @@ Spec = Mapping[Key, Leaf]
 def expect(params: Params) -> dict[Key, Leaf]:
     """The specification that `params` itself meets."""
     return {k: Leaf(tuple(v.shape), v.dtype) for k, v in params.items()}
-
-
-def packed(spec: Spec, precision: Precision) -> dict[Key, Leaf]:
-    """The specification of `pack(params, precision)`, for leaves that meet `spec`."""
-    out: dict[Key, Leaf] = {}
-    for k, leaf in spec.items():
-        if leaf.dtype != torch.float32 or not leaf.shape or precision == "fp32":
-            out[k] = leaf
-        elif precision == "int8":
-            out[k] = leaf._replace(dtype=torch.int8)
-            out[k._replace(part=k.part + SCALE)] = Leaf((*leaf.shape[:-1], 1), torch.float32)
-        else:
-            out[k] = leaf._replace(dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
-    return out
-
-
-def travelled(message: Params, spec: Spec, precision: Precision) -> Params:
-    """Leaves of a message as `unpack` gives them. Raises UploadError unless they have the names and dtypes in which leaves of
-    `spec` travel: a leaf that nobody declared, also one of scales, is refused before it is touched."""
-    wanted = packed(spec, precision)
-    _named(message, wanted)
-    for k, v in message.items():
-        if v.dtype != wanted[k].dtype:
-            raise UploadError(
-                f"leaf {k} travels as {v.dtype}, expected {wanted[k].dtype}: messages of this run are {precision}"
-            )
-    return unpack(message)
 
 
 def _named(params: Params, spec: Spec) -> None:

@@ -56,7 +56,7 @@ def aggregated(
         why: str | None
         try:
             new = aggregate(kept)
-            why = finite_state(new.params) or finite_state(_uploaded(new.params, kept), bound)
+            why = finite_state(new.leaves) or finite_state(_uploaded(new.params, kept), bound)
         except (RuntimeError, ValueError, ArithmeticError) as e:  # an SVD of what is not finite
             why = f"the uploads cannot be aggregated ({type(e).__name__})"
         if why is None:

@@ -124,7 +124,9 @@ class Site:
                 f"order names clients that are not here: {foreign[:3]}, expected {list(fed.data.ids)[:3]}",
                 field="clients",
             )
-        down = {c: self._received(packet.parts.get(c, packet.parts.get(EVERYBODY, b""))) for c in accepted}
+        part = {c: c if c in packet.parts else EVERYBODY for c in accepted}
+        read = {name: self._received(packet.parts.get(name, b"")) for name in set(part.values())}
+        down = {c: read[name] for c, name in part.items()}
         work = self._train if packet.kind == "train" else self._evaluate
         return work(fed, Order(order.round, order.rounds), accepted, down, head)
 
@@ -164,7 +166,8 @@ class Site:
             if round is None:
                 return None
             found = fed.store.load_client(id, round + 1)
-            if found is None and fed.method.keep(fed.scene, Client(id, 1)):
+            personal = fed.sampling.channel.remembers or fed.method.keep(fed.scene, Client(id, 1))
+            if found is None and personal:
                 raise StateError(
                     f"client {id!r}: its personal leaves of round {round + 1} are gone from {fed.store.root}; restore that "
                     "folder: the server has accepted what they belong to"
@@ -185,8 +188,8 @@ class Site:
             fed.store.save_client(client.id, order.round, done.kept)
             fed.store.sync()
             fed.store.forget(client.id, accepted[client.id])
-            message = wire.pack(done.upload, fed.sampling.precision)
-            parts[client.id] = wire.encode(message, {"round": order.round, "examples": client.examples})
+            assert done.sent is not None
+            parts[client.id] = done.sent.encode()
             facts[client.id] = {"examples": client.examples, "metrics": done.metrics, "tokens": tokens}
         losses = ", ".join(f"{f['metrics'].get('loss', float('nan')):.3f}" for f in list(facts.values())[:4])
         self.say(f"round {order.round + 1} of {order.rounds}: trained {len(parts)} client(s), loss {losses}")
