@@ -34,6 +34,7 @@ class Mutant:
 
 CONTRACT = "tests/test_contract.py"
 DEPLOY = "tests/test_deploy.py"
+PACKETS = "tests/test_packets.py -m 'not slow'"
 MUTANTS = (
     # engine: blocks, resume, ownership
     Mutant("a client out of batches goes on training", "engine.py", "work = where(alive[-1], new, work)", "work = new", f"{CONTRACT} -k block_equals"),
@@ -143,20 +144,45 @@ MUTANTS = (
     Mutant("a block fills all of the free memory", "memory.py", "SHARE = 0.5", "SHARE = 1.0", "tests/test_memory.py"),
     Mutant("freed memory is given back at once", "memory.py", "    libc.mallopt(MMAP_MAX, 0)\n    libc.mallopt(TRIM_THRESHOLD, -1)\n", "", "tests/test_memory.py"),
     # sites
-    Mutant("uploads are summed as they arrive", "deploy/remote.py", "            for c in chosen:\n", "            for c in [clients[c] for c in arrived]:\n", f"{DEPLOY} -k 'equals_simulation and homlora'"),
-    Mutant("losses are averaged as they arrive", "deploy/remote.py", "{c.id: log.losses[c.id] for c in chosen}", "dict(log.losses)", f"{DEPLOY} -k equals_simulation"),
+    Mutant("uploads are summed as they arrive", "deploy/remote.py", "[arrived[c.id] for c in chosen],", "list(arrived.values()),", f"{DEPLOY} -k 'equals_simulation and homlora'"),
+    Mutant("losses are averaged as they arrive", "deploy/remote.py", "{u.client.id: log.losses[u.client.id] for u in used}", "dict(log.losses)", f"{DEPLOY} -k equals_simulation"),
     Mutant("any upload may have a lower rank", "channel.py", 'prunes = any(k.part == "rank" for k in spec)', "prunes = True", f"{DEPLOY} -k bad_upload"),
     Mutant("stated ranks are believed", "wire.py", "        if r != want:", "        if False:", f"{DEPLOY} -k prunes"),
     Mutant("a refused client goes on from what was refused", "deploy/remote.py", 'accepted = server.notes.get("accepted", {}) | dict.fromkeys(arrived, order.round)', 'accepted = server.notes.get("accepted", {}) | dict.fromkeys(clients, order.round)', f"{DEPLOY} -k bad_upload"),
     Mutant("a site takes its newest leaves, accepted or not", "deploy/site.py", "found = fed.store.load_client(id, round + 1)", "found = fed.store.load_client(id, 10**6)", f"{DEPLOY} -k 'killed or lost or bad_upload'"),
     Mutant("a site forgets what it may need again", "store.py", "for name in old[:-1]:\n            (folder", "for name in _names(folder)[:-1]:\n            (folder", f"{DEPLOY} -k 'bad_upload or killed'"),
-    Mutant("a reply of an earlier round counts", "deploy/remote.py", "kind=kind, run=self.run, round=round, protocol=PROTOCOL)", "kind=kind, run=self.run, protocol=PROTOCOL)", f"{DEPLOY} -k 'sent_again or bad_upload'"),
+    Mutant("a reply of an earlier round counts", "deploy/packets.py", "kind=kind, run=run, round=round, protocol=PROTOCOL)", "kind=kind, run=run, protocol=PROTOCOL)", f"{DEPLOY} -k 'sent_again or bad_upload'"),
     Mutant("histograms are sent unasked", "deploy/site.py", "if asked and self.histograms and", "if self.histograms and", f"{DEPLOY} -k histograms"),
     Mutant("histograms are sent without consent", "deploy/site.py", "if asked and self.histograms and", "if asked and", f"{DEPLOY} -k histograms"),
-    Mutant("a site may speak for another", "deploy/remote.py", 'if name is not None and id != name and not id.startswith(f"{name}/"):', "if False:", f"{DEPLOY} -k speaks"),
+    Mutant("a site may speak for another", "deploy/attendance.py", 'if name is not None and id != name and not id.startswith(f"{name}/"):', "if False:", f"{DEPLOY} -k speaks"),
     Mutant("the norm is not bounded", "channel.py", "wire.validate(p, spec, self.norm_bound,", "wire.validate(p, spec, None,", f"{DEPLOY} -k bad_upload"),
     Mutant("all that answered in time counts, however many were asked", "deploy/remote.py", "if len(arrived) >= self.needed and self.terms.over_selection > 1:", "if False:", f"{DEPLOY} -k over_selection"),
     Mutant("int8 has one scale for a whole leaf", "wire.py", "scale = v.abs().amax(-1, keepdim=True) / 127", "scale = v.abs().amax().expand(*v.shape[:-1], 1) / 127", "tests/test_wire.py"),
+    # what the other side may say
+    Mutant("true is one, and 7.0 is seven", "deploy/schema.py", "strict=True, frozen=True", "strict=False, frozen=True", f"{PACKETS} -k 'trained_reply and yes'"),
+    Mutant("a client has as many rows as it likes", "deploy/schema.py", "Count = Annotated[int, Field(ge=0, le=MOST_ROWS)]", "Count = Annotated[int, Field(ge=0)]", f"{PACKETS} -k 'trained_reply and wide'"),
+    Mutant("a loss of any size is taken", "deploy/schema.py", "if not math.isfinite(value) or abs(value) > LARGEST:", "if False:", f"{PACKETS} -k 'trained_reply and (NaN or infinite)'"),
+    Mutant("a recipe is read however deep it is", "deploy/schema.py", "        if level > DEEPEST:\n", "        if False:\n", f"{PACKETS} -k looked_into"),
+    Mutant("round 0.0 is round 0", "deploy/schema.py", "if type(got) is not type(want) or got != want:", "if got != want:", f"{PACKETS} -k no_upload"),
+    Mutant("foreign text writes lines of its own into the log", "deploy/schema.py", 'return "".join(c if c.isprintable() else "?" for c in text)', "return text", f"{PACKETS} -k by_its_code"),
+    Mutant("scores count rows that nobody has", "deploy/claims.py", "if type(n) is not int or not 0 <= n <= rows:", "if type(n) is not int or n < 0:", f"{PACKETS} -k scores_that_cannot"),
+    Mutant("a score may leave its metric's range", "deploy/claims.py", "not low - SLACK <= value <= high + SLACK", "value != value", f"{PACKETS} -k scores_that_cannot"),
+    Mutant("one site without a metric takes it from all", "deploy/claims.py", 'if s["n"] and set(s) != usual}', "if False}", f"{PACKETS} -k without_a_metric"),
+    Mutant("one upload of 1e30 decides a run", "deploy/claims.py", "if not n <= FAR * usual", "if False", f"{PACKETS} -k 'no_upload or 3e38'"),
+    Mutant("an aggregate that is not finite is committed", "deploy/claims.py", "why = finite_state(new.leaves) or finite_state(", "why = finite_state({}) or finite_state(", f"{PACKETS} -k largest_uploads"),
+    Mutant("the smallest upload is blamed", "deploy/claims.py", "largest = max(kept,", "largest = min(kept,", f"{PACKETS} -k 'largest_uploads or norm_bound'"),
+    Mutant("a simulation commits what is not finite", "federation.py", "if why := finite_state(new.leaves):", "if why := finite_state({}):", f"{PACKETS} -k never_committed"),
+    Mutant("an error nobody thought of ends a site", "deploy/site.py", "        except Exception as e:\n            failed = failure(e)", "        except FedloraError as e:\n            failed = failure(e)", f"{PACKETS} -k no_leaves"),
+    Mutant("a site that did not join is never asked again", "deploy/attendance.py", "(n not in self.failed or self.failed[n].again <= now)", "n not in self.failed", f"{PACKETS} -k asked_again"),
+    Mutant("leaves are made before they are counted", "wire.py", "if len(described) > most + 1:", "if False:", f"{PACKETS} -k no_upload"),
+    Mutant("a rank may be zero", "wire.py", "v.ndim == len(shape) and 1 <= rank(k, v) <= shape[axis]:", "v.ndim == len(shape) and rank(k, v) <= shape[axis]:", "tests/test_wire.py -k below_one"),
+    Mutant("a stated norm may be negative", "wire.py", "            if v < 0:\n", "            if False:\n", "tests/test_wire.py -k can_be_norms"),
+    Mutant("the norm of a model is what is stated, whatever its sites'", "wire.py", "if sites and whole is not None and abs(whole - each) > 1e-2 * max(whole, each):", "if False:", "tests/test_wire.py -k can_be_norms"),
+    Mutant("half a head is waited for", "flower/door.py", "self._wait = self.loop.call_later(GREETING, self._late) if head else None", "self._wait = None", "tests/test_door.py -k half_a_head"),
+    Mutant("half a body is waited for", "flower/door.py", "asyncio.timeout(min(STALLED, max(end - time.monotonic(), 0.0)))", "asyncio.timeout(None)", "tests/test_door.py -k half_a_body"),
+    Mutant("a body may drip for ever", "flower/door.py", "asyncio.timeout(min(STALLED, max(end - time.monotonic(), 0.0)))", "asyncio.timeout(STALLED)", "tests/test_door.py -k drips"),
+    Mutant("one address takes all connections", "flower/door.py", "crowded = self.inside[who] >= self.each", "crowded = False", "tests/test_door.py -k one_address"),
+    Mutant("a connection that is closed still counts", "flower/door.py", "            self.inside[who] -= 1\n", "", "tests/test_door.py -k one_address"),
     Mutant("the network reaches the control API", "flower/superlink.py", 'if not scope["path"].startswith(prefixes):', "if False:", "tests/test_flower.py -k strangers"),
     Mutant("nodes need no key", "flower/superlink.py", "self.open_to_all = keys is None", "self.open_to_all = True", "tests/test_flower.py -k strangers"),
     # data
@@ -168,7 +194,7 @@ MUTANTS = (
     Mutant("metrics are not cut back", "store.py", "f.truncate(length)", "pass", "tests/test_store.py -k 'dropped or committed'"),
     Mutant("states are pruned too early", "store.py", "if p.stem < path.stem)[:-1]:", "if p.stem < path.stem):", "tests/test_store.py"),
     Mutant("framing is free", "wire.py", "return Traffic(payload - head, head, total - payload)", "return Traffic(payload - head, head, 0)", "tests/test_wire.py"),
-    Mutant("NaN is let in", "wire.py", "if not torch.isfinite(norms).all():", "if (norms == float('inf')).any():", "tests/test_wire.py"),
+    Mutant("NaN is let in", "wire.py", "    if not math.isfinite(n):\n        for k, v", "    if n == math.inf:\n        for k, v", "tests/test_wire.py"),
     # evaluation
     Mutant("the round is chosen on test", "summary.py", 'for split in ("validation", "test"):\n        for view', 'for split in ("test", "validation"):\n        for view', "tests/test_federation.py -k chosen"),
     Mutant("predictions come back in another order", "evaluate.py", "back = np.argsort(order)", "back = order", "tests/test_federation.py"),

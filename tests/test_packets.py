@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,25 @@ def test_histograms_are_of_the_rows_and_classes_there_are() -> None:
             claims.histogram(bad, {"train": 7}, 2)
 
 
+def test_a_state_that_is_not_finite_is_never_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a simulation, too, where uploads stream and none can be left out afterwards."""
+    fed = tiny.federation(METHOD, tmp_path, block=1, sampling=Sampling(rounds=3))
+    original = type(METHOD).aggregate
+
+    def broken(self: Any, scene: Any, s: Server, us: Any) -> Server:
+        new = original(self, scene, s, us)
+        return replace(new, params={k: v * math.inf for k, v in new.params.items()}) if s.round == 1 else new
+
+    monkeypatch.setattr(type(METHOD), "aggregate", broken)
+    with pytest.raises(TrainingError, match=r"round 2: .* not finite.*The round was dropped"):
+        fed.run()
+    monkeypatch.undo()
+    loaded = fed.store.load_server()
+    assert loaded is not None and loaded[0] == 1
+    again = tiny.federation(METHOD, tmp_path, block=1, sampling=Sampling(rounds=3))
+    assert again.run()["rounds"] == 3
+
+
 # joining -----------------------------------------------------------------------------------------------------------
 class Named:
     """A link of one site, whose answers are given."""
@@ -413,6 +433,15 @@ def test_no_field_of_an_order_ends_a_site(what: str, kind: str, site: Site) -> N
         assert failed.text
         json.dumps(reply.header)
     assert "error" not in site.answer(ORDERS["join"]).header
+
+
+def test_a_recipe_is_not_looked_into_without_end(site: Site) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(60):
+        deep = {"a": [deep]}
+    order = ORDERS["join"]
+    reply = site.answer(Packet("join", {**order.header, "recipe": deep}))
+    assert "at most 24 levels" in reply.header["error"]["text"]
 
 
 BAD_PARTS: dict[str, Any] = {

@@ -206,18 +206,14 @@ def validate(params: Params, spec: Spec, norm_bound: float | None = None, ranks_
 
 
 def _norm(params: Params) -> float:
-    """Frobenius norm of all leaves together. Raises UploadError for values that are not finite."""
-    floats = {k: v for k, v in params.items() if v.is_floating_point() and v.numel()}
-    if not floats:
-        return 0.0
-    norms = torch.stack([n.float() for n in torch._foreach_norm(list(floats.values()))]).double()
-    if not torch.isfinite(norms).all():  # too large for float32, or not finite: leaf by leaf, exactly
-        for k, v in floats.items():
-            bad = int((~torch.isfinite(v)).sum())
+    """`magnitude`. Raises UploadError for values that are not finite."""
+    n = magnitude(params)
+    if not math.isfinite(n):
+        for k, v in params.items():
+            bad = int((~torch.isfinite(v)).sum()) if v.is_floating_point() else 0
             if bad:
                 raise UploadError(f"leaf {k} has {bad} non-finite values of {v.numel()}, expected finite numbers")
-        norms = torch.stack([v.double().norm() for v in floats.values()])
-    return float(norms.norm())
+    return n
 
 
 def magnitude(params: Params) -> float:
