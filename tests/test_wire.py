@@ -134,7 +134,7 @@ def test_scales_that_do_not_fit_are_refused() -> None:
 def test_no_rank_is_below_one() -> None:
     p = message()
     spec = wire.expect(p)
-    with pytest.raises(UploadError, match=r"lora/enc.0/A is \[0, 5\]"):
+    with pytest.raises(UploadError, match=r"is \[(0, 5|6, 0)\]"):
         wire.validate(p | {A: p[A][:0], B: p[B][:, :0]}, spec, ranks_may_shrink=True)
     stated = {**p, Key("lora", "", "rank"): torch.tensor(4)}
     wire.validate(stated, wire.expect(stated), ranks_may_shrink=True)
