@@ -18,7 +18,7 @@ from typing import Any
 from uvicorn import Server
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-EACH = 256  # connections of one address; a client holds two, and many clients may come through one proxy
+EACH = 512  # connections of one address: a client opens up to eight while it sends, and many may come through one proxy
 RESERVE = 128  # open files of the process that are not connections
 GREETING = 10.0  # seconds for the TLS handshake, and for the head of a request
 STALLED = 30.0  # seconds without a byte of a request's body
