@@ -271,7 +271,7 @@ def test_the_largest_uploads_are_left_out_until_the_aggregate_is_finite() -> Non
 
 
 def test_an_aggregate_keeps_to_the_norm_bound() -> None:
-    _, used, left = claims.aggregated(summed, uploads(1.0, 1.0, 50.0), least=1, bound=8.0)
+    _, used, left = claims.aggregated(summed, uploads(1.0, 1.0, 50.0), least=1, most=8.0)
     assert (list(left), len(used)) == (["c2"], 2)
 
 

@@ -63,7 +63,8 @@ class Attendance:
         here = {self.name(n) for n in self.sites}
         known: list[str] = sorted(getattr(self.link, "known", ()))
         failed = {self.name(n): f.why for n, f in self.failed.items()}
-        return [f"{s} ({failed.get(s, 'not connected')})" for s in [*known, *failed] if s not in here or s in failed]
+        away = dict.fromkeys([s for s in known if s not in here] + list(failed))
+        return [f"{s} ({failed.get(s, 'not connected')})" for s in away]
 
     def refresh(self) -> tuple[Mapping[int, str | None], bool]:
         """The nodes that are online, and whether a site has joined since the last time."""

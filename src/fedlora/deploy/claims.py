@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import TrainingError, UploadError
-from ..method import Server, Upload
+from ..method import Method, Server, Upload
 from ..metrics import RANGE, Scores, primary
 from ..tree import Params, select
 from ..wire import finite_state, magnitude
@@ -41,13 +41,19 @@ def distant(uploads: Sequence[Upload], sent: Params) -> dict[str, str]:
     }
 
 
+def bound(norm_bound: float | None, server: Server, uploads: Sequence[Upload]) -> float | None:
+    """The largest norm that the aggregate of uploads within `norm_bound` can have; a component that nobody uploads keeps the
+    server's value."""
+    return None if norm_bound is None else 2 * max(norm_bound, magnitude(_uploaded(server.params, uploads)))
+
+
 def aggregated(
-    aggregate: Callable[[Sequence[Upload]], Server], uploads: Sequence[Upload], least: int, bound: float | None = None
+    aggregate: Callable[[Sequence[Upload]], Server], uploads: Sequence[Upload], least: int, most: float | None = None
 ) -> tuple[Server, list[Upload], dict[str, str]]:
     """The next server, the uploads it is made of, and client id -> why its upload was left out.
 
     Where the aggregate may not be committed, the upload of the largest norm is left out and the rest are aggregated again.
-    bound: largest norm of the uploaded leaves in the aggregate. Raises TrainingError when fewer than `least` are left, so that
+    most: largest norm of the uploaded leaves in the aggregate. Raises TrainingError when fewer than `least` are left, so that
     a bad state is never committed.
     """
     kept = list(uploads)
@@ -56,7 +62,7 @@ def aggregated(
         why: str | None
         try:
             new = aggregate(kept)
-            why = finite_state(new.leaves) or finite_state(_uploaded(new.params, kept), bound)
+            why = finite_state(new.leaves) or finite_state(_uploaded(new.params, kept), most)
         except (RuntimeError, ValueError, ArithmeticError) as e:  # an SVD of what is not finite
             why = f"the uploads cannot be aggregated ({type(e).__name__})"
         if why is None:
@@ -93,6 +99,17 @@ def odd(claims: Mapping[str, float], what: str) -> list[str]:
         for c, v in claims.items()
         if median > 0 and v > ODD * median
     ]
+
+
+def odd_uploads(method: Method, uploads: Sequence[Upload]) -> list[str]:
+    """Sentences on uploads whose loss, norm or weight stands far from all others'."""
+    weight = getattr(method, "weight", None)
+    found: dict[str, dict[str, float]] = {
+        "a loss of": {u.client.id: abs(u.metrics["loss"]) for u in uploads},
+        "an upload of norm": {u.client.id: magnitude(u.params) for u in uploads},
+        "a weight of": {u.client.id: float(weight(u)) for u in uploads} if weight else {},
+    }
+    return [text for what, claimed in found.items() for text in odd(claimed, what)]
 
 
 def scores(given: object, rows: int, task: str) -> Scores:

@@ -21,7 +21,7 @@ from ..errors import TrainingError, UploadError
 from ..federation import Federation
 from ..method import Client, Order, Server, Upload
 from ..metrics import primary, summary
-from ..tree import Params, select
+from ..tree import Params
 from ..watch import Watch
 from . import claims, schema
 from .attendance import Attendance, Link
@@ -187,7 +187,7 @@ class Remote:
         chosen = in_order([clients[c] for c in clients if c in arrived])
         new, used, left = claims.aggregated(
             lambda uploads: fed.sampling.channel.aggregate(fed.method, fed.scene, server, iter(uploads)),
-            [arrived[c.id] for c in chosen], fed.sampling.min_clients, self._bound(server, arrived),
+            [arrived[c.id] for c in chosen], fed.sampling.min_clients, claims.bound(fed.sampling.norm_bound, server, list(arrived.values())),
         )  # fmt: skip
         for c, why in left.items():
             self._drop(c, why, arrived, log)
@@ -195,7 +195,8 @@ class Remote:
             see(u)
         log.losses = {u.client.id: log.losses[u.client.id] for u in used}  # their mean, too, is that of a simulation
         log.examples = sum(u.client.examples for u in used)
-        self._name_the_odd(used)
+        for text in claims.odd_uploads(fed.method, used):
+            self.say(f"odd: {text}")
         accepted = server.notes.get("accepted", {}) | dict.fromkeys(arrived, order.round)
         return replace(new, notes=new.notes | {"accepted": accepted}), log
 
@@ -203,26 +204,6 @@ class Remote:
         del arrived[client]
         log.refused[client] = why
         self.say(f"upload of {client} refused: {why}")
-
-    def _bound(self, server: Server, arrived: Mapping[str, Upload]) -> float | None:
-        """The largest norm that the aggregate of uploads within the norm bound can have; a component that nobody uploads keeps
-        the server's value."""
-        if self.fed.sampling.norm_bound is None:
-            return None
-        keys = {k for u in arrived.values() for k in u.params}
-        return 2 * max(self.fed.sampling.norm_bound, wire.magnitude(select(server.params, lambda k: k in keys)))
-
-    def _name_the_odd(self, uploads: Sequence[Upload]) -> None:
-        """Say whose claims stand far from all others': they were believed."""
-        weight = getattr(self.fed.method, "weight", None)
-        found: dict[str, dict[str, float]] = {
-            "a loss of": {u.client.id: abs(u.metrics["loss"]) for u in uploads},
-            "an upload of norm": {u.client.id: wire.magnitude(u.params) for u in uploads},
-            "a weight of": {u.client.id: float(weight(u)) for u in uploads} if weight else {},
-        }
-        for what, claimed in found.items():
-            for text in claims.odd(claimed, what):
-                self.say(f"odd: {text}")
 
     def _orders(
         self, kind: Kind, server: Server, order: Order, cohort: Sequence[Client], log: RoundLog
@@ -314,13 +295,16 @@ class Remote:
         self, state: str, server: Server | None = None, clients: Mapping[str, str] | None = None, **more: Any
     ) -> None:
         """Write status.json, which `fedlora status` shows."""
+        sites: dict[str, list[str]] = {}
+        for n, held in self.sites.items():  # without keys two sites may have one name
+            sites.setdefault(self.here.name(n), []).extend(sorted(held))
         facts = {
             "state": state,
             "run": self.run,
             "round": None if server is None else server.round + (state in ("training", "aggregating")),
             "rounds": self.fed.sampling.rounds,
             "clients": dict(clients or {}),
-            "sites": {self.here.name(n): sorted(held) for n, held in self.sites.items()},
+            "sites": sites,
             "failed": {self.here.name(n): f.why for n, f in self.here.failed.items()},
             "metric": self.metric,
             "updated": time.time(),
