@@ -178,6 +178,7 @@ MUTANTS = (
     Mutant("a rank may be zero", "wire.py", "v.ndim == len(shape) and 1 <= rank(k, v) <= shape[axis]:", "v.ndim == len(shape) and rank(k, v) <= shape[axis]:", "tests/test_wire.py -k below_one"),
     Mutant("a stated norm may be negative", "wire.py", "            if v < 0:\n", "            if False:\n", "tests/test_wire.py -k can_be_norms"),
     Mutant("the norm of a model is what is stated, whatever its sites'", "wire.py", "if sites and whole is not None and abs(whole - each) > 1e-2 * max(whole, each):", "if False:", "tests/test_wire.py -k can_be_norms"),
+    Mutant("a site's words are read as markup", "cli/progress.py", "said = escape(f\"round {line['round']}: refused the upload of {client}: {why}\")", "said = f\"round {line['round']}: refused the upload of {client}: {why}\"", "tests/test_site_commands.py -k markup"),
     Mutant("half a head is waited for", "flower/door.py", "self._wait = self.loop.call_later(GREETING, self._late) if head else None", "self._wait = None", "tests/test_door.py -k half_a_head"),
     Mutant("half a body is waited for", "flower/door.py", "asyncio.timeout(min(STALLED, max(end - time.monotonic(), 0.0)))", "asyncio.timeout(None)", "tests/test_door.py -k half_a_body"),
     Mutant("a body may drip for ever", "flower/door.py", "asyncio.timeout(min(STALLED, max(end - time.monotonic(), 0.0)))", "asyncio.timeout(STALLED)", "tests/test_door.py -k drips"),

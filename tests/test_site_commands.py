@@ -14,7 +14,8 @@ pytest.importorskip("flwr")
 import fedlora.flower  # noqa: F401  (switches Flower's telemetry off)
 from fedlora.cli import main
 from fedlora.cli.deployment import _say
-from fedlora.cli.progress import Log
+from fedlora.cli.progress import Bars, Log
+from fedlora.cli.tables import status
 from fedlora.deploy.site import Holding
 from fedlora.errors import ConfigError
 from fedlora.flower.keys import DAYS
@@ -60,6 +61,27 @@ def test_a_log_has_a_line_a_round() -> None:
     assert "round 2 of 3: personal test accuracy 0.7500" in heard
     (done,) = [x for x in heard if "done:" in x]
     assert done.startswith("round 2 of 3 done: 2 client(s), 1 refused or late, loss 0.5000, ")
+
+
+def test_a_sites_words_are_no_markup() -> None:
+    """A closing tag that nobody opened would end whoever prints it."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    text = StringIO()
+    with Bars(Console(file=text, width=200), "accuracy") as bars:
+        bars.start("triage", 0, 3)
+        bars.record(
+            {"kind": "train", "round": 1, "loss": 0.5, "bytes": {}, "refused": {"a[/]": "full [/bold] [red]disk[/red]"}}
+        )
+    assert "refused the upload of a[/]: full [/bold] [red]disk[/red]" in text.getvalue()
+    table = status(
+        {"run": "r", "state": "waiting", "done": 0, "rounds": 3, "metric": None, "bytes": {"up": 0, "down": 0}, "age": 1.0,
+         "have": 1, "need": 2, "clients": {"a": "idle"}, "sites": {"a[/b]": ["a[/b]"]}, "failed": {"c[/d]": "no [/e]"}}
+    )  # fmt: skip
+    Console(file=text, width=200).print(table)
+    assert all(x in text.getvalue() for x in ("a[/b]", "c[/d]", "no [/e]"))
 
 
 def test_a_site_may_say_the_encoding_of_its_files() -> None:

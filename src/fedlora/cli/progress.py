@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -145,7 +146,8 @@ class Bars(Watch):
             self.facts["loss"] = line["loss"]
             self.facts["bytes"] += sum(sum(d.values()) for d in line["bytes"].values())
             for client, why in line["refused"].items():
-                self.progress.console.print(f"[yellow]round {line['round']}: refused the upload of {client}: {why}")
+                said = escape(f"round {line['round']}: refused the upload of {client}: {why}")  # a site's own words
+                self.progress.console.print(f"[yellow]{said}[/]")
         if line["kind"] == "eval" and line["view"] == "personal" and line["split"] in ("validation", "test"):
             value = line["mean"].get(self.metric, float("nan"))
             if line["split"] == "validation" or self.facts["metric"] != self.facts["metric"]:

@@ -48,9 +48,9 @@ def status(s: Mapping[str, Any]) -> Table:
     where = {c: n for n, held in s["sites"].items() for c in held}
     for c in sorted(where):
         state = s["clients"].get(c, "idle")
-        table.add_row(Text(c), where[c], Text(state, style=COLOURS.get(state, "")))
+        table.add_row(Text(c), Text(where[c]), Text(state, style=COLOURS.get(state, "")))
     for node, reason in s["failed"].items():
-        table.add_row(Text(NOTHING), node, Text(reason, style="red"))
+        table.add_row(Text(NOTHING), Text(node), Text(reason, style="red"))
     if s["state"] == "waiting":
         table.caption = f"waiting for clients: {s['have']} of {s['need']} are here"
     return table
