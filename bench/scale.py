@@ -26,11 +26,12 @@ from fedlora.bench.run import environment
 from fedlora.data.batches import Plan
 from fedlora.data.examples import Arrays, Rows
 from fedlora.data.federated import FederatedData
-from fedlora.federation import Evaluation, Federation, Sampling
+from fedlora.federation import Federation
 from fedlora.method import Metrics, Work
 from fedlora.methods.average import HomLoRA
 from fedlora.model import Adapted
 from fedlora.optim import SGD
+from fedlora.setting import Evaluation, Sampling
 from fedlora.tasks import Classification, Loss
 from fedlora.tree import Key, Params, factor, factor_product, mean
 from fedlora.watch import Watch

@@ -46,7 +46,7 @@ MUTANTS = (
     Mutant("a personal leaf of one client reaches the next", "engine.py", "stored = [self._kept(c, order.round) for c in clients]", "stored = [self._kept(clients[0], order.round) for c in clients]", f"{CONTRACT} -k 'block_equals and fedsa'"),
     Mutant("the server returns the first upload", "tree.py", "                acc[k].add_(v, alpha=w)", "                pass", "tests/test_law_fedsa.py tests/test_tree.py"),
     Mutant("weights are not normalised", "tree.py", "return {k: v.div_(total) for k, v in acc.items()}", "return acc", "tests/test_tree.py"),
-    Mutant("cohorts follow the round's number alone", "federation.py", 'draw = np_rng(seed, "cohort", 0 if self.cohort == "fixed" else round)', 'draw = np_rng("cohort", 0)', "tests/test_federation.py"),
+    Mutant("cohorts follow the round's number alone", "setting.py", 'draw = np_rng(seed, "cohort", 0 if self.cohort == "fixed" else round)', 'draw = np_rng("cohort", 0)', "tests/test_federation.py"),
     # rows grouped by length
     Mutant("a group is cut below its longest row", "tasks.py", "return [fitted(_rows(batch, i, j), wide[i])", "return [fitted(_rows(batch, i, j), wide[j - 1])", "tests/test_tasks.py"),
     Mutant("no gradients where a caller serves", "tasks.py", "with torch.enable_grad(), self.model.training(piece):", "with self.model.training(piece):", "tests/test_tasks.py"),
@@ -178,7 +178,7 @@ MUTANTS = (
     Mutant("a rank may be zero", "wire.py", "v.ndim == len(shape) and 1 <= rank(k, v) <= shape[axis]:", "v.ndim == len(shape) and rank(k, v) <= shape[axis]:", "tests/test_wire.py -k below_one"),
     Mutant("a stated norm may be negative", "wire.py", "            if v < 0:\n", "            if False:\n", "tests/test_wire.py -k can_be_norms"),
     Mutant("the norm of a model is what is stated, whatever its sites'", "wire.py", "if sites and whole is not None and abs(whole - each) > 1e-2 * max(whole, each):", "if False:", "tests/test_wire.py -k can_be_norms"),
-    Mutant("a site's words are read as markup", "cli/progress.py", "said = escape(f\"round {line['round']}: refused the upload of {client}: {why}\")", "said = f\"round {line['round']}: refused the upload of {client}: {why}\"", "tests/test_site_commands.py -k markup"),
+    Mutant("a site's words are read as markup", "cli/progress.py", "said = escape(f\"round {line.round}: refused the upload of {client}: {why}\")", "said = f\"round {line.round}: refused the upload of {client}: {why}\"", "tests/test_site_commands.py -k markup"),
     Mutant("half a head is waited for", "flower/door.py", "self._wait = self.loop.call_later(GREETING, self._late) if head else None", "self._wait = None", "tests/test_door.py -k half_a_head"),
     Mutant("half a body is waited for", "flower/door.py", "asyncio.timeout(min(STALLED, max(end - time.monotonic(), 0.0)))", "asyncio.timeout(None)", "tests/test_door.py -k half_a_body"),
     Mutant("a body may drip for ever", "flower/door.py", "asyncio.timeout(min(STALLED, max(end - time.monotonic(), 0.0)))", "asyncio.timeout(STALLED)", "tests/test_door.py -k drips"),
@@ -189,7 +189,7 @@ MUTANTS = (
     # data
     Mutant("a stale token cache", "data/load.py", "for texts in (first, second or ()):", "for texts in ():", "tests/test_tokenize.py -k cache"),
     Mutant("splits ignore labels", "data/split.py", "labels[rows.rows], clients))", "clients))", "tests/test_partition.py -k splits_of"),
-    Mutant("a short client stays short", "data/partition.py", "filled[given] = np.repeat(np.arange(clients), short)", "pass", "tests/test_partition.py -k short"),
+    Mutant("a short client stays short", "data/partitions/partition.py", "filled[given] = np.repeat(np.arange(clients), short)", "pass", "tests/test_partition.py -k short"),
     # store and wire
     Mutant("no checksum", "store.py", "whole = _digest(wire.encode(params, header)).hex() == digest", "whole = True", "tests/test_store.py -k damaged"),
     Mutant("metrics are not cut back", "store.py", "f.truncate(length)", "pass", "tests/test_store.py -k 'dropped or committed'"),

@@ -13,10 +13,10 @@ import tiny
 import torch
 
 from fedlora.analysis import asymmetry, effective_ranks, gram_norm, product_error, singular_values
-from fedlora.federation import Evaluation
 from fedlora.methods import METHODS
 from fedlora.optim import AdamW
 from fedlora.seeds import rng
+from fedlora.setting import Evaluation
 from fedlora.tree import Key, Params
 
 A, B = Key("lora", "x", "A"), Key("lora", "x", "B")

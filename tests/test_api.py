@@ -107,7 +107,7 @@ def test_own_regression(tmp_path: Path) -> None:
         data,
         fl.HomLoRA(rank=3, optimizer=fl.AdamW(2e-2)),
         tmp_path / "r",
-        fl.Plan(10, None, 16),
+        plan=fl.Plan(10, None, 16),
         sampling=fl.Sampling(8),
     )
     summary = f.run()

@@ -18,10 +18,11 @@ from fedlora import wire
 from fedlora.data.batches import Plan
 from fedlora.engine import Schedule, train_block
 from fedlora.errors import FedloraError
-from fedlora.federation import Federation, Sampling
+from fedlora.federation import Federation
 from fedlora.method import Method, Order, Server
 from fedlora.methods import METHODS
 from fedlora.optim import SGD, AdamW
+from fedlora.setting import Sampling
 from fedlora.tree import Params, stack
 from fedlora.views import scores, served
 from fedlora.watch import Watch

@@ -18,8 +18,9 @@ from fedlora.deploy.packets import Packet
 from fedlora.deploy.remote import Remote, Terms
 from fedlora.deploy.site import Site
 from fedlora.errors import TrainingError
-from fedlora.federation import Evaluation, Federation, Sampling
+from fedlora.federation import Federation
 from fedlora.method import Method
+from fedlora.setting import Evaluation, Sampling
 from fedlora.tree import Key, Params
 
 RECIPE = {"data": {}, "deployment": {}}

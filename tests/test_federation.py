@@ -19,10 +19,12 @@ import torch
 from fedlora.data.batches import Plan, batch_of, order, train_batches
 from fedlora.errors import ConfigError, TrainingError
 from fedlora.evaluate import predict
-from fedlora.federation import Evaluation, Federation, Sampling
+from fedlora.federation import Federation
 from fedlora.methods import METHODS
 from fedlora.optim import SGD, AdamW
+from fedlora.records import EvalLine
 from fedlora.seeds import np_rng
+from fedlora.setting import Evaluation, Sampling
 from fedlora.summary import chosen_round
 from fedlora.tree import Params, stack
 from fedlora.watch import Watch
@@ -157,13 +159,13 @@ def test_the_round_is_chosen_on_validation() -> None:
     scores = {("validation", "accuracy"): [0.1, 0.7, 0.7, 0.6], ("test", "accuracy"): [0.1, 0.2, 0.9, 0.8],
               ("validation", "loss"): [nan, 3.0, 2.0, 2.5], ("test", "loss"): [0.1, 1.0, 1.0, 1.0]}  # fmt: skip
     lines = [
-        {"kind": "eval", "view": "personal", "split": s, "round": t, "mean": {m: v}}
+        EvalLine(t, "personal", s, {}, {m: v}, {}, {})
         for (s, m), values in scores.items()
         for t, v in enumerate(values)
     ]
     assert chosen_round(lines, "accuracy") == (1, "validation")
     assert chosen_round(lines, "loss") == (2, "validation")
-    assert chosen_round([x for x in lines if x["split"] == "test"], "accuracy") == (2, "test")
+    assert chosen_round([x for x in lines if x.split == "test"], "accuracy") == (2, "test")
     assert chosen_round([], "accuracy")[0] is None
 
 

@@ -541,9 +541,9 @@ def test_strategy_with_guards_equals_engine(precision: Any, tmp_path: Path) -> N
     from flwr.supercore.task_identity import TaskIdentity
 
     from fedlora.engine import train_block
-    from fedlora.federation import Sampling
     from fedlora.flower import strategy as s
     from fedlora.guards import GUARDS
+    from fedlora.setting import Sampling
 
     guards = (GUARDS["clip"](norm=0.1), GUARDS["feedback"](form="int4"), GUARDS["trimmed"](share=0.25))
     sampling = Sampling(rounds=2, precision=precision, guards=guards)

@@ -19,11 +19,12 @@ from fedlora import wire
 from fedlora.channel import Channel
 from fedlora.data.batches import Plan
 from fedlora.errors import ConfigError, UploadError
-from fedlora.federation import Evaluation, Federation, Sampling
+from fedlora.federation import Federation
 from fedlora.guards import GUARDS
 from fedlora.guards.guard import Guard
 from fedlora.method import Client, Order, Server, Upload
 from fedlora.methods import METHODS
+from fedlora.setting import Evaluation, Sampling
 from fedlora.summary import plan
 from fedlora.tree import GUARD, Key, Params, mean
 
@@ -123,7 +124,7 @@ def trained(f: Federation) -> list[dict[str, Any]]:
 def test_check_announces_what_a_run_sends(method: str, precision: Any, guards: Any, tmp_path: Path) -> None:
     sampling = Sampling(rounds=1, precision=precision, guards=guards)
     f = tiny.federation(TABLE[method].method, tmp_path, **SHORT | {"sampling": sampling})
-    announced = plan(f)["bytes_per_round"]
+    announced = plan(f, f.block_size())["bytes_per_round"]
     f.run()
     (line,) = trained(f)
     assert {d: sum(v.values()) for d, v in line["bytes"].items()} == announced

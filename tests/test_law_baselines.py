@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fedlora.data.batches import Plan, train_batches
 from fedlora.errors import ConfigError
-from fedlora.federation import Sampling
 from fedlora.method import Client, Method, Order, Scene, Server, Upload
 from fedlora.methods.average import HomLoRA
 from fedlora.methods.feddpa import FedDPAF, FedDPAT
@@ -27,6 +26,7 @@ from fedlora.methods.pf2lora import PF2LoRA
 from fedlora.methods.slora import SLoRA
 from fedlora.model import Site
 from fedlora.optim import SGD
+from fedlora.setting import Sampling
 from fedlora.tasks import Classification, Loss, stack_batches
 from fedlora.tree import Key, Params, select, stack
 from fedlora.views import served

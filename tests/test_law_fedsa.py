@@ -15,10 +15,10 @@ from fedlora import wire
 from fedlora.analysis import product_error
 from fedlora.data.federated import FederatedData
 from fedlora.evaluate import predict
-from fedlora.federation import Sampling
 from fedlora.method import Client, Scene, Server, Upload
 from fedlora.methods.average import FedSALoRA, FFALoRA, HomLoRA
 from fedlora.optim import SGD, AdamW
+from fedlora.setting import Sampling
 from fedlora.tree import Key, Params, stack, unstack
 from fedlora.views import served
 from fedlora.watch import Watch

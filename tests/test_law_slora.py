@@ -22,11 +22,12 @@ from fedlora import wire
 from fedlora.data.batches import Plan
 from fedlora.engine import Schedule, train_block
 from fedlora.errors import ConfigError, ModelError
-from fedlora.federation import Evaluation, Federation, Sampling
+from fedlora.federation import Federation
 from fedlora.merge import merge
 from fedlora.method import Client, Order, Server
 from fedlora.methods import METHODS
 from fedlora.optim import AdamW
+from fedlora.setting import Evaluation, Sampling
 from fedlora.tree import Key, Params, stack, unstack
 
 SFT, SLORA = METHODS["sft"], METHODS["slora"]

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from fedlora.engine import out_of_memory
 from fedlora.errors import TrainingError
-from fedlora.federation import Sampling
 from fedlora.memory import MOST, auto_block, client_bytes, forget_peak, peak_memory
 from fedlora.method import Metrics, Work
 from fedlora.methods.average import HomLoRA
 from fedlora.methods.tuning import FFT
+from fedlora.setting import Sampling
 from fedlora.tree import Params
 from fedlora.watch import Watch
 

@@ -160,12 +160,10 @@ def test_no_field_of_an_evaluation_ends_it(what: str, stage: Stage) -> None:
         stage.link.lie, before = header(path, new), len(stage.heard)
         lines = stage.remote.evaluate(stage.start)
         for now, was in zip(lines, stage.lines, strict=True):
-            assert {c: now["clients"][c] for c in ("c0", "c1", "c2")} == {
-                c: was["clients"][c] for c in ("c0", "c1", "c2")
-            }
-            assert math.isfinite(now["mean"]["accuracy"]) and math.isfinite(now["weighted"]["loss"])
-            assert now["clients"].get(LIAR) in (None, was["clients"][LIAR])
-        assert len(stage.heard) > before or any(LIAR not in x["clients"] for x in lines), (path, what)
+            assert {c: now.clients[c] for c in ("c0", "c1", "c2")} == {c: was.clients[c] for c in ("c0", "c1", "c2")}
+            assert math.isfinite(now.mean["accuracy"]) and math.isfinite(now.weighted["loss"])
+            assert now.clients.get(LIAR) in (None, was.clients[LIAR])
+        assert len(stage.heard) > before or any(LIAR not in x.clients for x in lines), (path, what)
 
 
 @pytest.mark.parametrize("what", [*WRONG, "missing"])
@@ -202,7 +200,7 @@ def test_no_reply_ends_the_server(reply: str, kind: str, stage: Stage) -> None:
         tiny.close(new.params, stage.without.params, tol=0)
     elif kind == "evaluate" and reply not in ("a part that is null", "parts that are a list"):
         lines = stage.remote.evaluate(stage.start)
-        assert [sorted(x["clients"]) for x in lines] == [["c0", "c1", "c2"]] * len(lines)
+        assert [sorted(x.clients) for x in lines] == [["c0", "c1", "c2"]] * len(lines)
     elif kind == "join":
         assert sorted(stage.join()) in ([0, 1, 2], [0, 1, 2, 3])
 

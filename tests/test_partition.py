@@ -7,33 +7,46 @@ from __future__ import annotations
 
 import time
 import tracemalloc
-from typing import Any
 
 import numpy as np
 import pytest
 
-from fedlora.data import partition as p
 from fedlora.data.examples import Arrays, Rows
 from fedlora.data.federated import FederatedData, roster
+from fedlora.data.partitions import PARTITIONS, Given, Partition
+from fedlora.data.partitions.classes import classes_per_client
+from fedlora.data.partitions.column import by_column
+from fedlora.data.partitions.dirichlet import dirichlet
+from fedlora.data.partitions.iid import iid
+from fedlora.data.partitions.label_sorting import label_sorting
+from fedlora.data.partitions.permutation import label_permutation
 from fedlora.data.split import histograms, like, split
 from fedlora.errors import ConfigError, DataError
 from fedlora.seeds import np_rng
 
 LABELS = np_rng("labels").integers(0, 5, 1000)
-KINDS: dict[str, Any] = {
-    "iid": lambda seed, least: p.iid(len(LABELS), 12, seed, least),
-    "dirichlet": lambda seed, least: p.dirichlet(LABELS, 12, 0.3, seed, least),
-    "label-sorting": lambda seed, least: p.label_sorting(LABELS, 12, 0.5, seed, least),
-    "classes": lambda seed, least: p.classes_per_client(LABELS, 12, 2, seed, least),
-    "quantity": lambda seed, least: p.quantity(len(LABELS), 12, 0.3, seed, least),
-    "domain": lambda seed, least: p.domain(LABELS, 12, 1, seed, least),
-}
+KINDS: dict[str, Partition] = {
+    "iid": PARTITIONS["iid"](),
+    "dirichlet": PARTITIONS["dirichlet"](alpha=0.3),
+    "label-sorting": PARTITIONS["label-sorting"](share=0.5),
+    "classes": PARTITIONS["classes"](classes=2),
+    "quantity": PARTITIONS["quantity"](alpha=0.3),
+    "domain": PARTITIONS["domain"](domains=1),
+}  # those that give every row away
+
+
+def test_every_partition_is_here() -> None:
+    assert set(KINDS) == {name for name, cls in PARTITIONS.items() if not cls.natural}
+
+
+def divided(kind: str, seed: int, least: int) -> Rows:
+    return KINDS[kind].rows(Given(LABELS, 12, seed, least, LABELS, range(5)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("least", [0, 1, 40])
 def test_every_row_has_one_owner_and_nobody_is_short(kind: str, least: int) -> None:
-    r = KINDS[kind](3, least)
+    r = divided(kind, 3, least)
     assert len(r) == 12
     assert sorted(r.rows) == list(range(1000))
     assert r.sizes.min() >= least
@@ -42,20 +55,20 @@ def test_every_row_has_one_owner_and_nobody_is_short(kind: str, least: int) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_partition_is_a_function_of_its_seed(kind: str) -> None:
-    a, b, c = (KINDS[kind](s, 1) for s in (0, 0, 1))
+    a, b, c = (divided(kind, s, 1) for s in (0, 0, 1))
     assert np.array_equal(a.rows, b.rows)
     assert np.array_equal(a.offsets, b.offsets)
     assert not np.array_equal(a.rows, c.rows)
 
 
 def test_iid_sizes_differ_by_one() -> None:
-    assert set(p.iid(1000, 7, 0).sizes) == {142, 143}
+    assert set(iid(1000, 7, 0).sizes) == {142, 143}
 
 
 @pytest.mark.parametrize("alpha", [0.05, 100.0])
 def test_dirichlet_skew(alpha: float) -> None:
     """Mean over clients of the largest class share: near 1 for a small alpha, near the class share for a large one."""
-    r = p.dirichlet(LABELS, 10, alpha, 0, 20)
+    r = dirichlet(LABELS, 10, alpha, 0, 20)
     h = histograms(r, LABELS, 5)
     share = (h.max(1) / h.sum(1)).mean()
     assert share > 0.75 if alpha < 1 else share < 0.35
@@ -68,7 +81,7 @@ def test_dirichlet_agrees_with_flwr_datasets() -> None:
     data = datasets.Dataset.from_dict({"y": LABELS.tolist()})
     ours, theirs = [], []
     for seed in range(25):
-        h = histograms(p.dirichlet(LABELS, 5, 0.5, seed, 0), LABELS, 5)
+        h = histograms(dirichlet(LABELS, 5, 0.5, seed, 0), LABELS, 5)
         ours.append((h.max(1) / np.maximum(h.sum(1), 1)).mean())
         other = flwr.DirichletPartitioner(5, "y", 0.5, min_partition_size=0, self_balancing=False, seed=seed)
         other.dataset = data
@@ -97,7 +110,7 @@ def literal_sorting(labels: np.ndarray, clients: int, share: float, order: np.nd
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_label_sorting_against_its_text(share: float) -> None:
     labels = LABELS[:97]
-    r = p.label_sorting(labels, 6, share, 0, 0)
+    r = label_sorting(labels, 6, share, 0, 0)
     shuffled = [
         i for c in range(5) for i in np.flatnonzero(labels == c)[: int((1 - share) * (labels == c).sum() + 1e-9)]
     ]
@@ -110,7 +123,7 @@ def test_label_sorting_against_its_text(share: float) -> None:
 
 @pytest.mark.parametrize("classes", [1, 2, 5])
 def test_classes_per_client(classes: int) -> None:
-    h = histograms(p.classes_per_client(LABELS, 15, classes, 0, 0), LABELS, 5)
+    h = histograms(classes_per_client(LABELS, 15, classes, 0, 0), LABELS, 5)
     assert ((h > 0).sum(1) == classes).all()
     holders = (h > 0).sum(0)
     assert holders.max() - holders.min() <= 1
@@ -121,36 +134,36 @@ def test_classes_per_client(classes: int) -> None:
 
 def test_natural_clients() -> None:
     column = np.array([2, 0, 2, 1, 2, 0])
-    r, ids = p.by_column(column, ["x", "y", "z"], 1)
+    r, ids = by_column(column, ["x", "y", "z"], 1)
     assert ids == ["x", "y", "z"]
     assert [list(r[k]) for k in range(3)] == [[1, 5], [3], [0, 2, 4]]
-    r, ids = p.by_column(column, ["x", "y", "z"], 2)
+    r, ids = by_column(column, ["x", "y", "z"], 2)
     assert ids == ["x", "z"]
     assert [list(r[k]) for k in range(2)] == [[1, 5], [0, 2, 4]]
     with pytest.raises(DataError, match=r"none of the 3 natural clients has min_size=9 rows, the largest has 3"):
-        p.by_column(column, ["x", "y", "z"], 9)
+        by_column(column, ["x", "y", "z"], 9)
 
 
 def test_label_permutations() -> None:
-    maps = p.label_permutation(50, 5, 0)
+    maps = label_permutation(50, 5, 0)
     assert (np.sort(maps, 1) == np.arange(5)).all()
     assert len({tuple(m) for m in maps}) > 30
-    assert np.array_equal(p.label_permutation(3, 5, 0), maps[:3])  # not a matter of how many there are
+    assert np.array_equal(label_permutation(3, 5, 0), maps[:3])  # not a matter of how many there are
 
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(
         DataError, match=r"2000 clients with at least min_size=1 rows each need 2000 rows, the data has 1000"
     ):
-        p.iid(1000, 2000, 0, 1)
+        iid(1000, 2000, 0, 1)
     with pytest.raises(ConfigError, match=r"partition.alpha: got 0, expected a finite number > 0"):
-        p.dirichlet(LABELS, 3, 0, 0)
+        dirichlet(LABELS, 3, 0, 0)
     with pytest.raises(ConfigError, match=r"partition.share: got 1.5"):
-        p.label_sorting(LABELS, 3, 1.5, 0)
+        label_sorting(LABELS, 3, 1.5, 0)
     with pytest.raises(ConfigError, match=r"partition.classes: got 6, expected a number from 1 to 5"):
-        p.classes_per_client(LABELS, 3, 6, 0)
+        classes_per_client(LABELS, 3, 6, 0)
     with pytest.raises(ConfigError, match=r"at least 2, because 3 clients with 1 each cannot hold 5"):
-        p.classes_per_client(LABELS, 3, 1, 0)
+        classes_per_client(LABELS, 3, 1, 0)
 
 
 # splits -----------------------------------------------------------------------------------------------------------------
@@ -159,7 +172,7 @@ def test_what_cannot_be_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "classes"])
 def test_splits_of_a_client_have_its_proportions(kind: str) -> None:
     """Every label of every client: its share of the split, less or more than one apart. No row in two splits."""
-    r = KINDS[kind](0, 20)
+    r = divided(kind, 0, 20)
     parts = split(r, LABELS, {"validation": 0.1, "test": 0.2}, 0)
     assert sorted(np.concatenate([x.rows for x in parts.values()])) == list(range(1000))
     whole = histograms(r, LABELS, 5)
@@ -181,20 +194,20 @@ def test_small_clients_keep_a_training_row() -> None:
 def test_every_class_can_be_learned() -> None:
     labels = np.array([0] * 20 + [1])
     for seed in range(20):
-        parts = split(p.iid(21, 2, seed), labels, {"test": 0.5}, seed)
+        parts = split(iid(21, 2, seed), labels, {"test": 0.5}, seed)
         assert 1 in labels[parts["train"].rows]
 
 
 def test_regression_targets_are_spread_evenly() -> None:
     values = np_rng("y").normal(size=400)
-    parts = split(p.iid(400, 1, 0), values, {"test": 0.25}, 0)
+    parts = split(iid(400, 1, 0), values, {"test": 0.25}, 0)
     order = np.argsort(np.argsort(values))
     ranks = np.sort(order[parts["test"].rows])
     assert np.diff(ranks).max() <= 5  # every fourth value, not a lump
 
 
 def test_a_test_file_is_shared_out_like_training() -> None:
-    r = p.dirichlet(LABELS, 8, 0.3, 0, 10)
+    r = dirichlet(LABELS, 8, 0.3, 0, 10)
     new = np_rng("new").integers(0, 5, 600)
     got = like(r, LABELS, new, 0)
     assert sorted(got.rows) == list(range(600))
@@ -209,9 +222,9 @@ def test_a_hundred_thousand_clients() -> None:
     """Over a million rows: seconds, and memory linear in rows (a few arrays of them), not an object per client."""
     labels = np_rng("million").integers(0, 10, 1_000_000)
     for make in (
-        lambda: p.iid(1_000_000, 100_000, 0),
-        lambda: p.dirichlet(labels, 100_000, 0.5, 0),
-        lambda: p.classes_per_client(labels, 100_000, 2, 0),
+        lambda: iid(1_000_000, 100_000, 0),
+        lambda: dirichlet(labels, 100_000, 0.5, 0),
+        lambda: classes_per_client(labels, 100_000, 2, 0),
     ):
         start = time.perf_counter()
         r = make()
@@ -219,7 +232,7 @@ def test_a_hundred_thousand_clients() -> None:
         assert len(r) == 100_000
         assert seconds < 20
     tracemalloc.start()
-    parts = split(p.iid(1_000_000, 100_000, 0), labels, {"test": 0.2}, 0)
+    parts = split(iid(1_000_000, 100_000, 0), labels, {"test": 0.2}, 0)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 300 * 1_000_000

@@ -242,13 +242,31 @@ def fake(folder: Path, seed: int, method: str, scores: list[list[float]]) -> Pat
             zero = {"adapter": 0, "head": 0}
             sent = {"down": zero | {"framing": 1000}, "up": zero | {"framing": 500}}
             metrics.append(
-                {"kind": "train", "round": t, "loss": 1.0, "clients": ids, "losses": {}, "bytes": sent, "refused": {}}
+                {
+                    "kind": "train",
+                    "round": t,
+                    "loss": 1.0,
+                    "clients": ids,
+                    "losses": {},
+                    "examples": 1,
+                    "bytes": sent,
+                    "refused": {},
+                }
             )
         by = {c: {"n": 1, "accuracy": s} for c, s in zip(ids, each, strict=True)}
         for split in ("validation", "test"):
             mean = {"accuracy": sum(each) / len(each)}
             metrics.append(
-                {"kind": "eval", "round": t, "view": "personal", "split": split, "clients": by, "mean": mean}
+                {
+                    "kind": "eval",
+                    "round": t,
+                    "view": "personal",
+                    "split": split,
+                    "clients": by,
+                    "mean": mean,
+                    "weighted": mean,
+                    "worst_decile": mean,
+                }
             )
     best = max(range(len(scores)), key=lambda t: sum(scores[t]))
     view = {k: {"accuracy": sum(scores[best]) / len(ids)} for k in ("mean", "weighted", "worst_decile")}
@@ -264,7 +282,17 @@ def fake(folder: Path, seed: int, method: str, scores: list[list[float]]) -> Pat
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
     (folder / "timings.jsonl").write_text(
         "".join(
-            json.dumps({"round": t, "train_seconds": 2.0, "eval_seconds": 0, "server_seconds": 0, "tokens": 0}) + "\n"
+            json.dumps(
+                {
+                    "round": t,
+                    "train_seconds": 2.0,
+                    "eval_seconds": 0,
+                    "server_seconds": 0,
+                    "tokens": 0,
+                    "peak_memory_bytes": 0,
+                }
+            )
+            + "\n"
             for t in range(1, len(scores))
         )
     )

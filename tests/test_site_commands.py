@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,6 +19,12 @@ from fedlora.deploy.site import Holding
 from fedlora.errors import ConfigError
 from fedlora.flower.keys import DAYS
 from fedlora.recipe import Recipe
+from fedlora.records import EvalLine, TrainLine
+
+
+def trained(round: int, refused: dict[str, str]) -> TrainLine:
+    nothing: dict[str, dict[str, int]] = {"up": {}, "down": {}}
+    return TrainLine(round, 0.5, ["a", "b", "c"], {}, 9, refused, nothing)
 
 
 def test_keys_says_who_gets_what_and_until_when_it_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,10 +55,10 @@ def test_a_log_has_a_line_a_round() -> None:
     log = Log(heard.append, "accuracy")
     log.start("triage", 1, 3)
     log.round_start(2, 3)
-    log.record({"kind": "train", "round": 2, "loss": 0.5, "clients": ["a", "b", "c"], "refused": {"c": "late"}})
+    log.record(trained(2, {"c": "late"}))
     log.evaluating(2)
-    score: dict[str, Any] = {"view": "personal", "split": "test", "mean": {"accuracy": 0.75}}
-    log.record({"kind": "eval", "round": 2, **score})
+    score = {"accuracy": 0.75}
+    log.record(EvalLine(2, "personal", "test", {}, score, score, score))
     log.round_done(2, {"bytes": 2048, "train_seconds": 3.0, "eval_seconds": 1.0})
     log.end({})
     assert heard[0] == "triage: 3 rounds, going on after round 1"
@@ -72,9 +77,7 @@ def test_a_sites_words_are_no_markup() -> None:
     text = StringIO()
     with Bars(Console(file=text, width=200), "accuracy") as bars:
         bars.start("triage", 0, 3)
-        bars.record(
-            {"kind": "train", "round": 1, "loss": 0.5, "bytes": {}, "refused": {"a[/]": "full [/bold] [red]disk[/red]"}}
-        )
+        bars.record(trained(1, {"a[/]": "full [/bold] [red]disk[/red]"}))
     assert "refused the upload of a[/]: full [/bold] [red]disk[/red]" in text.getvalue()
     table = status(
         {"run": "r", "state": "waiting", "done": 0, "rounds": 3, "metric": None, "bytes": {"up": 0, "down": 0}, "age": 1.0,

@@ -13,12 +13,13 @@ from torch import nn
 from fedlora.data.batches import Plan
 from fedlora.data.examples import Rows, Tokens
 from fedlora.data.federated import FederatedData
-from fedlora.federation import Evaluation, Federation, Sampling
+from fedlora.federation import Federation
 from fedlora.method import Method
 from fedlora.model import Adapted, matching
 from fedlora.peft_io import default_targets
 from fedlora.pretrained import head_of
 from fedlora.seeds import np_rng
+from fedlora.setting import Evaluation, Sampling
 from fedlora.sites import groups
 from fedlora.tasks import CausalLM, Classification
 from fedlora.watch import Watch

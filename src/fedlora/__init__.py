@@ -22,13 +22,17 @@ _HOME = {
     "data.examples": "Arrays Rows Tokens",
     "data.federated": "FederatedData assemble from_arrays",
     "engine": "Engine Schedule train_block",
+    "channel": "Channel",
     "errors": "ConfigError DataError FedloraError ModelError Problem StateError TrainingError UploadError",
-    "federation": "Evaluation Federation Sampling",
+    "federation": "Federation",
+    "guards": "GUARDS",
+    "guards.guard": "Guard",
     "method": "Client Method Order Scene Server Upload",
     "methods": "METHODS",
     "model": "Adapted matching",
     "optim": "SGD AdamW Optimizer",
     "recipe": "Recipe",
+    "setting": "Evaluation Sampling Setting",
     "sgd": "SGDMethod",
     "tasks": "CausalLM Classification Loss Regression Task",
     "tree": "Key Params",
@@ -42,7 +46,7 @@ __all__ = sorted(_WHERE)
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         value = getattr(import_module(f"fedlora.{_WHERE[name]}"), name)
-    elif name[:1].isupper() and name in (classes := _methods()):
+    elif name[:1].isupper() and name in (classes := _found()):
         value = classes[name]
     else:
         raise AttributeError(f"module 'fedlora' has no attribute {name!r}")
@@ -50,13 +54,14 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def _methods() -> dict[str, Any]:
-    """The method classes by their own names: fl.FedSALoRA."""
-    return {cls.__name__: cls for cls in import_module("fedlora.methods").METHODS.values()}
+def _found() -> dict[str, Any]:
+    """The classes of methods and guards by their own names: fl.FedSALoRA, fl.Clip."""
+    methods, guards = import_module("fedlora.methods").METHODS, import_module("fedlora.guards").GUARDS
+    return {cls.__name__: cls for cls in [*methods.values(), *guards.values()]}
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *_methods(), "__version__"]
+    return [*__all__, *_found(), "__version__"]
 
 
 if TYPE_CHECKING:

@@ -13,10 +13,11 @@ from .data.batches import Plan
 from .data.federated import FederatedData, assemble
 from .engine import Schedule
 from .errors import ConfigError, FedloraError, Problem
-from .federation import Evaluation, Federation, Sampling
+from .federation import Federation
 from .method import Method
 from .model import Adapted, matching
 from .optim import SGD, AdamW, Optimizer
+from .setting import Evaluation, Sampling
 from .sites import groups
 from .tasks import CausalLM, Classification, Regression, Task
 

@@ -21,12 +21,13 @@ from .analysis import effective_ranks, products
 from .data.batches import Plan
 from .data.federated import from_arrays
 from .engine import Schedule
-from .federation import Evaluation, Federation, Sampling
+from .federation import Federation
 from .method import Client, Method, Server
 from .methods import METHODS
 from .model import Adapted
 from .optim import AdamW
 from .seeds import np_rng
+from .setting import Evaluation, Sampling
 from .tasks import Task
 from .tree import Params
 from .views import served

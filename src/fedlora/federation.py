@@ -5,151 +5,55 @@ fl.Federation(model=..., task=..., data=..., method=fl.FedSALoRA(rank=8), output
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from .analysis import product_error
-from .channel import Channel, unserved
-from .data.batches import Plan, batch_of, train_batches
-from .data.federated import FederatedData
-from .engine import Engine, RoundLog, Schedule
-from .errors import ConfigError, Problem, TrainingError
-from .guards.guard import Guard
+from .data.batches import batch_of
+from .engine import Engine, RoundLog
+from .errors import TrainingError
 from .memory import auto_block, forget_peak, kept, peak_memory
-from .method import Client, Method, Order, Scene, Server, Upload
-from .model import Adapted, Batch
+from .method import Client, Method, Scene, Server, Upload
+from .records import HandoverLine, Line, Timing, TrainLine, read_lines, read_timings
 from .runtime import InProcess, Runtime
-from .seeds import np_rng
+from .setting import Setting
 from .store import Store
-from .tasks import Loss, Task
+from .summary import describe_run, summarise
 from .tensorboard import TensorBoard
-from .tree import Params, count, select
-from .views import View
+from .tree import Params
 from .watch import Several, Watch
-from .wire import Precision, finite_state
+from .wire import finite_state
 
-Analysis = Literal["effective-ranks", "asymmetry"]
-POOLED = "all clients"
 EXACTNESS_COHORT = 32  # the exactness meter holds a cohort's uploads; above this it is off
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Who takes part: clients_per_round a count, a fraction in (0, 1), or None for all; a new sample each round or one
-    fixed cohort. precision: of the messages. norm_bound: an upload whose leaves have a larger norm is refused. guards: what
-    is done to uploads around the method (guards/)."""
-
-    rounds: int = 10
-    clients_per_round: float | None = None
-    cohort: Literal["uniform", "fixed"] = "uniform"
-    min_clients: int = 1
-    precision: Precision = "fp32"
-    norm_bound: float | None = None
-    guards: Sequence[Guard] = field(default=(), repr=False)
-
-    @property
-    def channel(self) -> Channel:
-        """The road of messages. Raises ConfigError for guards that do not fit together."""
-        return Channel(self.precision, self.norm_bound, self.guards)
-
-    def size(self, clients: int, most: bool = False) -> int:
-        """Clients in a round. most: as many as there are where fewer than that are there; an error otherwise."""
-        c = self.clients_per_round
-        if c is None:
-            return clients
-        n = max(1, round(c * clients)) if isinstance(c, float) and 0 < c < 1 else int(c)
-        if most:
-            return min(n, clients)
-        if not 1 <= n <= clients:
-            raise ConfigError([Problem("federation.clients_per_round", c, f"1 to {clients} (the clients that train)")])
-        return n
-
-    def members(self, clients: int, seed: int, round: int, over: float | None = None) -> list[int]:
-        """Client indices of `round`, ascending. over: at a server, how many are asked for each one needed."""
-        n = self.size(clients) if over is None else min(clients, math.ceil(over * self.size(clients, most=True)))
-        if n == clients:
-            return list(range(clients))
-        draw = np_rng(seed, "cohort", 0 if self.cohort == "fixed" else round)
-        return sorted(draw.choice(clients, n, replace=False).tolist())
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """When and what to evaluate. every: rounds between evaluations (the first, before training, and the last always)."""
-
-    every: int = 1
-    views: Sequence[View] = ("personal", "global")
-    cross_clients: int = 8
-    batch_size: int = 64
-    exactness: bool = True
-    analyses: Sequence[Analysis] = ()
-    threshold: float = 0.05
+def in_process(fed: Federation, watch: Watch) -> Runtime:
+    """Clients trained in this process."""
+    return InProcess(fed, fed.engine(watch))
 
 
 @dataclass
-class Federation:
-    """One run: a method over a model and its clients' data.
+class Federation(Setting):
+    """A run of a setting, in a folder.
 
-    block: clients trained at once, or "auto" from memory. output: the run folder.
+    output: the run folder. block: clients trained at once, or "auto" from memory. keep: states on disk. runtime: where
+    clients are trained.
     """
 
-    model: Adapted
-    task: Task
-    data: FederatedData
-    method: Method
     output: str | Path
-    plan: Plan = Plan()
-    schedule: Schedule = Schedule()
-    sampling: Sampling = Sampling()
-    evaluation: Evaluation = Evaluation()
-    seed: int = 0
-    block: int | Literal["auto"] = "auto"
-    accumulation: int = 1
-    keep: Literal["last", "all"] = "last"
-    tensorboard: bool = False
-    name: str = "run"
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    recipe_hash: str = ""
-    runtime: Callable[[Federation, Watch], Runtime] = InProcess
+    block: int | Literal["auto"] = field(default="auto", kw_only=True)
+    keep: Literal["last", "all"] = field(default="last", kw_only=True)
+    tensorboard: bool = field(default=False, kw_only=True)
+    runtime: Callable[[Federation, Watch], Runtime] = field(default=in_process, kw_only=True)
 
     def __post_init__(self) -> None:
-        if bad := unserved(self.sampling.channel.guards, self.method):
-            raise ConfigError(bad)
-        self.scene = Scene(self.model.groups, self.seed)
-        self.loss = Loss(self.model, self.task, self.accumulation)
+        super().__post_init__()
         self.store = Store(Path(self.output), keep=self.keep)
-        self.enrol(self.data)
-        if not self.recipe_hash:
-            self.recipe_hash = _hash_of(self)
-
-    # clients ----------------------------------------------------------------------------------------------------
-    def enrol(self, data: FederatedData) -> None:
-        """Take `data` as the federation's: at a server they are known when the sites have said what they hold."""
-        self.data = data
-        self.index = _Index(data.ids)
-        self.training = len(data.ids) - data.unseen
-
-    def client(self, k: int) -> Client:
-        """What the server knows of client number k."""
-        id = self.data.ids[k]
-        return Client(id, int(self.data.splits["train"].sizes[k]))
-
-    def cohort(self, round: int) -> list[Client]:
-        """The clients of a round (0-based)."""
-        if self.method.pooled:
-            return [Client(POOLED, int(self.data.splits["train"].offsets[self.training]))]
-        return [self.client(k) for k in self.sampling.members(self.training, self.seed, round)]
-
-    def batches(self, client: Client, order: Order, draws: int) -> list[Batch]:
-        """One client's minibatches of a round."""
-        k = None if client.id == POOLED else self.index[client.id]
-        return train_batches(self.data, k, self.plan, draws, self.seed, order.round, client.id)
 
     # rounds -----------------------------------------------------------------------------------------------------
     def engine(self, watch: Watch) -> Engine:
@@ -187,8 +91,6 @@ class Federation:
         forget_peak()
         with self.store.lock(), kept():
             self.store.claim(self.recipe_hash, dict(self.recipe))
-            from .summary import describe_run, summarise
-
             self.store.rewind()
             loaded = self.store.load_server()
             done = loaded[0] if loaded else 0
@@ -197,19 +99,20 @@ class Federation:
             watch.start(self.name, done, self.sampling.rounds)
             runtime = self.runtime(self, watch)
             if loaded is None:
-                describe_run(self, runtime.block)
+                describe_run(self, self.store, runtime.block)
                 server = self.method.init(self.scene)
                 self._commit(server, self.evaluate(runtime, server, watch), watch)
             else:
                 server = Server.restored(*loaded)
             while server.round < self.sampling.rounds:
                 server = self._round(runtime, self._advance(runtime, server, watch), watch)
-            result = summarise(self, server)
+            folder = self.store.root
+            result = summarise(self, server, read_lines(folder), read_timings(folder))
             self.store.write_json("summary.json", result)
             watch.end(result)
             return result
 
-    def evaluate(self, runtime: Runtime, server: Server, watch: Watch) -> list[dict[str, Any]]:
+    def evaluate(self, runtime: Runtime, server: Server, watch: Watch) -> list[Line]:
         """Lines of metrics for every view and split that has rows."""
         watch.evaluating(server.round)
         return runtime.evaluate(server)
@@ -222,8 +125,8 @@ class Federation:
         if new is server:
             return server
         stages = {"handover": new} if self._due(server.round) else {"before": server, "handover": new}
-        lines = [{**line, "stage": stage} for stage, s in stages.items() for line in self.evaluate(runtime, s, watch)]
-        self._commit(new, [{"kind": "handover", "round": new.round, **new.notes.get("handover", {})}, *lines], watch)
+        lines = [replace(line, stage=stage) for stage, s in stages.items() for line in self.evaluate(runtime, s, watch)]  # type: ignore[call-arg]
+        self._commit(new, [HandoverLine(new.round, new.notes.get("handover", {})), *lines], watch)
         return new
 
     def _due(self, round: int) -> bool:
@@ -242,66 +145,36 @@ class Federation:
                 "federation.norm_bound. The round was dropped; earlier rounds are kept"
             )
         trained = time.perf_counter()
-        lines = [self._train_line(new, cohort, log, meter.error(new))]
+        lines: list[Line] = [self._train_line(new, cohort, log, meter.error(new))]
         if self._due(new.round):
             lines += self.evaluate(runtime, new, watch)
         evaluated = time.perf_counter()
         self._commit(new, lines, watch)
-        facts = {
-            "round": new.round,
-            "train_seconds": trained - start,
-            "eval_seconds": evaluated - trained,
-            "server_seconds": time.perf_counter() - evaluated,
-            "tokens": log.tokens,
-            "peak_memory_bytes": peak_memory(),
-        }
+        spent = (trained - start, evaluated - trained, time.perf_counter() - evaluated)
+        facts = Timing(new.round, *spent, log.tokens, peak_memory()).to_json()
         self.store.append_timing(facts)
         watch.round_done(new.round, facts | {"bytes": log.up.total + log.down.total})
         return new
 
-    def _train_line(self, new: Server, cohort: Sequence[Client], log: RoundLog, error: float | None) -> dict[str, Any]:
+    def _train_line(self, new: Server, cohort: Sequence[Client], log: RoundLog, error: float | None) -> TrainLine:
         good = [v for c, v in log.losses.items() if c not in log.refused]
-        return {
-            "kind": "train",
-            "round": new.round,
-            "loss": float(np.mean(good)) if good else float("nan"),
-            "clients": list(log.cohort or [c.id for c in cohort]),
-            "losses": log.losses,
-            "examples": log.examples,
-            "refused": log.refused,
-            "bytes": {"up": log.up.as_dict(), "down": log.down.as_dict()},
-            "exactness": None if error is None else {"product_error": error},
-            **self.method.record(new),
-        }
+        return TrainLine(
+            round=new.round,
+            loss=float(np.mean(good)) if good else float("nan"),
+            clients=list(log.cohort or [c.id for c in cohort]),
+            losses=log.losses,
+            examples=log.examples,
+            refused=log.refused,
+            bytes={"up": log.up.as_dict(), "down": log.down.as_dict()},
+            exactness=None if error is None else {"product_error": error},
+            extra=self.method.record(new),
+        )
 
-    def _commit(self, server: Server, lines: Sequence[dict[str, Any]], watch: Watch) -> None:
-        length = self.store.append_metrics(lines)
+    def _commit(self, server: Server, lines: Sequence[Line], watch: Watch) -> None:
+        length = self.store.append_metrics([line.to_json() for line in lines])
         self.store.save_server(server.round, server.leaves, server.notes, length)
         for line in lines:
             watch.record(line)
-
-    # facts ------------------------------------------------------------------------------------------------------
-    def parameters(self) -> dict[str, int]:
-        """Scalars one client trains, shares and keeps, of which head; and the frozen base."""
-        server = self.method.init(self.scene)
-        probe = self.client(0)
-        down = select(self.method.broadcast(self.scene, server, probe), lambda k: k.part != "rank")
-        kept = select(self.method.keep(self.scene, probe), lambda k: "~" not in k.adapter)
-        head = lambda p: count(select(p, lambda k: k.adapter == "head"))  # noqa: E731
-        return {
-            "trainable": count(down) + count(kept),
-            "shared": count(down),
-            "personal": count(kept),
-            "head": head(down) + head(kept),
-            "base": sum(p.numel() for p in self.model.base.parameters()),
-        }
-
-
-class _Index(dict[str, int]):
-    """Client id -> number."""
-
-    def __init__(self, ids: Sequence[str]):
-        super().__init__((id, k) for k, id in enumerate(ids))
 
 
 class _Meter:
@@ -320,12 +193,3 @@ class _Meter:
             return None
         frozen = self.method.fixed(self.scene)
         return product_error([(frozen | p, w) for p, w in self.seen], frozen | new.params)
-
-
-def _hash_of(f: Federation) -> str:
-    """Identity of a run made by hand: the method, the plan and the shape of data and model."""
-    import hashlib
-
-    facts = (f.method, f.plan, f.schedule, f.sampling, f.evaluation, f.seed, *f.sampling.guards, len(f.data.ids), f.data.splits["train"].rows[:64].tolist(),
-             sorted((g, len(s)) for g, s in f.model.groups.items()), type(f.model.base).__name__)  # fmt: skip
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]

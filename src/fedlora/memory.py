@@ -9,12 +9,10 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from .federation import Federation
+from .setting import Setting
 
 MOST = 32  # larger blocks bring nothing on any machine measured so far
 SHARE = 0.5  # of the memory that is free
@@ -22,7 +20,7 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4  # parameters of glibc's mallopt, and their de
 TRIMMED, MAPPED = 128 * 1024, 65536
 
 
-def client_bytes(f: Federation) -> int:
+def client_bytes(f: Setting) -> int:
     """Memory one more client of a block takes, bytes: adapters with gradient and two moments, and activations.
 
     Activations per layer and token follow Korthikanti et al. (arXiv:2205.05198), section 4: about 34 h numbers of the
@@ -53,7 +51,7 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def auto_block(f: Federation) -> int:
+def auto_block(f: Setting) -> int:
     """The largest block that fits in half of the free memory, at most MOST clients; 1 where clients train whole models.
 
     Full fine-tuning gives each client every weight: a block shares no product, so it saves no time (1.04 times the speed of one

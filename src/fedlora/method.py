@@ -150,6 +150,10 @@ class Method(ABC):
         """Leaves that every party derives from the seed (frozen halves, masks). Nobody owns or sends them."""
         return {}
 
+    def idle(self, k: Key, down: Params) -> bool:
+        """Whether a personal leaf waits for a later stage, and is not trained beside what comes `down` now."""
+        return False
+
     def frozen(self, k: Key) -> bool:
         """Whether a leaf of the server only comes down: clients bind it, do not train it and do not send it back."""
         return False

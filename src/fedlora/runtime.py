@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 from . import views
+from .engine import Engine, RoundLog
 from .method import Client, Server, Upload
-
-if TYPE_CHECKING:
-    from .engine import RoundLog
-    from .federation import Federation
-    from .watch import Watch
+from .records import Line
+from .setting import Setting
 
 
 class Runtime(Protocol):
@@ -27,24 +25,27 @@ class Runtime(Protocol):
     ) -> tuple[Server, RoundLog]:
         """Train `cohort` and aggregate; `see` looks at every accepted upload. Raises TrainingError if too few are."""
 
-    def evaluate(self, server: Server) -> list[dict[str, Any]]:
+    def evaluate(self, server: Server) -> list[Line]:
         """Lines of metrics for every view and split that has rows."""
 
 
 class InProcess:
     """Clients trained here, a block at a time over one frozen base."""
 
-    def __init__(self, fed: Federation, watch: Watch):
-        self.fed, self.engine = fed, fed.engine(watch)
-        self.block = self.engine.block
+    def __init__(self, setting: Setting, engine: Engine):
+        self.setting, self.engine = setting, engine
+        self.block = engine.block
 
     def cohort(self, round: int) -> Sequence[Client]:
-        return self.fed.cohort(round)
+        """The clients that the setting samples for a round."""
+        return self.setting.cohort(round)
 
     def round(
         self, server: Server, rounds: int, cohort: Sequence[Client], see: Callable[[Upload], None]
     ) -> tuple[Server, RoundLog]:
+        """The engine's round."""
         return self.engine.round(server, rounds, cohort, see)
 
-    def evaluate(self, server: Server) -> list[dict[str, Any]]:
-        return views.evaluate(self.fed, self.engine, server)
+    def evaluate(self, server: Server) -> list[Line]:
+        """All views, of models that are built here."""
+        return views.evaluate(self.setting, self.engine, server)

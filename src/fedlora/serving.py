@@ -12,8 +12,9 @@ from .build import tokenizer_of
 from .errors import DataError, StateError, near
 from .federation import Federation
 from .method import Server
+from .setting import View
 from .tree import Params
-from .views import View, served
+from .views import served
 from .watch import Watch
 
 if TYPE_CHECKING:

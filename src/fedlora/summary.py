@@ -5,29 +5,29 @@ The round is chosen on validation and scored on test; the mean of the last ten e
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Iterable, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from . import kernels
 from .channel import first_upload
 from .data.federated import FederatedData
+from .memory import client_bytes
 from .method import Client, Order, Server
 from .metrics import better, primary
 from .model import Adapted
-
-if TYPE_CHECKING:
-    from .federation import Federation
+from .records import EvalLine, Line, Timing, TrainLine
+from .setting import Setting
+from .store import Store
 
 PACKAGES = ("fedlora", "torch", "transformers", "peft", "datasets", "safetensors", "numpy", "flwr")
 
 
-def environment(f: Federation) -> dict[str, Any]:
+def environment(f: Setting) -> dict[str, Any]:
     """Versions and hardware that a reader of the numbers needs."""
     versions = {}
     for name in PACKAGES:
@@ -76,53 +76,44 @@ def partition_facts(data: FederatedData) -> dict[str, Any]:
     return out | {"truncated": data.truncated}
 
 
-def describe_run(f: Federation, block: int) -> None:
+def describe_run(f: Setting, store: Store, block: int) -> None:
     """Write what is known before training starts."""
-    f.store.write_json("environment.json", environment(f) | {"block": block})
-    f.store.write_json("partition.json", partition_facts(f.data) | {"recipe": f.recipe.get("partition", {})})
+    store.write_json("environment.json", environment(f) | {"block": block})
+    store.write_json("partition.json", partition_facts(f.data) | {"recipe": f.recipe.get("partition", {})})
 
 
-def read_lines(f: Federation, name: str) -> list[dict[str, Any]]:
-    path = f.store.root / name
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-
-
-def chosen_round(lines: Iterable[dict[str, Any]], metric: str) -> tuple[int | None, str]:
+def chosen_round(lines: Iterable[Line], metric: str) -> tuple[int | None, str]:
     """(round, split it was chosen on): best mean of the personal view, validation before test; earliest of equals."""
-    evals = [x for x in lines if x["kind"] == "eval" and x["view"] in ("personal", "global") and metric in x["mean"]]
+    evals = [x for x in lines if isinstance(x, EvalLine) and x.view in ("personal", "global") and metric in x.mean]
     for split in ("validation", "test"):
         for view in ("personal", "global"):
             best: tuple[int, float] | None = None
             for x in evals:
-                if x["split"] == split and x["view"] == view:
-                    v = x["mean"][metric]
+                if x.split == split and x.view == view:
+                    v = x.mean[metric]
                     if best is None or better(metric, v, best[1]):
-                        best = (x["round"], v)
+                        best = (x.round, v)
             if best is not None:
                 return best[0], split
     return None, "validation"
 
 
-def summarise(f: Federation, server: Server) -> dict[str, Any]:
-    """summary.json: parameters, chosen round, scores of every view there, costs."""
-    lines, timings = read_lines(f, "metrics.jsonl"), read_lines(f, "timings.jsonl")
+def summarise(f: Setting, server: Server, lines: Sequence[Line], timings: Sequence[Timing]) -> dict[str, Any]:
+    """summary.json: parameters, chosen round, scores of every view there, costs. server: of the last round."""
     metric = primary(f.task.kind)
     chosen, chosen_on = chosen_round(lines, metric)
+    evals = [x for x in lines if isinstance(x, EvalLine)]
 
     def at(view: str, split: str, round: int | None) -> dict[str, Any]:
-        for x in lines:
-            if x["kind"] == "eval" and (x["view"], x["split"], x["round"]) == (view, split, round):
-                return {k: x[k] for k in ("mean", "weighted", "worst_decile")}
+        for x in evals:
+            if (x.view, x.split, x.round) == (view, split, round):
+                return {"mean": x.mean, "weighted": x.weighted, "worst_decile": x.worst_decile}
         return {}
 
     views = {v: at(v, "test", chosen) for v in ("personal", "global", "unseen")}
     main = "personal" if views["personal"] else "global"
-    last = [x["mean"].get(metric) for x in lines if x["kind"] == "eval" and (x["view"], x["split"]) == (main, "test")][
-        -10:
-    ]
-    sent = {d: sum(sum(x["bytes"][d].values()) for x in lines if x["kind"] == "train") for d in ("up", "down")}
+    last = [x.mean[metric] for x in evals if (x.view, x.split) == (main, "test") and metric in x.mean][-10:]
+    sent = {d: sum(x.sent(d) for x in lines if isinstance(x, TrainLine)) for d in ("up", "down")}
     return {
         "name": f.name,
         "hash": f.recipe_hash,
@@ -138,17 +129,17 @@ def summarise(f: Federation, server: Server) -> dict[str, Any]:
         "test_last10": sum(last) / len(last) if last else None,
         "constant": f.data.constant() if metric == "accuracy" else None,
         "views": {v: x for v, x in views.items() if x},
-        "parameters": f.parameters(),
+        "parameters": f.parameters(server),
         "bytes": sent | {"total": sent["up"] + sent["down"]},
-        "seconds": sum(t["train_seconds"] + t["eval_seconds"] + t["server_seconds"] for t in timings),
-        "peak_memory_bytes": max((t["peak_memory_bytes"] for t in timings), default=0),
+        "seconds": sum(t.train_seconds + t.eval_seconds + t.server_seconds for t in timings),
+        "peak_memory_bytes": max((t.peak_memory_bytes for t in timings), default=0),
     }
 
 
 PRICED = 64  # clients whose messages are measured one by one; a larger cohort is extrapolated from them
 
 
-def round_bytes(f: Federation, server: Server, cohort: Sequence[Client]) -> dict[str, int]:
+def round_bytes(f: Setting, server: Server, cohort: Sequence[Client]) -> dict[str, int]:
     """Bytes of a first round, both ways: every client's messages are built and measured."""
     channel, order = f.sampling.channel, Order(server.round, f.sampling.rounds)
     sent = {"down": 0, "up": 0}
@@ -161,12 +152,12 @@ def round_bytes(f: Federation, server: Server, cohort: Sequence[Client]) -> dict
     return {d: n * len(cohort) // len(some) for d, n in sent.items()}
 
 
-def plan(f: Federation) -> dict[str, Any]:
-    """What would run, for `fedlora check`: clients, histograms, parameters, bytes per round, estimated memory."""
-    from .memory import client_bytes
+def plan(f: Setting, block: int) -> dict[str, Any]:
+    """What would run, for `fedlora check`: clients, histograms, parameters, bytes per round, estimated memory.
 
+    block: clients that would be trained at once.
+    """
     cohort = f.cohort(0)
-    block = f.block_size()
     parameters = f.parameters()
     width = next(f.model.base.parameters()).element_size()
     train = f.data.splits["train"]

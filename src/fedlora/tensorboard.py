@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, Problem
+from .records import EvalLine, Line, TrainLine
 from .watch import Watch
 
 
@@ -31,15 +32,15 @@ class TensorBoard(Watch):
     def _say(self, tag: str, value: float, round: int) -> None:
         self.writer.add_scalar(tag, value, round)
 
-    def record(self, line: dict[str, Any]) -> None:
-        if line["kind"] == "train":
-            self.sent += sum(sum(d.values()) for d in line["bytes"].values())
-            self._say("train/loss", line["loss"], line["round"])
-            self._say("sent/bytes_since_start", self.sent, line["round"])
-        if line["kind"] == "eval":
+    def record(self, line: Line) -> None:
+        if isinstance(line, TrainLine):
+            self.sent += line.sent("up") + line.sent("down")
+            self._say("train/loss", line.loss, line.round)
+            self._say("sent/bytes_since_start", self.sent, line.round)
+        if isinstance(line, EvalLine):
             for summary in ("mean", "worst_decile"):
-                for metric, value in line[summary].items():
-                    self._say(f"{line['view']}_{line['split']}/{metric}_{summary}", value, line["round"])
+                for metric, value in getattr(line, summary).items():
+                    self._say(f"{line.view}_{line.split}/{metric}_{summary}", value, line.round)
 
     def round_done(self, round: int, facts: dict[str, Any]) -> None:
         self._say("seconds/train", facts["train_seconds"], round)

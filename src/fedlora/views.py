@@ -7,7 +7,6 @@ never trained), cross (client i's model on client j's data).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -17,15 +16,12 @@ from .engine import Engine, Schedule, train_block
 from .evaluate import predict
 from .method import Order, Server
 from .metrics import Scores, primary, score, summary
+from .records import AsymmetryLine, CrossLine, EffectiveRanksLine, EvalLine, Line
+from .setting import Setting, View
 from .tree import Params, select, stack, unstack
 
-if TYPE_CHECKING:
-    from .federation import Federation
 
-View = Literal["personal", "global", "unseen", "cross"]
-
-
-def served(f: Federation, engine: Engine, server: Server, clients: Sequence[int], view: View) -> list[Params]:
+def served(f: Setting, engine: Engine, server: Server, clients: Sequence[int], view: View) -> list[Params]:
     """Model-ready deltas of each client: its personal model, or the shared part with fresh personal leaves."""
     method, fresh = f.method, view == "global"
     if alike(f) and (fresh or not method.tune):
@@ -54,23 +50,21 @@ def served(f: Federation, engine: Engine, server: Server, clients: Sequence[int]
     return out
 
 
-def alike(f: Federation) -> bool:
+def alike(f: Setting) -> bool:
     """Whether all clients serve the same deltas (before tuning)."""
     return not f.method.keep(f.scene, f.client(0)) and not f.method.per_client
 
 
-def scores(
-    f: Federation, params: Sequence[Params], clients: Sequence[int], split: str, block: int
-) -> dict[str, Scores]:
+def scores(f: Setting, params: Sequence[Params], clients: Sequence[int], split: str, block: int) -> dict[str, Scores]:
     """Scores of params[j] on the rows that client clients[j] holds in `split`."""
     rows = [f.data.splits[split][k] for k in clients]
     found = predict(f.model, f.task, f.data, params, clients, rows, f.evaluation.batch_size, block)
     return {f.data.ids[k]: score(p, f.task.kind) for k, p in zip(clients, found, strict=True)}
 
 
-def evaluate(f: Federation, engine: Engine, server: Server) -> list[dict[str, Any]]:
+def evaluate(f: Setting, engine: Engine, server: Server) -> list[Line]:
     """Lines of metrics for every view and split that has rows."""
-    lines: list[dict[str, Any]] = []
+    lines: list[Line] = []
     everybody = list(range(f.training))
     groups: dict[View, list[int]] = {v: everybody for v in f.evaluation.views if v in ("personal", "global")}
     if f.data.unseen:
@@ -84,45 +78,43 @@ def evaluate(f: Federation, engine: Engine, server: Server) -> list[dict[str, An
                 known = seen.get((len(clients), split)) if twin else None
                 by_client = known or scores(f, params, clients, split, engine.block)
                 seen[len(clients), split] = by_client
-                lines.append({"kind": "eval", "round": server.round, "view": view, "split": split,
-                              "clients": by_client, **summary(by_client)})  # fmt: skip
+                lines.append(scored(server.round, view, split, by_client))
     if "cross" in f.evaluation.views and server.round == f.sampling.rounds:
         lines.append(cross(f, engine, server))
     return lines + (analyse(f, engine, server) if f.evaluation.analyses else [])
 
 
-def some(f: Federation) -> list[int]:
+def scored(round: int, view: str, split: str, clients: dict[str, Scores]) -> EvalLine:
+    """The record of clients' scores, with their summary."""
+    s = summary(clients)
+    return EvalLine(round, view, split, clients, s["mean"], s["weighted"], s["worst_decile"])
+
+
+def some(f: Setting) -> list[int]:
     """Up to cross_clients clients, spread over all."""
     n = min(f.evaluation.cross_clients, f.training)
     return [int(k) for k in np.linspace(0, f.training - 1, n).round()]
 
 
-def analyse(f: Federation, engine: Engine, server: Server) -> list[dict[str, Any]]:
+def analyse(f: Setting, engine: Engine, server: Server) -> list[Line]:
     """Effective ranks and likeness of the factors, for up to cross_clients clients."""
     chosen = some(f)
     models = served(f, engine, server, chosen, "personal")
-    lines: list[dict[str, Any]] = []
+    lines: list[Line] = []
     if "effective-ranks" in f.evaluation.analyses:
         by_client = {
             f.data.ids[k]: effective_ranks(p, f.evaluation.threshold) for k, p in zip(chosen, models, strict=True)
         }
-        lines.append(
-            {
-                "kind": "effective-ranks",
-                "round": server.round,
-                "threshold": f.evaluation.threshold,
-                "clients": by_client,
-            }
-        )
+        lines.append(EffectiveRanksLine(server.round, f.evaluation.threshold, by_client))
     if "asymmetry" in f.evaluation.analyses and server.round:
         method, first = f.method, f.client(chosen[0])
         down, kept = method.broadcast(f.scene, method.init(f.scene), first), method.keep(f.scene, first)
         start = unstack(method.personal(f.scene, stack([down]), stack([kept])), 1)[0]
-        lines.append({"kind": "asymmetry", "round": server.round, "sites": asymmetry(models, start)})
+        lines.append(AsymmetryLine(server.round, asymmetry(models, start)))
     return lines
 
 
-def cross(f: Federation, engine: Engine, server: Server) -> dict[str, Any]:
+def cross(f: Setting, engine: Engine, server: Server) -> CrossLine:
     """Client i's model on client j's test data, for up to cross_clients clients spread over all."""
     chosen = some(f)
     n = len(chosen)
@@ -132,5 +124,4 @@ def cross(f: Federation, engine: Engine, server: Server) -> dict[str, Any]:
     for p in params:
         row = scores(f, [p] * n, chosen, "test", engine.block)
         matrix.append([row[f.data.ids[k]].get(metric, float("nan")) for k in chosen])
-    return {"kind": "cross", "round": server.round, "split": "test", "metric": metric,
-            "ids": [f.data.ids[k] for k in chosen], "matrix": matrix}  # fmt: skip
+    return CrossLine(server.round, "test", metric, [f.data.ids[k] for k in chosen], matrix)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .records import Line
+
 
 class Watch:
     """All calls do nothing; override what you want to see."""
@@ -23,8 +25,8 @@ class Watch:
     def evaluating(self, round: int) -> None:
         """Evaluation after `round` begins."""
 
-    def record(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl."""
+    def record(self, line: Line) -> None:
+        """One line of metrics.jsonl (records.py); `line.to_json()` is its text."""
 
     def round_done(self, round: int, facts: dict[str, Any]) -> None:
         """The round is committed; facts: seconds, bytes, metric."""
@@ -59,7 +61,7 @@ class Several(Watch):
         for w in self.watches:
             w.evaluating(round)
 
-    def record(self, line: dict[str, Any]) -> None:
+    def record(self, line: Line) -> None:
         for w in self.watches:
             w.record(line)
 

@@ -143,7 +143,8 @@ def check(recipe: Path, sets: Sequence[str], json: bool) -> None:
     from ..summary import plan
 
     for r in expand(recipe, list(sets)):
-        facts = plan(_build(r, Path("unused"), _console(False, json)))
+        fed = _build(r, Path("unused"), _console(False, json))
+        facts = plan(fed, fed.block_size())
         if json:
             sys.stdout.write(json_.dumps({"name": r.name, "hash": r.hash, **facts}) + "\n")
         else:

@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import ConfigError, FedloraError, Problem, StateError
+from ..records import TrainLine, read_lines
 from ..watch import Several
 from . import tables
 from .actions import _report, _watch, err, out
@@ -225,11 +226,10 @@ def _status(folder: Path) -> dict[str, Any]:
         raise StateError(f"{folder}: no status.json: give the run folder of a fedlora server") from None
     except ValueError as e:
         raise StateError(f"{path}: cannot be read ({e})") from e
-    records = folder / "metrics.jsonl"
-    lines = [json_.loads(x) for x in records.read_text(encoding="utf-8").splitlines()] if records.exists() else []
-    sent = {d: sum(sum(x["bytes"][d].values()) for x in lines if x["kind"] == "train") for d in ("up", "down")}
+    lines = read_lines(folder)
+    sent = {d: sum(x.sent(d) for x in lines if isinstance(x, TrainLine)) for d in ("up", "down")}
     return found | {
         "bytes": sent,
-        "done": max((x["round"] for x in lines), default=0),
+        "done": max((x.round for x in lines), default=0),
         "age": time.time() - found["updated"],
     }

@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..records import EvalLine, Line, TrainLine
 from ..units import size
 from ..watch import Watch
 
@@ -40,8 +41,8 @@ class JsonLines(Watch):
     def lowered(self, block: int, clients: int) -> None:
         self._say({"kind": "lowered", "block": block, "clients": clients})
 
-    def record(self, line: dict[str, Any]) -> None:
-        self._say(line)
+    def record(self, line: Line) -> None:
+        self._say(line.to_json())
 
     def end(self, summary: dict[str, Any]) -> None:
         self._say({"kind": "summary", **summary})
@@ -74,13 +75,13 @@ class Log(Watch):
     def evaluating(self, round: int) -> None:
         self.say(f"round {round} of {self.total}: evaluating")
 
-    def record(self, line: dict[str, Any]) -> None:
-        if line["kind"] == "train":
-            self.loss, self.refused = line["loss"], len(line["refused"])
-            self.trained = len(line["clients"]) - self.refused
-        if line["kind"] == "eval" and line["split"] in ("validation", "test"):
-            value = line["mean"].get(self.metric, float("nan"))
-            self.say(f"round {line['round']} of {self.total}: {line['view']} {line['split']} {self.metric} {value:.4f}")
+    def record(self, line: Line) -> None:
+        if isinstance(line, TrainLine):
+            self.loss, self.refused = line.loss, len(line.refused)
+            self.trained = len(line.clients) - self.refused
+        if isinstance(line, EvalLine) and line.split in ("validation", "test"):
+            value = line.mean.get(self.metric, float("nan"))
+            self.say(f"round {line.round} of {self.total}: {line.view} {line.split} {self.metric} {value:.4f}")
 
     def round_done(self, round: int, facts: dict[str, Any]) -> None:
         refused = f", {self.refused} refused or late" if self.refused else ""
@@ -141,16 +142,16 @@ class Bars(Watch):
         if self.clients is not None:
             self.progress.update(self.clients, note=f"evaluating, round {round}")
 
-    def record(self, line: dict[str, Any]) -> None:
-        if line["kind"] == "train":
-            self.facts["loss"] = line["loss"]
-            self.facts["bytes"] += sum(sum(d.values()) for d in line["bytes"].values())
-            for client, why in line["refused"].items():
-                said = escape(f"round {line['round']}: refused the upload of {client}: {why}")  # a site's own words
+    def record(self, line: Line) -> None:
+        if isinstance(line, TrainLine):
+            self.facts["loss"] = line.loss
+            self.facts["bytes"] += line.sent("up") + line.sent("down")
+            for client, why in line.refused.items():
+                said = escape(f"round {line.round}: refused the upload of {client}: {why}")  # a site's own words
                 self.progress.console.print(f"[yellow]{said}[/]")
-        if line["kind"] == "eval" and line["view"] == "personal" and line["split"] in ("validation", "test"):
-            value = line["mean"].get(self.metric, float("nan"))
-            if line["split"] == "validation" or self.facts["metric"] != self.facts["metric"]:
+        if isinstance(line, EvalLine) and line.view == "personal" and line.split in ("validation", "test"):
+            value = line.mean.get(self.metric, float("nan"))
+            if line.split == "validation" or self.facts["metric"] != self.facts["metric"]:
                 self.facts["metric"] = value
 
     def round_done(self, round: int, facts: dict[str, Any]) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import ConfigError, DataError, Problem, near
-from . import partition as kinds
 from .examples import Arrays, Rows, Tokens
 from .load import DEMO_CLIENT, Column, load
+from .partitions import PARTITIONS, Given
+from .partitions.partition import group
+from .partitions.permutation import label_permutation
 from .split import histograms, like, split
 
 NATURAL = "column"
@@ -109,19 +111,8 @@ def from_arrays(
         values, codes = np.unique(np.asarray(by), return_inverse=True)
         column = Column(codes.astype(np.int64), values.tolist())
     section = {"kind": kind, "clients": clients, "validation": validation, "test": test, **options}
-    known = {
-        "kind",
-        "clients",
-        "validation",
-        "test",
-        "alpha",
-        "share",
-        "classes",
-        "domains",
-        "min_size",
-        "unseen",
-        "permute_labels",
-    }
+    options_of = {f.name for cls in PARTITIONS.values() for f in fields(cls)}  # type: ignore[arg-type]
+    known = options_of | {"kind", "clients", "validation", "test", "min_size", "unseen", "permute_labels"}
     if odd := sorted(section.keys() - known):
         raise ConfigError(
             [Problem(f"partition.{n}", section[n], "an option of a partition", near(n, known)) for n in odd]
@@ -153,7 +144,7 @@ def _divided(
             strata = column.codes if section["kind"] == "domain" and column is not None else labels
             found = like(splits["train"], strata, strata[new], seed, [] if section["kind"] == "domain" else names)
             splits[name] = Rows(found.offsets, new[found.rows])
-    maps = kinds.label_permutation(len(ids), len(names), seed) if section.get("permute_labels") else None
+    maps = label_permutation(len(ids), len(names), seed) if section.get("permute_labels") else None
     return FederatedData(examples, ids, splits, names, maps, unseen, groups)
 
 
@@ -167,30 +158,21 @@ def _partition(
     p: Mapping[str, Any], labels: np.ndarray, column: Column | None, labelled: bool, seed: int
 ) -> tuple[Rows, list[str]]:
     """Rows of each client, and the clients' ids."""
-    kind, n, clients, least = p["kind"], len(labels), p["clients"], p.get("min_size", 1)
-    if kind in ("dirichlet", "label-sorting", "classes") and not labelled:
-        raise ConfigError(
-            [Problem("partition.kind", kind, "a kind that needs no classes", "choose iid, quantity or column")]
-        )
-    if kind in (NATURAL, "domain") and column is None:
+    kind = p["kind"]
+    if kind not in PARTITIONS:
+        raise ConfigError([Problem("partition.kind", kind, f"one of {', '.join(PARTITIONS)}", near(kind, PARTITIONS))])
+    cls = PARTITIONS[kind]
+    if cls.by_label and not labelled:
+        free = [name for name, c in PARTITIONS.items() if not c.by_label and name != "domain"]
+        expected = "a kind that needs no classes"
+        raise ConfigError([Problem("partition.kind", kind, expected, f"choose {', '.join(free[:-1])} or {free[-1]}")])
+    if cls.by_column and column is None:
         raise ConfigError([Problem("partition.column", None, f"a column for kind {kind}", "name it")])
-    if kind == NATURAL and column is not None:
-        return kinds.by_column(column.codes, column.names, least)
-    ids = [f"c{k}" for k in range(clients)]
-    if kind == "iid":
-        return kinds.iid(n, clients, seed, least), ids
-    if kind == "dirichlet":
-        return kinds.dirichlet(labels, clients, p.get("alpha", 0.5), seed, least), ids
-    if kind == "label-sorting":
-        return kinds.label_sorting(labels, clients, p.get("share", 0.5), seed, least), ids
-    if kind == "classes":
-        return kinds.classes_per_client(labels, clients, p.get("classes", 2), seed, least), ids
-    if kind == "quantity":
-        return kinds.quantity(n, clients, p.get("alpha", 0.5), seed, least), ids
-    if kind == "domain" and column is not None:
-        return kinds.domain(column.codes, clients, p.get("domains", 1), seed, least), ids
-    known = ("iid", "dirichlet", "label-sorting", "classes", "column", "quantity", "domain")
-    raise ConfigError([Problem("partition.kind", kind, f"one of {', '.join(known)}", near(kind, known))])
+    options = {f.name: p[f.name] for f in fields(cls) if f.name in p}  # type: ignore[arg-type]
+    codes, names = (None, ()) if column is None else (column.codes, column.names)
+    given = Given(labels, p["clients"], seed, p.get("min_size", 1), codes, names)
+    partition = cls(**options)
+    return partition.rows(given), partition.ids(given)
 
 
 def _of_owner(column: Column, ids: Sequence[str], rows: np.ndarray, name: str) -> Rows:
@@ -201,5 +183,5 @@ def _of_owner(column: Column, ids: Sequence[str], rows: np.ndarray, name: str) -
     if not (owner >= 0).any():
         shown = ", ".join(repr(names[c]) for c in np.unique(column.codes[rows])[:3])
         raise DataError(f"data.{name}: none of its clients ({shown}, ...) trains; expected clients such as {ids[0]!r}")
-    kept = kinds.group(owner, len(ids), np.flatnonzero(owner >= 0))
+    kept = group(owner, len(ids), np.flatnonzero(owner >= 0))
     return Rows(kept.offsets, rows[kept.rows])

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import ConfigError, DataError, Problem
 from ..seeds import np_rng
 from .examples import Rows
-from .partition import group
+from .partitions.partition import group
 
 
 def split(rows: Rows, labels: np.ndarray, shares: Mapping[str, float], seed: int) -> dict[str, Rows]:

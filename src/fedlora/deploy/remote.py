@@ -20,8 +20,10 @@ from ..engine import RoundLog, enough, in_order
 from ..errors import TrainingError, UploadError
 from ..federation import Federation
 from ..method import Client, Order, Server, Upload
-from ..metrics import primary, summary
+from ..metrics import primary
+from ..records import EvalLine, Line
 from ..tree import Params
+from ..views import scored
 from ..watch import Watch
 from . import claims, schema
 from .attendance import Attendance, Link
@@ -248,7 +250,7 @@ class Remote:
         return self.fed.sampling.channel.read(message, down, spec), wire.measure(message, text)
 
     # evaluation ---------------------------------------------------------------------------------------------------
-    def evaluate(self, server: Server) -> list[dict[str, Any]]:
+    def evaluate(self, server: Server) -> list[Line]:
         """Scores that sites measure on their own rows; a site that is not online is missing from the lines."""
         online = self.wait(1)
         self.fed.store.write_json("partition.json", self.described)
@@ -269,12 +271,12 @@ class Remote:
                     if rows is None:
                         continue  # a site speaks for its own clients
                     try:
-                        scored = claims.scores(given, rows[one.split], self.fed.task.kind)
+                        taken = claims.scores(given, rows[one.split], self.fed.task.kind)
                     except Exception as e:
                         self.say(f"scores of {c} refused ({one.view}, {one.split}): {schema.reason(e)}")
                         continue
-                    found.setdefault((one.view, one.split), {})[c] = scored
-        lines: list[dict[str, Any]] = []
+                    found.setdefault((one.view, one.split), {})[c] = taken
+        lines: list[EvalLine] = []
         for view in self.fed.evaluation.views:
             for split in ("validation", "test"):
                 all_scores = found.get((view, split), {})
@@ -282,13 +284,12 @@ class Remote:
                 for c, why in left.items():
                     self.say(f"scores of {c} left out ({view}, {split}): {why}")
                 if scores:
-                    lines.append({"kind": "eval", "round": server.round, "view": view, "split": split,
-                                  "clients": scores, **summary(scores)})  # fmt: skip
+                    lines.append(scored(server.round, view, split, scores))
         name = primary(self.fed.task.kind)
         for line in lines[:1]:
-            self.metric = (f"{line['view']} {line['split']} {name}", line["mean"].get(name, math.nan))
+            self.metric = (f"{line.view} {line.split} {name}", line.mean.get(name, math.nan))
         self.status("done" if server.round == order.rounds else "evaluated", server)
-        return lines
+        return [*lines]
 
     # status -------------------------------------------------------------------------------------------------------
     def status(

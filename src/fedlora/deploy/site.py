@@ -18,6 +18,7 @@ from ..federation import Federation
 from ..memory import kept
 from ..method import Client, Order, Server
 from ..recipe import Recipe
+from ..records import EvalLine
 from ..tree import Params
 from ..views import evaluate, served
 from ..watch import Watch
@@ -211,7 +212,7 @@ class Site:
                 f"run {fed.store.root.name} is done; the models of {len(accepted)} client(s) are in {fed.store.root}"
             )
         lines = evaluate(fed, engine, server)
-        kept = [{k: x[k] for k in ("view", "split", "clients")} for x in lines if x["kind"] == "eval"]
+        kept = [{"view": x.view, "split": x.split, "clients": x.clients} for x in lines if isinstance(x, EvalLine)]
         return Packet("evaluate", head | {"lines": kept})
 
 

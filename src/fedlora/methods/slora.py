@@ -191,16 +191,19 @@ class SLoRA(SFT):
         index = {k._replace(adapter="stage1"): v for k, v in self.stages[0].fixed(scene).items()}
         return p | {k: v[None].expand(len(like), -1).to(like.device) for k, v in index.items()}
 
+    def idle(self, k: Key, down: Params) -> bool:
+        """Adapters wait while the mask is trained."""
+        return self.now(down).label == "sparse" and k.adapter.split("~")[0] in ("personal", "common", "lora")
+
     def begin(self, scene: Scene, order: Order, down: Params, kept: Params) -> Work:
         now = self.now(down)
-        live, own, idle = self.parts(now, down, kept)
+        live, own, idle = self.parts(down, kept)
         work = now.begin(scene, order, live, own)
         return work | {"idle": idle, "bound": self.bound(scene, select(down, self.frozen))}
 
-    def parts(self, now: SGDMethod, down: Params, kept: Params) -> tuple[Params, Params, Params]:
+    def parts(self, down: Params, kept: Params) -> tuple[Params, Params, Params]:
         """(what the stage's method receives, what it keeps, personal leaves that wait for stage 2)."""
-        waits = lambda k: now.label == "sparse" and k.adapter.split("~")[0] in ("personal", "common", "lora")  # noqa: E731
-        idle = select(kept, waits)
+        idle = select(kept, lambda k: self.idle(k, down))
         return select(down, lambda k: not self.frozen(k)), select(kept, lambda k: k not in idle), idle
 
     def step(self, work: Work, loss: Loss, lr: Tensor, *draws: Batch) -> tuple[Work, Metrics]:
@@ -215,5 +218,5 @@ class SLoRA(SFT):
 
     def personal(self, scene: Scene, down: Params, kept: Params) -> Params:
         now = self.now(down)
-        live, own, _ = self.parts(now, down, kept)
+        live, own, _ = self.parts(down, kept)
         return now.personal(scene, live, own) | self.bound(scene, select(down, self.frozen))

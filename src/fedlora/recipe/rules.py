@@ -10,11 +10,12 @@ import string
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+from ..data.partitions import PARTITIONS
 from ..errors import Problem, near
 from .sections import Data, Evaluation, Federation, Model, Partition, Run, Section, Train
 
 Rule = Callable[..., Iterator[Problem]]
-BY_LABEL = ("dirichlet", "label-sorting", "classes")
+BY_LABEL = tuple(name for name, cls in PARTITIONS.items() if cls.by_label)
 PLACES = ("name", "hash", "seed", "method")  # what run.output may mention
 
 

@@ -5,9 +5,11 @@ Rules that join fields stand in rules.py; the section method, whose fields are t
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from ..data import partitions
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -16,6 +18,11 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PartShare = Annotated[float, Field(ge=0, lt=1)]  # a share that leaves something
 Text = Annotated[str, Field(min_length=1)]
+
+if TYPE_CHECKING:
+    PartitionKind = str
+else:
+    PartitionKind = Literal[partitions.NAMES]  # the kinds that there are, so that errors, schema and docs name them
 
 
 class Section(BaseModel):
@@ -83,7 +90,7 @@ class Data(Section):
 class Partition(Section):
     """Which client gets which rows."""
 
-    kind: Literal["iid", "dirichlet", "label-sorting", "classes", "column", "quantity", "domain"] = "iid"
+    kind: PartitionKind = "iid"
     clients: Count = 8
     alpha: Positive = 0.5
     """Concentration of the Dirichlet draw (kinds dirichlet and quantity): small is skewed."""

@@ -63,12 +63,12 @@ def _need_plotly() -> None:
 
 
 def _write(page: dict[str, Any], out: Path) -> Path:
+    from importlib.metadata import version
     from importlib.resources import files
 
     from jinja2 import Environment, StrictUndefined
     from plotly.offline import get_plotlyjs
 
-    from .. import __version__
     from .figures import FONT
 
     count = iter(range(10_000))
@@ -89,7 +89,7 @@ def _write(page: dict[str, Any], out: Path) -> Path:
         (files("fedlora.report") / "page.html").read_text(encoding="utf-8")
     )
     script = get_plotlyjs() if any(b.figure is not None for b in page["blocks"]) else ""
-    html = template.render(page=page, font=FONT, script=script, draw=draw, version=__version__)
+    html = template.render(page=page, font=FONT, script=script, draw=draw, version=version("fedlora"))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_name(f".{out.name}.tmp")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..records import AsymmetryLine, CrossLine, EffectiveRanksLine, TrainLine
 from .read import Records
 
 if TYPE_CHECKING:
@@ -96,21 +97,21 @@ def progress(run: Records, against: str = "rounds") -> go.Figure | None:
     )
     sent = run.bytes_by_round()
     for view, colour in VIEWS.items():
-        lines = [x for x in run.evals(view, "test") if run.metric in x["mean"]]
+        lines = [x for x in run.evals(view, "test") if run.metric in x.mean]
         if not lines:
             continue
-        x = [e["round"] if against == "rounds" else sent[e["round"]] / 1e6 for e in lines]
-        spread = [[c[run.metric] for c in e["clients"].values() if run.metric in c] for e in lines]
+        x = [e.round if against == "rounds" else sent[e.round] / 1e6 for e in lines]
+        spread = [[c[run.metric] for c in e.clients.values() if run.metric in c] for e in lines]
         if max(map(len, spread)) > 2:
             _band(fig, x, [_quantile(s, 0.1) for s in spread], [_quantile(s, 0.9) for s in spread], colour, view)
         fig.add_trace(
-            go.Scatter(x=x, y=[e["mean"][run.metric] for e in lines], name=f"{view} model", mode="lines+markers",
+            go.Scatter(x=x, y=[e.mean[run.metric] for e in lines], name=f"{view} model", mode="lines+markers",
                        legendgroup=view, line={"color": colour, "width": 2.5}, marker={"size": 6})
         )  # fmt: skip
     if not fig.data:
         return None
     if against == "rounds":
-        _whole(fig, max(x["round"] for x in run.evals()))
+        _whole(fig, max(x.round for x in run.evals()))
     if run.summary and run.chosen is not None and against == "rounds":
         note = {
             "text": f"round {run.chosen}, chosen on {run.summary['chosen_on']}",
@@ -126,18 +127,18 @@ def losses(run: Records) -> go.Figure | None:
     """Training loss: mean over the round's clients, and the middle 80 % of them."""
     import plotly.graph_objects as go
 
-    lines = [x for x in run.trains if x["loss"] == x["loss"]]
+    lines = [x for x in run.trains if x.loss == x.loss]
     if not lines:
         return None
     fig = _figure("round", "training loss")
-    x = [t["round"] for t in lines]
-    each = [[v for v in t["losses"].values() if v == v] for t in lines]
+    x = [t.round for t in lines]
+    each = [[v for v in t.losses.values() if v == v] for t in lines]
     _band(fig, x, [_quantile(v, 0.1) for v in each], [_quantile(v, 0.9) for v in each], PALETTE[0], "loss")
     _whole(fig, x[-1])
     fig.add_trace(
         go.Scatter(
             x=x,
-            y=[t["loss"] for t in lines],
+            y=[t.loss for t in lines],
             mode="lines+markers",
             line={"color": PALETTE[0], "width": 2.5},
             name="mean",
@@ -152,7 +153,7 @@ def spread(run: Records) -> go.Figure | None:
     import plotly.graph_objects as go
 
     found = {v: e for v in ("personal", "global") if run.chosen is not None and (e := run.at(v, "test", run.chosen))}
-    scores = {v: {c: s[run.metric] for c, s in e["clients"].items() if run.metric in s} for v, e in found.items()}
+    scores = {v: {c: s[run.metric] for c, s in e.clients.items() if run.metric in s} for v, e in found.items()}
     scores = {v: s for v, s in scores.items() if s}
     if not scores:
         return None
@@ -258,13 +259,13 @@ def cross(run: Records) -> go.Figure | None:
     """Client i's model on client j's data."""
     import plotly.graph_objects as go
 
-    line = next((x for x in reversed(run.lines) if x["kind"] == "cross"), None)
+    line = next((x for x in reversed(run.lines) if isinstance(x, CrossLine)), None)
     if line is None:
         return None
-    n = len(line["ids"])
+    n = len(line.ids)
     fig = _figure("data of client", "model of client", height=max(340, 140 + 36 * n))
-    fig.add_trace(go.Heatmap(z=line["matrix"], x=line["ids"], y=line["ids"], colorscale="Viridis", reversescale=run.lower_is_better,
-                             texttemplate="%{z:.2f}" if n <= 16 else None, colorbar={"title": {"text": words(line["metric"])}}))  # fmt: skip
+    fig.add_trace(go.Heatmap(z=line.matrix, x=line.ids, y=line.ids, colorscale="Viridis", reversescale=run.lower_is_better,
+                             texttemplate="%{z:.2f}" if n <= 16 else None, colorbar={"title": {"text": words(line.metric)}}))  # fmt: skip
     fig.update_yaxes(type="category", autorange="reversed")
     fig.update_xaxes(type="category")
     return fig
@@ -274,7 +275,7 @@ def exactness(run: Records) -> go.Figure | None:
     """How far the mean of the factors is from the mean of their products."""
     import plotly.graph_objects as go
 
-    points = [(x["round"], x["exactness"]["product_error"]) for x in run.trains if x.get("exactness")]
+    points = [(x.round, x.exactness["product_error"]) for x in run.trains if x.exactness]
     if not points or max(v for _, v in points) < 1e-6:
         return None
     fig = _figure("round", "relative error of the averaged product", height=300)
@@ -296,14 +297,14 @@ def ranks(run: Records) -> go.Figure | None:
 
     curves: dict[str, list[tuple[int, float]]] = {}
     for x in run.lines:
-        by_client = x.get("ranks") if x["kind"] == "train" else None
-        if x["kind"] == "effective-ranks":
-            by_client = {c: sum(r.values()) / max(1, len(r)) for c, r in x["clients"].items()}
+        by_client = x.extra.get("ranks") if isinstance(x, TrainLine) else None
+        if isinstance(x, EffectiveRanksLine):
+            by_client = {c: sum(r.values()) / max(1, len(r)) for c, r in x.clients.items()}
         for c, r in (by_client or {}).items():
-            curves.setdefault(c, []).append((x["round"], r))
+            curves.setdefault(c, []).append((x.round, r))
     if not curves:
         return None
-    effective = any(x["kind"] == "effective-ranks" for x in run.lines)
+    effective = any(isinstance(x, EffectiveRanksLine) for x in run.lines)
     fig = _figure("round", "effective rank, mean over layers" if effective else "rank")
     for i, (c, points) in enumerate(list(curves.items())[:BARS]):
         line = {"color": PALETTE[i % len(PALETTE)], "width": 2}
@@ -318,14 +319,14 @@ def likeness(run: Records) -> go.Figure | None:
     """How alike the factors of clients are, layer by layer, at the last analysed round."""
     import plotly.graph_objects as go
 
-    line = next((x for x in reversed(run.lines) if x["kind"] == "asymmetry"), None)
+    line = next((x for x in reversed(run.lines) if isinstance(x, AsymmetryLine)), None)
     if line is None:
         return None
     fig = _figure("", "mean cosine between clients")
     names = {"A": "A", "B": "B", "dA": "change of A"}
-    sites = list(line["sites"])
+    sites = list(line.sites)
     for i, (key, name) in enumerate(names.items()):
-        values = [line["sites"][s].get(key) for s in sites]
+        values = [line.sites[s].get(key) for s in sites]
         fig.add_trace(
             go.Scatter(
                 x=[_short(s, 40) for s in sites],
@@ -355,8 +356,8 @@ def race(groups: Mapping[str, Sequence[Records]], against: str = "rounds", view:
         curves = []
         for r in runs:
             sent = r.bytes_by_round()
-            lines = [x for x in r.evals(view, "test") if metric in x["mean"]]
-            curves.append({e["round"]: (sent[e["round"]] / 1e6, e["mean"][metric]) for e in lines})
+            lines = [x for x in r.evals(view, "test") if metric in x.mean]
+            curves.append({e.round: (sent[e.round] / 1e6, e.mean[metric]) for e in lines})
         rounds = sorted(set.intersection(*(set(c) for c in curves)))
         if not rounds:
             continue
@@ -380,7 +381,7 @@ def client_boxes(groups: Mapping[str, Sequence[Records]]) -> go.Figure | None:
     for name, runs in groups.items():
         for r in runs:
             e = r.at(r.main, "test", r.chosen) if r.chosen is not None else None
-            values.setdefault(name, []).extend(s[metric] for s in e["clients"].values() if metric in s) if e else None
+            values.setdefault(name, []).extend(s[metric] for s in e.clients.values() if metric in s) if e else None
     values = {k: v for k, v in values.items() if v}
     return _boxes(values, metric, [PALETTE[i % len(PALETTE)] for i in range(len(values))]) if values else None
 

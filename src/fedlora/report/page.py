@@ -44,7 +44,7 @@ class Block:
 def run_page(run: Records) -> dict[str, Any]:
     """Title, tiles and blocks of one run."""
     s, m = run.summary, figures.words(run.metric)
-    done = run.trains[-1]["round"] if run.trains else 0
+    done = run.trains[-1].round if run.trains else 0
     model, data = run.recipe.get("model", {}), run.recipe.get("data", {})
     lead = f"{run.title} on {_source(data)} with {model['name']}" if model else run.title
     lead += f": {len(run.partition.get('ids', []))} clients, {done} rounds."
@@ -91,7 +91,7 @@ def run_page(run: Records) -> dict[str, Any]:
     blocks = [b for b in blocks if b.figure is not None]
     if s:
         blocks += [Block("Scores on test", table=_scores(s)), Block("Cost", table=_costs(run, s))]
-    refused = [(str(x["round"]), c, why) for x in run.trains for c, why in x["refused"].items()]
+    refused = [(str(x.round), c, why) for x in run.trains for c, why in x.refused.items()]
     if refused:
         blocks.append(
             Block(
@@ -255,11 +255,14 @@ def _costs(run: Records, s: Mapping[str, Any]) -> list[tuple[str, str]]:
     p, parts = (
         s["parameters"],
         {
-            d: {k: sum(x["bytes"][d][k] for x in run.trains) for k in ("adapter", "head", "framing")}
+            d: {k: sum(x.bytes[d][k] for x in run.trains) for k in ("adapter", "head", "framing")}
             for d in ("down", "up")
         },
     )
-    total = {k: sum(t[k] for t in run.timings) for k in ("train_seconds", "eval_seconds", "server_seconds", "tokens")}
+    total = {
+        k: sum(getattr(t, k) for t in run.timings)
+        for k in ("train_seconds", "eval_seconds", "server_seconds", "tokens")
+    }
     pace = total["tokens"] / total["train_seconds"] if total["train_seconds"] else 0
     rows = [
         ("what", "value"),

@@ -10,8 +10,7 @@ from typing import Any
 
 from ..errors import StateError
 from ..metrics import LOWER_IS_BETTER
-
-Line = dict[str, Any]
+from ..records import EvalLine, Line, Timing, TrainLine, read_lines, read_timings
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Records:
     partition: dict[str, Any]
     summary: dict[str, Any] | None  # None while the run is unfinished
     lines: list[Line]  # metrics.jsonl
-    timings: list[Line]
+    timings: list[Timing]
 
     @cached_property
     def metric(self) -> str:
@@ -33,7 +32,7 @@ class Records:
         if self.summary:
             return str(self.summary["metric"])
         for x in self.evals():
-            return next((m for m in ("accuracy", "pearson") if m in x["mean"]), "loss")
+            return next((m for m in ("accuracy", "pearson") if m in x.mean), "loss")
         return "loss"
 
     @property
@@ -55,22 +54,21 @@ class Records:
     @property
     def main(self) -> str:
         """The view that is reported first: personal models where there are any."""
-        return "personal" if any(x["view"] == "personal" for x in self.evals()) else "global"
+        return "personal" if any(x.view == "personal" for x in self.evals()) else "global"
 
     @property
-    def trains(self) -> list[Line]:
-        return [x for x in self.lines if x["kind"] == "train"]
+    def trains(self) -> list[TrainLine]:
+        """Rounds of training, in their order."""
+        return [x for x in self.lines if isinstance(x, TrainLine)]
 
-    def evals(self, view: str | None = None, split: str | None = None) -> list[Line]:
+    def evals(self, view: str | None = None, split: str | None = None) -> list[EvalLine]:
         """Evaluations in the order of rounds; that of a round's hand-over is left out."""
-        return [
-            x
-            for x in self.lines
-            if x["kind"] == "eval" and "stage" not in x and view in (None, x["view"]) and split in (None, x["split"])
-        ]
+        found = [x for x in self.lines if isinstance(x, EvalLine) and x.stage is None]
+        return [x for x in found if view in (None, x.view) and split in (None, x.split)]
 
-    def at(self, view: str, split: str, round: int) -> Line | None:
-        return next((x for x in self.evals(view, split) if x["round"] == round), None)
+    def at(self, view: str, split: str, round: int) -> EvalLine | None:
+        """The evaluation of a view on a split after a round."""
+        return next((x for x in self.evals(view, split) if x.round == round), None)
 
     @property
     def chosen(self) -> int | None:
@@ -79,14 +77,14 @@ class Records:
             found: int | None = self.summary["chosen_round"]
             return found
         evals = self.evals()
-        return evals[-1]["round"] if evals else None
+        return evals[-1].round if evals else None
 
     def bytes_by_round(self) -> dict[int, int]:
         """Bytes sent both ways up to each round, 0 at round 0."""
         out, total = {0: 0}, 0
         for x in self.trains:
-            total += sum(sum(d.values()) for d in x["bytes"].values())
-            out[x["round"]] = total
+            total += x.sent("up") + x.sent("down")
+            out[x.round] = total
         return out
 
 
@@ -103,8 +101,8 @@ def records(folder: str | Path) -> Records:
         environment=_json(folder / "environment.json") or {},
         partition=_json(folder / "partition.json") or {},
         summary=_json(folder / "summary.json"),
-        lines=_lines(folder / "metrics.jsonl"),
-        timings=_lines(folder / "timings.jsonl"),
+        lines=read_lines(folder),
+        timings=read_timings(folder),
     )
 
 
@@ -114,16 +112,5 @@ def _json(path: Path) -> dict[str, Any] | None:
         return found
     except FileNotFoundError:
         return None
-    except ValueError as e:
-        raise StateError(f"{path}: cannot be read ({e}); restore it") from e
-
-
-def _lines(path: Path) -> list[Line]:
-    """Whole lines of a JSONL file; what is being written while we read is left out."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return [json.loads(x) for x in text[: text.rfind("\n") + 1].splitlines()]
-    except FileNotFoundError:
-        return []
     except ValueError as e:
         raise StateError(f"{path}: cannot be read ({e}); restore it") from e

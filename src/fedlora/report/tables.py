@@ -65,17 +65,17 @@ class Reached:
 def reach(run: Records, target: float) -> Reached | None:
     """When the mean score of the main view first reached `target`, None if it never did."""
     evals = run.evals(run.main, "validation") or run.evals(run.main, "test")
-    good = [x for x in evals if run.metric in x["mean"] and not better(run.metric, target, x["mean"][run.metric])]
+    good = [x for x in evals if run.metric in x.mean and not better(run.metric, target, x.mean[run.metric])]
     if not good:
         return None
-    last = good[0]["round"]
+    last = good[0].round
     down, up = (mbit * 1e6 / 8 for mbit in run.recipe.get("evaluation", {}).get("bandwidth", BANDWIDTH))
-    compute = {t["round"]: t["train_seconds"] for t in run.timings}
+    compute = {t.round: t.train_seconds for t in run.timings}
     seconds = 0.0
     for x in run.trains:
-        if x["round"] <= last:
-            sent = {d: sum(v.values()) for d, v in x["bytes"].items()}
-            seconds += (compute.get(x["round"], 0.0) + sent["down"] / down + sent["up"] / up) / len(x["clients"])
+        if x.round <= last:
+            sent = {d: x.sent(d) for d in ("up", "down")}
+            seconds += (compute.get(x.round, 0.0) + sent["down"] / down + sent["up"] / up) / len(x.clients)
     return Reached(last, run.bytes_by_round().get(last, 0), seconds)
 
 
@@ -88,9 +88,7 @@ def common_target(groups: Mapping[str, Sequence[Records]]) -> float | None:
     best = []
     for r in runs:
         scores = [
-            x["mean"][r.metric]
-            for x in r.evals(r.main, "validation") or r.evals(r.main, "test")
-            if r.metric in x["mean"]
+            x.mean[r.metric] for x in r.evals(r.main, "validation") or r.evals(r.main, "test") if r.metric in x.mean
         ]
         if not scores:
             return None
@@ -144,7 +142,7 @@ def _scores_of(runs: Sequence[Records]) -> dict[tuple[Any, ...], float]:
     out = {}
     for r in runs:
         line = r.at(r.main, "test", r.chosen) if r.chosen is not None else None
-        for client, s in (line["clients"] if line else {}).items():
+        for client, s in (line.clients if line else {}).items():
             if r.metric in s:
                 out[(r.recipe.get("run", {}).get("seed", 0), str(r.partition.get("sizes")), client)] = s[r.metric]
     return out
