@@ -29,8 +29,9 @@ from fedlora.deploy.schema import PacketError
 from fedlora.deploy.site import Site, failure
 from fedlora.engine import RoundLog
 from fedlora.errors import FedloraError, StateError, TrainingError, UploadError
-from fedlora.federation import Federation, Sampling
+from fedlora.federation import Federation
 from fedlora.method import Client, Server, Upload
+from fedlora.setting import Sampling
 from fedlora.tree import Key, Params
 from fedlora.watch import Watch
 
