@@ -160,8 +160,9 @@ FAULTS = {
     "another round": (header(round=17), "round 17"),
     "another kind": (lambda reply: Packet("evaluate", reply.header, reply.parts), "kind 'evaluate'"),
     "another version": (header(protocol=99), "protocol 99"),
-    "no clients": (header(clients=None), "nothing of its clients"),
-    "an error": (header(error="out of paper"), "out of paper"),
+    "no clients": (header(clients=None), "clients is None"),
+    "an error": (header(error={"code": "paper", "field": None, "text": "out of paper"}), "out of paper (paper)"),
+    "an error of the old form": (header(error="out of paper"), "in an old form"),
     "Flower's error": (lambda reply: "node unavailable", "node unavailable"),
     "too large a step": (uploads_of(at(A_SITE, lambda v: v * 1e9)), "exceeds the bound"),
 }

@@ -29,7 +29,7 @@ import fedlora.flower  # noqa: F401  (switches Flower's telemetry off)
 from fedlora import build
 from fedlora.data.examples import Rows, Tokens
 from fedlora.data.federated import FederatedData
-from fedlora.deploy import remote
+from fedlora.deploy import schema
 from fedlora.deploy.packets import Packet
 from fedlora.deploy.site import Holding
 from fedlora.errors import ConfigError
@@ -246,7 +246,7 @@ def test_a_site_in_trouble_does_not_stop_the_others(trouble: str, alone: Place) 
         for p in processes:
             end(p)
     train = [x for x in lines(there) if x["kind"] == "train"]
-    reason = {"nan": "non-finite", "die": "no reply from node", "half": "late", "slow": "late"}[trouble]
+    reason = {"nan": "non-finite", "die": "no reply", "half": "late", "slow": "late"}[trouble]
     wrong = [x["refused"] for x in train if x["refused"]]
     assert len(wrong) == 1
     assert list(wrong[0]) == ["b"]
@@ -410,7 +410,7 @@ def test_no_request_of_ours_is_larger_than_the_server_takes() -> None:
     """The largest site's answer with a large model: Flower cuts leaves into chunks, and what is said of clients is small."""
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-    ids = [f"a-hospital-of-some-length/ward-{i:05d}" for i in range(remote.MOST_CLIENTS)]
+    ids = [f"a-hospital-of-some-length/ward-{i:05d}" for i in range(schema.MOST_CLIENTS)]
     scores = {c: {"loss": 0.123456789012345, "accuracy": 0.123456789012345, "f1": 0.123456789012345} for c in ids}
     lines = [{"view": v, "split": s, "clients": scores} for v in ("personal", "global") for s in ("validation", "test")]
     small = Packet("evaluate", {"lines": lines}, dict.fromkeys(ids, b"x"))

@@ -16,6 +16,7 @@ import numpy as np
 from .analysis import product_error
 from .data.batches import batch_of
 from .engine import Engine, RoundLog
+from .errors import TrainingError
 from .memory import auto_block, forget_peak, kept, peak_memory
 from .method import Client, Method, Scene, Server, Upload
 from .records import HandoverLine, Line, Timing, TrainLine, read_lines, read_timings
@@ -26,6 +27,7 @@ from .summary import describe_run, summarise
 from .tensorboard import TensorBoard
 from .tree import Params
 from .watch import Several, Watch
+from .wire import finite_state
 
 EXACTNESS_COHORT = 32  # the exactness meter holds a cohort's uploads; above this it is off
 
@@ -137,6 +139,11 @@ class Federation(Setting):
         watch.round_start(server.round + 1, len(cohort))
         meter = _Meter(self.method, self.scene, self.evaluation.exactness and len(cohort) <= EXACTNESS_COHORT)
         new, log = runtime.round(server, self.sampling.rounds, cohort, meter.see)
+        if why := finite_state(new.leaves):
+            raise TrainingError(
+                f"round {new.round}: {why}, so that no client could train on; lower train.lr, set train.clip or "
+                "federation.norm_bound. The round was dropped; earlier rounds are kept"
+            )
         trained = time.perf_counter()
         lines: list[Line] = [self._train_line(new, cohort, log, meter.error(new))]
         if self._due(new.round):

@@ -13,6 +13,12 @@ from .data.examples import Words
 
 Scores = dict[str, float]
 
+RANGE = {  # that a score can have; of other metrics a score is any finite number
+    "accuracy": (0.0, 1.0), "macro_f1": (0.0, 1.0), "matthews": (-1.0, 1.0), "pearson": (-1.0, 1.0), "spearman": (-1.0, 1.0),
+    "micro_f1": (0.0, 1.0), "exact_match": (0.0, 1.0), "f1": (0.0, 1.0), "precision": (0.0, 1.0), "recall": (0.0, 1.0),
+    "perplexity": (0.0, math.exp(700.0)),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Predictions:

@@ -6,6 +6,7 @@ Every runtime sends these bytes, so a simulated run and a deployed one report th
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,9 @@ from .tree import Key, Params, rank, rank_axis
 HEADER = "fedlora"  # the one metadata entry of a message
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 SCALE = "~scale"  # ends the part of a leaf that holds another's scales
+MOST_LEAVES = 2**17  # of a message or a state; a 70B model with a delta in every layer has a few thousand
+LONGEST_NAME = 1024  # characters
+SLACK = 1e-3  # of a norm: sums in float32 are not exact
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,24 @@ def encode(params: Params, header: Mapping[str, Any] | None = None) -> bytes:
     return save(tensors, {HEADER: _json(header)})
 
 
-def decode(message: bytes) -> tuple[Params, dict[str, Any]]:
-    """Leaves and header of a message. Raises UploadError for bytes that are none: cut off, altered or foreign."""
+def decode(message: bytes, most: int = MOST_LEAVES) -> tuple[Params, dict[str, Any]]:
+    """Leaves and header of a message of at most `most` leaves. Raises UploadError for bytes that are none: cut off, altered or
+    foreign. Names are counted before any leaf is made."""
     try:
-        tensors = load(message)
         length = int.from_bytes(message[:8], "little")
-        header = json.loads(json.loads(message[8 : 8 + length])["__metadata__"][HEADER])
+        described = json.loads(message[8 : 8 + length])
+        if len(described) > most + 1:
+            raise ValueError(f"{len(described) - 1} leaves, expected at most {most}")
+        if max(map(len, described)) > LONGEST_NAME:
+            raise ValueError(f"a leaf whose name is longer than {LONGEST_NAME} characters")
+        header = json.loads(described["__metadata__"][HEADER])
+        if not isinstance(header, dict):
+            raise TypeError("its header holds no fields")
+        tensors = load(message)
         return {Key.parse(k): tensors[k] for k in sorted(tensors)}, header  # the loader's own order varies
-    except (SafetensorError, ValueError, KeyError, TypeError) as e:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UploadError(
-            f"message of {len(message)} bytes cannot be read ({e}), expected leaves written by fedlora; "
+            f"message of {len(message)} bytes cannot be read ({str(e)[:200]}), expected leaves written by fedlora; "
             "it was cut off, altered or sent by something else"
         ) from e
 
@@ -162,24 +174,31 @@ def expect(params: Params) -> dict[Key, Leaf]:
     return {k: Leaf(tuple(v.shape), v.dtype) for k, v in params.items()}
 
 
+def _named(params: Params, spec: Spec) -> None:
+    if params.keys() != spec.keys():
+        extra, lost = (
+            [str(k)[:80] for k in sorted(a.keys() - b.keys())[:3]] for a, b in ((params, spec), (spec, params))
+        )
+        raise UploadError(f"leaves differ from the declared ones: unexpected {extra}, missing {lost}")
+
+
 def validate(params: Params, spec: Spec, norm_bound: float | None = None, ranks_may_shrink: bool = False) -> None:
     """Refuse an upload that is not what was declared, before it touches the server's state. Raises UploadError.
 
     norm_bound: largest Frobenius norm of all leaves together. ranks_may_shrink: a smaller rank than declared is fine
-    (HetLoRA prunes), a larger one never.
+    (HetLoRA prunes) down to 1, a larger one never.
     """
-    if params.keys() != spec.keys():
-        extra, lost = (sorted(map(str, a.keys() - b.keys())) for a, b in ((params, spec), (spec, params)))
-        raise UploadError(f"leaves differ from the declared ones: unexpected {extra[:3]}, missing {lost[:3]}")
+    _named(params, spec)
     for k, v in params.items():
         want = spec[k]
         axis = rank_axis(k)
         shape = list(want.shape)
-        if ranks_may_shrink and axis is not None and v.ndim == len(shape) and rank(k, v) <= shape[axis]:
+        if ranks_may_shrink and axis is not None and v.ndim == len(shape) and 1 <= rank(k, v) <= shape[axis]:
             shape[axis] = rank(k, v)
         if list(v.shape) != shape or v.dtype != want.dtype:
             raise UploadError(f"leaf {k} is {list(v.shape)} {v.dtype}, expected {list(want.shape)} {want.dtype}")
     norm = finite(params)
+    _stated_norms(params)
     if ranks_may_shrink:
         _one_rank(params)
     if norm_bound is not None and norm > norm_bound:
@@ -187,23 +206,59 @@ def validate(params: Params, spec: Spec, norm_bound: float | None = None, ranks_
 
 
 def finite(params: Params) -> float:
-    """Frobenius norm of all leaves together. Raises UploadError for values that are not finite."""
-    floats = {k: v for k, v in params.items() if v.is_floating_point() and v.numel()}
-    if not floats:
-        return 0.0
-    norms = torch.stack([n.float() for n in torch._foreach_norm(list(floats.values()))]).double()
-    if not torch.isfinite(norms).all():  # too large for float32, or not finite: leaf by leaf, exactly
-        for k, v in floats.items():
-            bad = int((~torch.isfinite(v)).sum())
+    """`magnitude`. Raises UploadError for values that are not finite."""
+    n = magnitude(params)
+    if not math.isfinite(n):
+        for k, v in params.items():
+            bad = int((~torch.isfinite(v)).sum()) if v.is_floating_point() else 0
             if bad:
                 raise UploadError(f"leaf {k} has {bad} non-finite values of {v.numel()}, expected finite numbers")
-        norms = torch.stack([v.double().norm() for v in floats.values()])
+    return n
+
+
+def magnitude(params: Params) -> float:
+    """Frobenius norm of all leaves together, in float64; infinite or NaN where a value is."""
+    leaves = [v for v in params.values() if v.is_floating_point() and v.numel()]
+    if not leaves:
+        return 0.0
+    norms = torch.stack([n.double() for n in torch._foreach_norm(leaves)])
+    if not torch.isfinite(norms).all():  # squares of float32 that overflow are no fault
+        norms = torch.stack([v.double().norm() for v in leaves])
     return float(norms.norm())
+
+
+def finite_state(params: Params, bound: float | None = None) -> str | None:
+    """Why leaves must not become a server's state: a value that is not finite, or a norm above `bound`; None where all is well."""
+    n = magnitude(params)
+    if not math.isfinite(n):
+        bad = [str(k) for k, v in params.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+        return f"{len(bad)} leaves are not finite, {bad[0] if bad else 'in their norm'} first"
+    if bound is not None and n > bound * (1 + SLACK):
+        return f"their norm {n:.3g} exceeds {bound:.3g}, which no aggregate of the uploads can have"
+    return None
+
+
+def _stated_norms(params: Params) -> None:
+    """Norms that a client states are no negative numbers, and that of a whole model is the root of its sites' squares. One
+    whose factors do not travel cannot be computed from what does."""
+    stated: dict[str, dict[str, float]] = {}
+    for k, v in params.items():
+        if k.part == "norm" and not v.ndim:
+            if v < 0:
+                raise UploadError(f"leaf {k} is {float(v):.3g}, expected a norm, which is never negative")
+            stated.setdefault(k.adapter, {})[k.site] = float(v)
+    for adapter, sites in stated.items():
+        whole, each = sites.pop("", None), math.hypot(*sites.values())
+        if sites and whole is not None and abs(whole - each) > 1e-2 * max(whole, each):
+            raise UploadError(f"leaf {adapter}//norm is {whole:.3g}, expected {each:.3g}: that of its sites together")
 
 
 def _one_rank(params: Params) -> None:
     """Halves of one adapter have one rank, and it is the one they state; a stated rank without a site is all sites'."""
     stated = {(k.adapter, k.site): int(v) for k, v in params.items() if k.part == "rank" and v.numel() == 1}
+    for (adapter, site), r in stated.items():
+        if r < 1:
+            raise UploadError(f"leaf {adapter}/{site}/rank is {r}, expected 1 or more")
     at: dict[tuple[str, str], int] = dict(stated)
     for k, v in params.items():
         if rank_axis(k) is None:

@@ -18,6 +18,7 @@ from ..watch import Several
 from . import tables
 from .actions import _report, _watch, err, out
 from .interrupts import Interrupted, Pressed
+from .progress import Log, now
 
 
 @contextlib.contextmanager
@@ -34,10 +35,14 @@ def _flower() -> Iterator[None]:
 
 
 def _say(quiet: bool) -> Callable[[str], None]:
+    """Lines with the time: what a server or a client says is read hours later, too."""
+
     def say(text: str) -> None:
         if not quiet:
-            shown = "\n".join(printable(line, 10**6) for line in text.split("\n"))  # the text may quote the other side
-            err.print(shown, soft_wrap=True, highlight=False, markup=False)
+            first, *more = (
+                printable(line, 10**6) for line in text.split("\n")
+            )  # it may hold what the other side has sent
+            err.print("\n".join([f"{now()} {first}", *more]), soft_wrap=True, highlight=False, markup=False)
 
     return say
 
@@ -123,7 +128,9 @@ def try_out(
 def _finish(folder: Path, recipe: Any, quiet: bool, json: bool, run: Callable[[Any], Any], metric: str) -> None:
     """Run under a progress display, then the result and the report, as for a simulation."""
     try:
-        with Pressed() as pressed, _watch(metric, quiet, json) as watch:
+        plain = not (quiet or json or err.is_terminal)  # bars are for a terminal
+        shown = contextlib.nullcontext(Log(_say(False), metric)) if plain else _watch(metric, quiet, json)
+        with Pressed() as pressed, shown as watch:
             run(Several(watch, pressed))
     except KeyboardInterrupt:
         raise Interrupted(folder, "start the same command again") from None
@@ -215,9 +222,21 @@ def _ask() -> Callable[[str], bool] | None:
 
 def keys(ids: Sequence[str], output: Path, hosts: Sequence[str]) -> None:
     with _flower():
-        from ..flower.keys import make
-    for path in make(output, hosts, ids):
-        out.print(str(path), soft_wrap=True, highlight=False, markup=False)
+        from ..flower.keys import make, valid_until
+    made = make(output, hosts, ids)
+
+    def told(text: str) -> None:
+        out.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    for path in made:
+        told(str(path))
+    told(f"keep at the server: {output / 'server.pem'}, {output / 'server.key'}, {output / 'clients'} (the .pub files)")
+    told(f"keep secret, and needed only to make more of these: {output / 'ca.key'}")
+    for id in ids:
+        told(f"give to {id}, over a channel you trust: {output / 'ca.pem'}, {output / 'clients' / f'{id}.key'}")
+    for what, file in (("the authority", "ca.pem"), ("the server's certificate", "server.pem")):
+        told(f"{what} ({file}) is valid until {valid_until(output / file):%Y-%m-%d}; sites' keys have no end")
+    told("a new server certificate: remove server.pem and server.key, run this again, and start the server again")
 
 
 def status(folder: Path, watch: bool, json: bool) -> None:

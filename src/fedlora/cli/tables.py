@@ -50,9 +50,9 @@ def status(s: Mapping[str, Any]) -> Table:
     where = {c: n for n, held in s["sites"].items() for c in held}
     for c in sorted(where):
         state = s["clients"].get(c, "idle")
-        table.add_row(Text(printable(c)), where[c], Text(state, style=COLOURS.get(state, "")))
+        table.add_row(Text(printable(c)), Text(printable(where[c])), Text(state, style=COLOURS.get(state, "")))
     for node, reason in s["failed"].items():
-        table.add_row(Text(NOTHING), node, Text(printable(reason), style="red"))
+        table.add_row(Text(NOTHING), Text(printable(node)), Text(printable(reason), style="red"))
     if s["state"] == "waiting":
         table.caption = f"waiting for clients: {s['have']} of {s['need']} are here"
     return table

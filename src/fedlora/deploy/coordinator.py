@@ -13,8 +13,9 @@ from ..errors import ConfigError, Problem, StateError
 from ..federation import Federation
 from ..recipe import Recipe
 from ..tasks import TASKS
+from .attendance import Link
 from .audit import digest
-from .remote import Link, Remote, Terms
+from .remote import Remote, Terms
 from .site import SHOWN
 
 

@@ -69,6 +69,11 @@ def make(folder: Path, hosts: Sequence[str], ids: Sequence[str]) -> list[Path]:
     return written
 
 
+def valid_until(certificate: Path) -> dt.datetime:
+    """The last moment at which a certificate (PEM) is valid, UTC."""
+    return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
+
+
 def _authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
     key_file, cert_file = folder / "ca.key", folder / "ca.pem"
     if key_file.exists() and cert_file.exists():

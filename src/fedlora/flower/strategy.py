@@ -6,6 +6,7 @@ leaves. It keeps the method's state in memory: for resume and personal leaves on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from logging import WARNING
 from typing import Any
@@ -18,8 +19,10 @@ from flwr.serverapp.strategy import Strategy
 
 from .. import wire
 from ..channel import Channel, Declared, unserved
+from ..deploy import claims
+from ..deploy.schema import LARGEST, shown
 from ..engine import in_order
-from ..errors import ConfigError, UploadError
+from ..errors import ConfigError, TrainingError, UploadError, printable
 from ..method import Client, Method, Order, Scene, Server, Upload
 from ..seeds import np_rng
 from ..tree import Key, Params
@@ -105,20 +108,33 @@ class MethodStrategy(Strategy):
                     raise UploadError("this node was not asked in this round, or has replied already")
                 down = self.sent[node]
                 params = self.channel.read(params_of(arrays), down, declared(down, self._client(node)))
-                self.examples[node] = _count(metrics[CLIENT])
+                examples, loss = _count(metrics[CLIENT]), _loss(metrics.get("loss", math.nan))
                 del self.sent[node]
-            except (UploadError, ValueError, KeyError, TypeError) as e:
-                log(WARNING, "fedlora: reply of node %s refused: %s", node, e)
+            except Exception as e:  # nothing of one node ends the round
+                log(WARNING, "fedlora: reply of node %s refused: %s", node, printable(f"{type(e).__name__}: {e}"))
                 continue
+            self.examples[node] = examples
             client = self._client(node)
-            found[client.id] = Upload(client, params, {"loss": float(metrics.get("loss", float("nan")))})
+            found[client.id] = Upload(client, params, {"loss": loss})
+        for id, why in claims.distant(list(found.values()), self.server.params).items() if found else ():
+            log(WARNING, "fedlora: reply of node %s refused: %s", id, why)
+            del found[id]
         if len(found) < self.min_nodes:
             log(
                 WARNING, "fedlora: %d acceptable replies, expected %d: the round is dropped", len(found), self.min_nodes
             )
             return None, None
         ordered = [found[c.id] for c in in_order(sorted((u.client for u in found.values()), key=lambda c: c.id))]
-        new = self.channel.aggregate(self.method, self.scene, self.server, iter(ordered))
+        try:
+            new, ordered, left = claims.aggregated(
+                lambda uploads: self.channel.aggregate(self.method, self.scene, self.server, iter(uploads)),
+                ordered, self.min_nodes,
+            )  # fmt: skip
+        except TrainingError as e:
+            log(WARNING, "fedlora: %s", e)
+            return None, None
+        for id, why in left.items():
+            log(WARNING, "fedlora: reply of node %s refused: %s", id, why)
         self.server = self.channel.advance(self.method, self.scene, new)
         losses = [u.metrics["loss"] for u in ordered]
         return arrays_of(self.server.params), MetricRecord(
@@ -137,12 +153,17 @@ class MethodStrategy(Strategy):
         for reply in replies:
             if reply.has_error():
                 continue
-            (metrics,) = reply.content.metric_records.values()
-            n = float(metrics.get(CLIENT, 1))
+            try:
+                (metrics,) = reply.content.metric_records.values()
+                n = float(_count(metrics.get(CLIENT, 1)))
+                scores = {k: _loss(v) for k, v in metrics.items() if k != CLIENT and isinstance(v, int | float)}
+            except Exception as e:  # nothing of one node ends the evaluation
+                node = reply.metadata.src_node_id
+                log(WARNING, "fedlora: scores of node %s refused: %s", node, printable(f"{type(e).__name__}: {e}"))
+                continue
             weight += n
-            for k, v in metrics.items():
-                if k != CLIENT and isinstance(v, (int, float)):
-                    total[k] = total.get(k, 0.0) + n * v
+            for k, v in scores.items():
+                total[k] = total.get(k, 0.0) + n * v
         return MetricRecord({k: v / weight for k, v in total.items()}) if weight else None
 
     def summary(self) -> None:
@@ -154,6 +175,13 @@ def _count(x: Any) -> int:
     if isinstance(x, bool) or not isinstance(x, int | float) or not 1 <= x < 2**53 or x != int(x):
         raise ValueError(f"{CLIENT} is {x!r}, expected a whole number from 1")
     return int(x)
+
+
+def _loss(x: Any) -> float:
+    """A number that a node states, NaN where it has none. Raises ValueError for what is none."""
+    if isinstance(x, bool) or not isinstance(x, int | float) or abs(x) > LARGEST:
+        raise ValueError(f"{shown(x)} is no number of at most {LARGEST:.0e}")
+    return float(x)
 
 
 def received_by(channel: Channel, message: Message) -> Params:

@@ -22,7 +22,7 @@ from ..federation import Federation
 from ..recipe import Recipe
 from ..tasks import TASKS
 from ..watch import Watch
-from . import client, keys, server
+from . import client, door, keys, server
 
 LOOPBACK = "127.0.0.1"
 
@@ -61,7 +61,8 @@ def try_out(
             for k in range(len(ids)):
                 stack.enter_context(_process(root, k, ids[k], port))
 
-        return server.run(recipe, output, LOOPBACK, 0, tls, known, watch, say, start)
+        each = max(door.EACH, 16 * len(ids))  # all of them come from this machine
+        return server.run(recipe, output, LOOPBACK, 0, tls, known, watch, say, start, each)
 
 
 @contextlib.contextmanager
