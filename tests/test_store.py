@@ -90,7 +90,7 @@ def test_old_states_are_pruned(keep: Any, tmp_path: Path) -> None:
     servers = sorted(p.stem for p in (tmp_path / "server").iterdir())
     clients = sorted(p.stem for p in s.client_folder("c").iterdir())
     assert servers == (["000005", "000006"] if keep == "last" else [f"{r:06d}" for r in range(1, 7)])
-    assert clients == (["000004", "000005"] if keep == "last" else [f"{r:06d}" for r in range(6)])
+    assert clients == (["000003", "000004", "000005"] if keep == "last" else [f"{r:06d}" for r in range(6)])
 
 
 def flips(data: bytes) -> list[bytes]:

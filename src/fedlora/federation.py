@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from . import inputs
 from .analysis import product_error
 from .data.batches import Plan, batch_of, train_batches
 from .data.federated import FederatedData
 from .engine import Engine, RoundLog, Schedule
-from .errors import ConfigError, Problem
+from .errors import ConfigError, Problem, StateError
 from .memory import auto_block, forget_peak, kept, peak_memory
 from .method import Client, Method, Order, Scene, Server, Upload
 from .model import Adapted, Batch
@@ -153,6 +154,7 @@ class Federation:
         facts = self.store.read_json("environment.json")
         if facts:  # a site has none
             self.store.write_json("environment.json", facts | {"block": block})
+        self.store.facts["block"] = block
         watch.lowered(block, clients)
 
     def block_size(self) -> int:
@@ -165,7 +167,7 @@ class Federation:
         if self.block != "auto":
             return self.block
         # A resumed run must group its clients as before, whatever memory is free today: sums would differ in their last bits.
-        return self.store.read_json("environment.json").get("block") or (auto_block(self) if together else 1)
+        return self.store.block() or (auto_block(self) if together else 1)
 
     def run(self, watch: Watch | None = None) -> dict[str, Any]:
         """Train to the last round from wherever the run folder was left; returns the summary.
@@ -175,21 +177,27 @@ class Federation:
         watch = watch or Watch()
         forget_peak()
         with self.store.lock(), kept():
-            self.store.claim(self.recipe_hash, dict(self.recipe))
-            from .summary import describe_run, summarise
+            self.store.claim(self.recipe_hash, dict(self.recipe), inputs.of(self))
+            from .summary import describe_again, describe_run, summarise
 
             self.store.rewind()
             loaded = self.store.load_server()
+            if self.runtime is InProcess and "run" in self.store.facts:
+                raise StateError(
+                    f"{self.store.root}: a run over sites: start fedlora server again with this output folder"
+                )
             done = loaded[0] if loaded else 0
             if self.tensorboard:
                 watch = Several(watch, TensorBoard(self.store.root / "tensorboard", done))
             watch.start(self.name, done, self.sampling.rounds)
             runtime = self.runtime(self, watch)
+            self.store.facts["block"] = runtime.block
             if loaded is None:
                 describe_run(self, runtime.block)
                 server = self.method.init(self.scene)
                 self._commit(server, self.evaluate(runtime, server, watch), watch)
             else:
+                describe_again(self, runtime.block)
                 server = Server(*loaded)
             while server.round < self.sampling.rounds:
                 server = self._round(runtime, self._advance(runtime, server, watch), watch)

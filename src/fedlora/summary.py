@@ -78,8 +78,19 @@ def partition_facts(data: FederatedData) -> dict[str, Any]:
 
 def describe_run(f: Federation, block: int) -> None:
     """Write what is known before training starts."""
-    f.store.write_json("environment.json", environment(f) | {"block": block})
-    f.store.write_json("partition.json", partition_facts(f.data) | {"recipe": f.recipe.get("partition", {})})
+    for name, facts in _description(f, block).items():
+        f.store.write_json(name, facts)
+
+
+def describe_again(f: Federation, block: int) -> None:
+    """When a run is resumed: write anew what of its description is damaged or gone."""
+    for name, facts in _description(f, block).items():
+        f.store.renew_json(name, facts)
+
+
+def _description(f: Federation, block: int) -> dict[str, dict[str, Any]]:
+    held = partition_facts(f.data) | {"recipe": f.recipe.get("partition", {})}
+    return {"environment.json": environment(f) | {"block": block}, "partition.json": held}
 
 
 def read_lines(f: Federation, name: str) -> list[dict[str, Any]]:
@@ -90,8 +101,14 @@ def read_lines(f: Federation, name: str) -> list[dict[str, Any]]:
 
 
 def chosen_round(lines: Iterable[dict[str, Any]], metric: str) -> tuple[int | None, str]:
-    """(round, split it was chosen on): best mean of the personal view, validation before test; earliest of equals."""
+    """(round, split it was chosen on): best mean of the personal view, validation before test; earliest of equals.
+
+    Where sites were away, only the evaluations that miss the fewest clients are compared: means over other clients are no better
+    or worse rounds.
+    """
     evals = [x for x in lines if x["kind"] == "eval" and x["view"] in ("personal", "global") and metric in x["mean"]]
+    fewest = min((x.get("missing", 0) for x in evals), default=0)
+    evals = [x for x in evals if x.get("missing", 0) == fewest]
     for split in ("validation", "test"):
         for view in ("personal", "global"):
             best: tuple[int, float] | None = None
@@ -107,7 +124,7 @@ def chosen_round(lines: Iterable[dict[str, Any]], metric: str) -> tuple[int | No
 
 def summarise(f: Federation, server: Server) -> dict[str, Any]:
     """summary.json: parameters, chosen round, scores of every view there, costs."""
-    lines, timings = read_lines(f, "metrics.jsonl"), read_lines(f, "timings.jsonl")
+    lines, timings = read_lines(f, "metrics.jsonl"), f.store.timings()
     metric = primary(f.task.kind)
     chosen, chosen_on = chosen_round(lines, metric)
 

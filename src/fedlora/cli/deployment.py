@@ -201,15 +201,13 @@ def status(folder: Path, watch: bool, json: bool) -> None:
 
 def _status(folder: Path) -> dict[str, Any]:
     """status.json with what the run's records add. Raises StateError."""
-    path = folder / "status.json"
-    try:
-        found: dict[str, Any] = json_.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StateError(f"{folder}: no status.json: give the run folder of a fedlora server") from None
-    except ValueError as e:
-        raise StateError(f"{path}: cannot be read ({e})") from e
-    records = folder / "metrics.jsonl"
-    lines = [json_.loads(x) for x in records.read_text(encoding="utf-8").splitlines()] if records.exists() else []
+    from .. import sealed
+    from ..report.read import metrics
+
+    found = sealed.read(folder / "status.json")
+    if found is None:
+        raise StateError(f"{folder}: no status.json: give the run folder of a fedlora server")
+    lines = metrics(folder)
     sent = {d: sum(sum(x["bytes"][d].values()) for x in lines if x["kind"] == "train") for d in ("up", "down")}
     return found | {
         "bytes": sent,

@@ -13,7 +13,7 @@ from ..errors import ConfigError, Problem, StateError
 from ..federation import Federation
 from ..recipe import Recipe
 from .remote import Link, Remote, Terms
-from .site import SHOWN
+from .site import FOLDER_OF_SERVER, SHOWN
 
 
 def check(recipe: Recipe) -> None:
@@ -62,10 +62,17 @@ def coordinator(
     return fed
 
 
+def elsewhere(name: str) -> bool:
+    """Whether a model's name is a place in one machine's file system."""
+    return Path(name).is_absolute() or name.startswith("~")
+
+
 def _told(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe a site is told: all but where the server's own files are."""
     raw: dict[str, Any] = json.loads(json.dumps(recipe.resolved()))
-    raw["data"]["source"] = "(of the site)"
+    raw["data"] |= {"source": "(of the site)", "validation": None, "test": None}
+    if elsewhere(raw["model"]["name"]):
+        raw["model"]["name"] = FOLDER_OF_SERVER + Path(raw["model"]["name"]).name
     raw["run"]["output"] = "."
     return raw
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .. import sealed
 from ..errors import StateError
 from ..metrics import LOWER_IS_BETTER
 
@@ -93,33 +94,32 @@ class Records:
 def records(folder: str | Path) -> Records:
     """Read a run folder. Raises StateError for a folder that holds no run."""
     folder = Path(folder)
-    about = _json(folder / "recipe.json")
+    about = sealed.read(folder / "recipe.json")
     if about is None:
         raise StateError(f"{folder}: no recipe.json, so this is no run folder; give one that `fedlora run` wrote")
     return Records(
         folder=folder,
         recipe=about.get("recipe", {}),
         hash=about.get("hash", ""),
-        environment=_json(folder / "environment.json") or {},
-        partition=_json(folder / "partition.json") or {},
-        summary=_json(folder / "summary.json"),
-        lines=_lines(folder / "metrics.jsonl"),
-        timings=_lines(folder / "timings.jsonl"),
+        environment=sealed.read(folder / "environment.json") or {},
+        partition=sealed.read(folder / "partition.json") or {},
+        summary=sealed.read(folder / "summary.json"),
+        lines=metrics(folder),
+        timings=sealed.lines(folder / "timings.jsonl")[0],
     )
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    except FileNotFoundError:
-        return None
-    except ValueError as e:
-        raise StateError(f"{path}: cannot be read ({e}); restore it") from e
+def metrics(folder: Path) -> list[Line]:
+    """The lines of metrics.jsonl that are whole: one that is being written while we read is left out.
 
-
-def _lines(path: Path) -> list[Line]:
-    """Whole lines of a JSONL file; what is being written while we read is left out."""
+    Raises StateError where the lines of committed rounds are not those that the newest server's state counts as its own.
+    """
+    path = folder / "metrics.jsonl"
+    states = sorted((folder / "server").glob("*.safetensors"), reverse=True)
+    headers = (sealed.header_of(p) for p in states)
+    newest = next((h for h in headers if h is not None), None)
+    if newest is not None and "metrics_bytes" in newest:
+        sealed.check_metrics(path, newest)
     try:
         text = path.read_text(encoding="utf-8")
         return [json.loads(x) for x in text[: text.rfind("\n") + 1].splitlines()]
