@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedlora import inputs, sealed
+from fedlora import inputs, sealed, summary, views
 from fedlora.data.batches import Plan
 from fedlora.data.examples import Arrays, Rows
 from fedlora.data.federated import FederatedData
@@ -40,8 +40,22 @@ from fedlora.watch import Watch
 RECIPE = {"method": {"name": "x"}, "run": {"seed": 0}}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """A run of some milliseconds: a plain score instead of scikit-learn's many, and a disk that need not be waited for."""
+
+    def plain(p: Any, kind: str) -> dict[str, float]:
+        return {"n": len(p.losses), "loss": float(p.losses.mean()), "accuracy": float((p.values == p.labels).mean())}
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(views, "score", plain)
+        m.setattr(summary, "environment", lambda f: {"python": "3"})
+        m.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
 class Net(nn.Module):
-    """Two small layers: a run over it is a few milliseconds, so that it can be killed a hundred times."""
+    """Two small layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,9 +75,9 @@ def federation(folder: Path, method: str = "fedsa", labels: int = 0, **more: Any
     rows = Rows(np.array([0, 4, 8, 12]), np.arange(12))
     data = FederatedData(Arrays(columns), ["a", "b", "c"], {"train": rows, "validation": rows}, ("no", "yes"))
     model = Adapted(Net(), {"target": ["first", "second"]}, call=lambda net, batch: net(batch["x"]))
-    made: Method = METHODS[method](rank=2, optimizer=SGD(0.2), **({"head": "frozen"}))
-    settings: dict[str, Any] = {"sampling": Sampling(rounds=3, clients_per_round=2), "seed": 3, "block": 1}
-    return Federation(model, Classification(2), data, made, folder, plan=Plan(1, None, 2), evaluation=Evaluation(every=1),
+    made: Method = METHODS[method](rank=4, optimizer=SGD(0.2), head="frozen")
+    settings: dict[str, Any] = {"sampling": Sampling(rounds=3, clients_per_round=2), "seed": 3, "block": 3}
+    return Federation(model, Classification(2), data, made, folder, plan=Plan(1, None, 2), evaluation=Evaluation(every=3),
                       recipe=RECIPE, recipe_hash="0123456789ab", **settings | more)  # fmt: skip
 
 
@@ -111,24 +125,40 @@ def outcome(folder: Path, method: str, whole: Ending) -> str:
     return "same"
 
 
+Stopped = dict[str, tuple[Path, Ending]]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    """By method: a run that was stopped in its third round, and how it ends."""
+    found = {}
+    for method in ("fedsa", "pf2lora"):
+        folder = tmp_path_factory.mktemp(method)
+        federation(folder / "whole", method).run()
+        with contextlib.suppress(KeyboardInterrupt):
+            federation(folder / "stopped", method).run(Stop(3))
+        found[method] = folder / "stopped", ending(folder / "whole")
+    return found
+
+
 # killed -----------------------------------------------------------------------------------------------------------------
-class Killed(BaseException):
-    """What no handler in between may act upon."""
-
-
 EVENTS = ("open", "fsync", "replace", "mkdir", "unlink")
+Real = Callable[..., Any]
 
 
 @contextlib.contextmanager
-def dying(monkeypatch: pytest.MonkeyPatch, at: int, full: bool) -> Iterator[list[int]]:
-    """The at-th file-system event fails. full: with a full disk, and once; else it and all later ones, as after a kill."""
-    count = [0]
+def before_each_event(monkeypatch: pytest.MonkeyPatch, do: Callable[[], None]) -> Iterator[None]:
+    """Call `do` before every file-system event of a run; what `do` does itself does not count."""
+    inside = [False]
 
-    def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(real: Real) -> Real:
         def call(*a: Any, **k: Any) -> Any:
-            count[0] += 1
-            if count[0] == at or (count[0] > at > 0 and not full):
-                raise OSError(errno.ENOSPC, "No space left on device") if full else Killed
+            if not inside[0]:
+                inside[0] = True
+                try:
+                    do()
+                finally:
+                    inside[0] = False
             return real(*a, **k)
 
         return call
@@ -136,52 +166,70 @@ def dying(monkeypatch: pytest.MonkeyPatch, at: int, full: bool) -> Iterator[list
     with monkeypatch.context() as m:
         for name in EVENTS:
             m.setattr(os, name, wrapped(getattr(os, name)))
-        yield count
+        yield
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["killed", "full"])
+def moments(f: Federation, to: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Run to the end; copies of the folder as a kill before each of its file-system events would have left it."""
+    taken: list[Path] = []
+
+    def take() -> None:
+        taken.append(to / str(len(taken)))
+        if f.store.root.exists():
+            shutil.copytree(f.store.root, taken[-1])
+
+    with before_each_event(monkeypatch, take), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        f.run()
+    return taken
+
+
 @pytest.mark.parametrize("method", ["fedsa", "pf2lora"])
-def test_a_run_that_dies_at_any_event_goes_on(
-    method: str, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_is_killed_at_any_event_goes_on(
+    method: str, stopped: Stopped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim, saving, commit and resume: the run is stopped in a round, and what takes it up dies too."""
-    federation(tmp_path / "whole", method).run()
-    whole = ending(tmp_path / "whole")
-    with dying(monkeypatch, 0, full) as count:
-        federation(tmp_path / "counted", method).run()
-    assert count[0] > 60
-    for at in range(1, count[0] + 1):
-        folder = tmp_path / str(at)
-        with dying(monkeypatch, at, full), contextlib.suppress(Killed, StateError):
-            federation(folder, method).run()
-        assert outcome(folder, method, whole) == "same", at
-        shutil.rmtree(folder, ignore_errors=True)
+    """From the claim to the end."""
+    left = moments(federation(tmp_path / "run", method), tmp_path / "left", monkeypatch)
+    assert len(left) > 60 and same(ending(tmp_path / "run"), stopped[method][1])
+    for folder in left:
+        assert outcome(folder, method, stopped[method][1]) == "same", folder
 
 
 @pytest.mark.parametrize("method", ["fedsa", "pf2lora"])
-def test_a_resume_that_dies_at_any_event_goes_on(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resume_that_is_killed_at_any_event_goes_on(
+    method: str, stopped: Stopped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped in round 3, with the newest state damaged: going back one round is interrupted anywhere, and still exact."""
-    federation(tmp_path / "whole", method).run()
-    whole = ending(tmp_path / "whole")
-    with contextlib.suppress(KeyboardInterrupt):
-        federation(tmp_path / "stopped", method).run(Stop(3))
-    newest = tmp_path / "stopped/server/000002.safetensors"
+    shutil.copytree(stopped[method][0], tmp_path / "run")
+    newest = tmp_path / "run/server/000002.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
-    at, died = 1, True
-    while died:
-        folder = tmp_path / str(at)
-        shutil.copytree(tmp_path / "stopped", folder)
-        with dying(monkeypatch, at, False), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            try:
-                federation(folder, method).run()
-                died = False
-            except Killed:
-                pass
-        assert outcome(folder, method, whole) == "same", at
-        shutil.rmtree(folder)
-        at += 1
-    assert at > 20
+    left = moments(federation(tmp_path / "run", method), tmp_path / "left", monkeypatch)
+    assert len(left) > 20 and same(ending(tmp_path / "run"), stopped[method][1])
+    for folder in left:
+        assert outcome(folder, method, stopped[method][1]) == "same", folder
+
+
+def test_a_disk_that_is_full_at_any_event_is_named(
+    stopped: Stopped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, failed = 1, True
+    while failed:
+        folder, count = tmp_path / str(at), [0]
+
+        def full(count: list[int] = count, at: int = at) -> None:
+            count[0] += 1
+            if count[0] == at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        try:
+            with before_each_event(monkeypatch, full):
+                federation(folder).run()
+            failed = count[0] >= at  # a file that is no longer needed and could not be deleted, or a folder above
+        except StateError as e:
+            assert "the disk is full; free some space and resume" in str(e)
+        assert outcome(folder, "fedsa", stopped["fedsa"][1]) == "same", at
+        at += 3
+    assert at > 60
 
 
 # damaged ----------------------------------------------------------------------------------------------------------------
@@ -201,24 +249,9 @@ def flipped(data: bytes, where: float) -> bytes:
     return data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :]
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ending]]:
-    """By method: a run that was stopped in its third round, and how it ends."""
-    found = {}
-    for method in ("fedsa", "pf2lora"):
-        folder = tmp_path_factory.mktemp(method)
-        federation(folder / "whole", method).run()
-        with contextlib.suppress(KeyboardInterrupt):
-            federation(folder / "stopped", method).run(Stop(3))
-        found[method] = folder / "stopped", ending(folder / "whole")
-    return found
-
-
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("method", ["fedsa", "pf2lora"])
-def test_damage_is_mended_exactly_or_named(
-    method: str, damage: str, stopped: dict[str, tuple[Path, Ending]], tmp_path: Path
-) -> None:
+def test_damage_is_mended_exactly_or_named(method: str, damage: str, stopped: Stopped, tmp_path: Path) -> None:
     folder, whole = stopped[method]
     files = [p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in DERIVED]
     assert len(files) > 12
@@ -242,9 +275,7 @@ def test_damage_is_mended_exactly_or_named(
     assert "metrics.jsonl" not in again or damage == "changed at the end"  # its last round can be trained again
 
 
-def test_the_leaves_of_the_newest_round_can_be_trained_again(
-    stopped: dict[str, tuple[Path, Ending]], tmp_path: Path
-) -> None:
+def test_the_leaves_of_the_newest_round_can_be_trained_again(stopped: Stopped, tmp_path: Path) -> None:
     """And those that both kept states need cannot; a folder of leaves that is gone is noticed at once."""
     folder, whole = stopped["fedsa"]
     header = sealed.header_of(folder / "server/000002.safetensors")
@@ -276,7 +307,9 @@ def test_states_that_are_gone_are_not_begun_anew(tmp_path: Path) -> None:
     with contextlib.suppress(KeyboardInterrupt):
         federation(tmp_path).run(Stop(3))
     shutil.rmtree(tmp_path / "server")
-    with pytest.raises(StateError, match="server: holds no state, but clients and timings.jsonl show that rounds were"):
+    with pytest.raises(
+        StateError, match=r"server: holds no state, but clients and timings.jsonl show that rounds were"
+    ):
         federation(tmp_path).run()
 
 

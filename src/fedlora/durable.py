@@ -36,6 +36,13 @@ def write(path: Path, data: bytes, sync: bool = True, mode: int = FILE, mark: st
         sync_one(path.parent)
 
 
+def make(folder: Path, root: Path) -> None:
+    """Make a folder under `root` and those between, for their owner alone. Raises OSError."""
+    for path in reversed([folder, *folder.parents]):
+        if root in path.parents and not path.is_dir():
+            path.mkdir(mode=FOLDER, exist_ok=True)
+
+
 def append(path: Path, data: bytes, sync: bool = True) -> int:
     """Append to a file; returns its length in bytes. Raises OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _BINARY, FILE)

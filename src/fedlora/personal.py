@@ -37,7 +37,8 @@ class Personal(Folder):
         folder = self.client_folder(id)
         path = folder / name_of(round)
         with self.writing(path):
-            folder.mkdir(mode=durable.FOLDER, parents=True, exist_ok=True)
+            self.root.mkdir(mode=durable.FOLDER, parents=True, exist_ok=True)
+            durable.make(folder, self.root)
         self.write(path, seal(params, {"client": id, "round": round}), sync=False)
         self._unsynced.append(path)
         self.pending[id] = round
@@ -69,7 +70,8 @@ class Personal(Folder):
     def save_served(self, id: str, params: Params) -> None:
         """At a site: the model-ready deltas that a client serves when a run is done."""
         with self.writing(self.root):
-            self.client_folder(id).mkdir(mode=durable.FOLDER, parents=True, exist_ok=True)
+            self.root.mkdir(mode=durable.FOLDER, parents=True, exist_ok=True)
+            durable.make(self.client_folder(id), self.root)
         apart = {k: v.clone() for k, v in params.items()}  # VeRA's layers share their matrices
         self.write(self.client_folder(id) / SERVED, seal(apart, {"client": id}))
 
