@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
+from cli import fedlora
 
 from fedlora import cache
-from fedlora.cli import main
 
 
 def test_one_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -68,9 +68,7 @@ def test_others_cannot_read_it_and_cannot_write_it(monkeypatch: pytest.MonkeyPat
     assert cache.room("tokens", tmp_path / "file") is None
 
 
-def test_it_can_be_seen_and_cleared(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_can_be_seen_and_cleared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
     for kind in cache.KINDS:
         place = cache.room(kind)
@@ -78,17 +76,13 @@ def test_it_can_be_seen_and_cleared(
         cache.write(place / f"a-{kind}", b"x" * 100)
     (tmp_path / "amx-0123.so").write_bytes(b"of an earlier version")
     (tmp_path / "notes.txt").write_text("mine")
-    assert main(["cache", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
+    said = json.loads(fedlora("cache", "--json").stdout)
     assert sorted((f["kind"], Path(f["file"]).name) for f in said["files"]) == [
         ("compiled", "a-compiled"), ("compiled", "amx-0123.so"), ("tokens", "a-tokens"),
     ]  # fmt: skip
     assert all(f["bytes"] > 0 and 0 <= f["age_seconds"] < 600 for f in said["files"])
-    assert main(["cache"]) == 0
-    assert "3 files" in capsys.readouterr().out
-    assert main(["cache", "--clear"]) == 0
-    assert "3 files deleted" in capsys.readouterr().out
+    assert "3 files" in fedlora("cache").stdout
+    assert "3 files deleted" in fedlora("cache", "--clear").stdout
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["notes.txt"]
     monkeypatch.setenv("FEDLORA_CACHE", "off")
-    assert main(["cache"]) == 0
-    assert "nothing is kept" in capsys.readouterr().out
+    assert "nothing is kept" in fedlora("cache").stdout

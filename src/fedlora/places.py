@@ -90,7 +90,7 @@ def located(recipe: Recipe, folder: Path) -> Recipe:
         places = known.get(f"{section}.{field}", {})
         found = [_find(f"{section}.{field}", t, places[t], folder) if t in places else t for t in _texts(value)]
         if found != _texts(value):
-            new.setdefault(section, {})[field] = found[0] if isinstance(value, str) else found
+            new.setdefault(section, {})[field] = found[0] if isinstance(value, str) else tuple(found)
     return recipe.elsewhere(new) if new else recipe
 
 
