@@ -18,11 +18,8 @@ from .optim import schedule
 from .tasks import Loss, stack_batches
 from .tree import Params, stack, unstack, where
 
-REFUSED = (
-    "DefaultCPUAllocator",
-    "could not create a primitive",
-    "could not create a memory object",
-)  # of RuntimeErrors
+# What an allocator without an error class of its own says: PyTorch's on the CPU, and oneDNN's.
+REFUSED = ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory object")
 Pace = Callable[[Order, int, int], float]  # (order, step, steps of this client) -> learning-rate factor
 
 

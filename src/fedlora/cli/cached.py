@@ -30,6 +30,6 @@ def show(clear: bool, json: bool) -> None:
         out.print(f"{place}: {len(found)} files deleted, {total}", soft_wrap=True, highlight=False)
     else:
         shown = _table(f"{place}: {len(found)} files, {total}", "kind", "size", "age", "file")
-        for e in found:
-            shown.add_row(e.kind, size(e.size), seconds(e.age), e.path.name)
+        for entry in found:
+            shown.add_row(entry.kind, size(entry.size), seconds(entry.age), entry.path.name)
         out.print(shown)
