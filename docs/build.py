@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import adapters
+from fedlora.guards import GUARDS
 from fedlora.methods import METHODS
 from fedlora.recipe.core import defaults, meaning
-from fedlora.recipe.hyperparameters import UNTYPED, default, own_fields
+from fedlora.recipe.hyperparameters import UNTYPED, all_fields, default, own_fields
 from fedlora.recipe.schema import schema
 from fedlora.recipe.sections import SECTIONS
 
@@ -84,6 +85,13 @@ def text() -> str:
     for name, cls in METHODS.items():
         fields = [f"`{f}`" if (v := default(cls, f)) is UNTYPED else f"`{f}: {json.dumps(v)}`" for f in own_fields(cls)]
         out.append(f"| `{name}` | {', '.join(fields)} |\n")
+    out.append(
+        "\n## federation.guards\n\nA list of names, or of names with fields: `[clip, {trimmed: {share: 0.2}}]`. A guard that "
+        "cannot serve the method is refused with the reason.\n\n| guard | fields and defaults | |\n|---|---|---|\n"
+    )
+    for name, guard in GUARDS.items():
+        fields = [f"`{f}: {json.dumps(default(guard, f))}`" for f in all_fields(guard)]
+        out.append(f"| `{name}` | {', '.join(fields)} | {(guard.__doc__ or '').partition('.')[0]} ({guard.paper}) |\n")
     said = (adapters.__doc__ or "").partition("\n\n")[2]
     out.append(f"\n### method.adapter\n\n```text\n{said.strip()}\n```\n")
     return "".join(out)

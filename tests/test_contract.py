@@ -105,7 +105,7 @@ TABLE = {
     ),
     "slora-pf2lora": Row(
         METHODS["slora"](
-            rank=4, density=0.1, sparse_rounds=1, second="pf2lora", head="personal", optimizer=AdamW(1e-2)
+            rank=4, density=0.1, sparse_rounds=1, second=METHODS["pf2lora"](), head="personal", optimizer=AdamW(1e-2)
         ),
         "sparse.values",
     ),

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 from test_deploy import METHOD, lines, state
 
 pytest.importorskip("flwr")
@@ -35,6 +36,7 @@ from fedlora.errors import ConfigError
 from fedlora.federation import Federation
 from fedlora.flower import client, keys, records, server, superlink
 from fedlora.recipe import Recipe
+from fedlora.tree import Key
 from fedlora.watch import Watch
 
 SST2 = Path(os.environ.get("FEDLORA_SHARED", Path(__file__).parents[2] / "shared")) / "data/sst2/train.parquet"
@@ -464,6 +466,122 @@ def test_security_is_said_or_given(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         server.security(tmp_path / "x", None, None, insecure=True)
     assert server.security(None, None, None, insecure=True) == (None, None)
+
+
+def _replies(strategy: Any, round: int, change: dict[int, Any]) -> list[Any]:
+    """What four nodes answer without having trained; change: node -> its leaves from what it received."""
+    from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from fedlora.flower import strategy as s
+
+    class Nodes:
+        def get_node_ids(self) -> list[int]:
+            return [10, 11, 12, 13]
+
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    out = []
+    for m in strategy.configure_train(round, strategy.initial_arrays(), ConfigRecord(), Nodes()):
+        node = m.metadata.dst_node_id
+        leaves = s.received_by(strategy.channel, m)
+        TaskIdentity.node_id = node
+        m.metadata.__dict__["_message_id"] = str(node)
+        metrics = MetricRecord({"num-examples": 10, "loss": 1.0})
+        changed = change.get(node, lambda p: p)(leaves)
+        out.append(Message(RecordDict({"arrays": s.arrays_of(changed), "metrics": metrics}), reply_to=m))
+    return out
+
+
+PRIVATE = Key("lora", "bert.encoder.layer.0.attention.self.query", "B")
+FOREIGN = Key("head", "elsewhere", "weight")
+A_LEAF = PRIVATE._replace(part="A")
+INJECTIONS = {
+    "its own B": lambda p: p | {PRIVATE: torch.ones(16, 4)},
+    "a foreign head": lambda p: p | {FOREIGN: torch.full((3, 3), 7.0)},
+    "another shape": lambda p: p | {A_LEAF: p[A_LEAF].mT.contiguous()},
+    "a higher rank": lambda p: p | {A_LEAF: torch.cat([p[A_LEAF]] * 2)},
+    "another type": lambda p: p | {A_LEAF: p[A_LEAF].double()},
+    "a half": lambda p: p | {A_LEAF: p[A_LEAF].half()},
+    "a leaf less": lambda p: {k: v for k, v in p.items() if k != A_LEAF},
+    "no number": lambda p: p | {A_LEAF: p[A_LEAF] * float("nan")},
+}
+
+
+@pytest.mark.parametrize("name", INJECTIONS)
+def test_strategy_refuses_what_is_not_declared_and_goes_on(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing of such a reply reaches the server's state; the others count, and the reason is logged."""
+    import logging
+
+    from fedlora.flower import strategy as s
+
+    logging.getLogger("flwr").propagate = True
+    fed = tiny.federation(METHOD, tmp_path)
+    strategy = s.MethodStrategy(METHOD, fed.scene, rounds=3)
+    before = dict(strategy.server.params)
+    arrays, metrics = strategy.aggregate_train(1, _replies(strategy, 1, {11: INJECTIONS[name]}))
+    assert arrays is not None and metrics is not None and metrics["clients"] == 3
+    tiny.close(strategy.server.params, before, 1e-6)
+    assert any("node 11 refused" in r.getMessage() for r in caplog.records)
+    again, _ = strategy.aggregate_train(2, _replies(strategy, 2, {}))
+    assert again is not None
+
+
+def test_strategy_counts_a_node_once_and_only_if_asked(tmp_path: Path) -> None:
+    from fedlora.flower import strategy as s
+
+    fed = tiny.federation(METHOD, tmp_path)
+    strategy = s.MethodStrategy(METHOD, fed.scene, rounds=3, min_nodes=2)
+    replies = _replies(strategy, 1, {})
+    _, metrics = strategy.aggregate_train(1, [*replies, replies[0]])
+    assert metrics is not None and metrics["clients"] == 4
+    assert strategy.aggregate_train(2, replies) == (None, None)  # of the round before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_strategy_with_guards_equals_engine(precision: Any, tmp_path: Path) -> None:
+    """Clients answer through the same channel, and keep what its guards give them."""
+    from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from fedlora.engine import train_block
+    from fedlora.federation import Sampling
+    from fedlora.flower import strategy as s
+    from fedlora.guards import GUARDS
+
+    guards = (GUARDS["clip"](norm=0.1), GUARDS["feedback"](form="int4"), GUARDS["trimmed"](share=0.25))
+    sampling = Sampling(rounds=2, precision=precision, guards=guards)
+    here = tiny.federation(METHOD, tmp_path / "here", block=1, sampling=sampling)
+    here.run()
+    fed = tiny.federation(METHOD, tmp_path / "fed", block=1, sampling=sampling)
+    engine, channel = fed.engine(Watch()), sampling.channel
+    kept = {k: METHOD.keep(fed.scene, fed.client(k)) for k in range(4)}
+    remembered: dict[int, Any] = {k: {} for k in range(4)}
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+
+    class Nodes:
+        def get_node_ids(self) -> list[int]:
+            return [10, 11, 12, 13]
+
+    strategy = s.MethodStrategy(METHOD, fed.scene, rounds=2, channel=channel)
+    strategy.examples = {10 + k: fed.client(k).examples for k in range(4)}
+    for round in (1, 2):
+        replies = []
+        for m in strategy.configure_train(round, strategy.initial_arrays(), ConfigRecord(), Nodes()):  # type: ignore[arg-type]
+            k = m.metadata.dst_node_id - 10
+            order, client, down = s.order_of(m), fed.client(k), s.received_by(channel, m)
+            batches = fed.batches(client, order, METHOD.draws)
+            (done,) = train_block(METHOD, fed.scene, fed.loss, order, [down], [kept[k]], [batches], engine.pace)
+            kept[k] = done.kept
+            arrays, remembered[k] = s.reply_by(channel, done.upload, down, remembered[k], order, client)
+            metrics = MetricRecord({"num-examples": client.examples, "loss": done.metrics["loss"]})
+            TaskIdentity.node_id = m.metadata.dst_node_id
+            m.metadata.__dict__["_message_id"] = str(k)
+            replies.append(Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=m))
+        new, _ = strategy.aggregate_train(round, replies)
+        assert new is not None
+    tiny.close(strategy.server.params, state(here), tol=0)
 
 
 def test_strategy_equals_engine(tmp_path: Path) -> None:

@@ -172,7 +172,9 @@ def served(f: Federation, server: Server) -> Params:
 
 @pytest.mark.parametrize("second", ["homlora", "pf2lora"])
 def test_keep_leaves_every_logit_unchanged(second: str, tmp_path: Path) -> None:
-    f, server = stage_one(SLORA(rank=3, alpha=12, density=0.3, sparse_rounds=2, base="keep", second=second), tmp_path)
+    f, server = stage_one(
+        SLORA(rank=3, alpha=12, density=0.3, sparse_rounds=2, base="keep", second=METHODS[second]()), tmp_path
+    )
     new = f.method.advance(f.scene, server)
     assert any(k.part == "A" for k in new.params)
     torch.testing.assert_close(logits(f, served(f, new)), logits(f, served(f, server)), rtol=1e-4, atol=1e-5)

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora import store as module
 from fedlora.errors import StateError
 from fedlora.store import Store
 from fedlora.tree import Key, Params
@@ -198,14 +197,14 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 raise OSError(errno.ENOSPC, "No space left on device")
             real(a, b)
 
-        monkeypatch.setattr(module.os, "replace", full)
+        monkeypatch.setattr(os, "replace", full)
         try:
             rounds(s, 4, 2)
         except StateError as e:
             assert "the disk is full; free some space and resume: committed rounds are kept" in str(e)
         else:
             pytest.fail("the write should have failed")
-        monkeypatch.setattr(module.os, "replace", real)
+        monkeypatch.setattr(os, "replace", real)
         s = Store(tmp_path)
         s.rewind()
         done = (s.load_server() or (0,))[0]
@@ -235,7 +234,7 @@ def test_no_permission(tmp_path: Path) -> None:
 
 KILLED = """
 import os, sys, torch
-from fedlora import store as module
+
 from fedlora.store import Store
 from fedlora.tree import Key
 at, count = int(sys.argv[2]), [0]
@@ -249,7 +248,7 @@ def dying(name):
     return call
 s = Store(sys.argv[1])
 for name in ("replace", "fsync", "open"):
-    setattr(module.os, name, dying(name))
+    setattr(os, name, dying(name))
 with s.lock():
     s.rewind()
     done = (s.load_server() or (0,))[0]

@@ -150,6 +150,7 @@ def federation(
             r.federation.min_clients,
             r.federation.precision,
             r.federation.norm_bound,
+            r.guard_objects(),
         ),
         evaluation=Evaluation(
             r.evaluation.every,

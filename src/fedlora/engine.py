@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 import torch
 
 from . import wire
+from .channel import Channel, Declared, Sent
 from .errors import TrainingError, UploadError
 from .method import Client, Method, Order, Scene, Server, Upload
 from .model import Batch
 from .optim import schedule
 from .tasks import Loss, stack_batches
-from .tree import Params, stack, unstack, where
+from .tree import Params, apart, stack, unstack, where
 
 # What an allocator without an error class of its own says: PyTorch's on the CPU, and oneDNN's.
 REFUSED = ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory object")
@@ -42,6 +43,7 @@ class Trained:
     kept: Params
     metrics: dict[str, float]
     served: Params = field(default_factory=dict)  # if it was asked for
+    sent: Sent | None = None  # the upload as it travels and arrives; `kept` then holds what guards keep as well
 
 
 def train_block(
@@ -66,6 +68,8 @@ def train_block(
         )
     device, d = loss.model.device, method.draws
     work = method.begin(scene, order, _to(stack(down), device), _to(stack(kept), device))
+    bound = work.get("bound")  # frozen leaves of the server: part of the model, and no leaf of the method's
+    loss = loss.beside(bound) if bound else loss
     steps = [len(b) // d for b in batches]
     seen: dict[str, list[torch.Tensor]] = {}
     alive = []
@@ -80,7 +84,7 @@ def train_block(
             seen.setdefault(name, []).append(v)
     live = torch.stack(alive).double()  # [steps K]
     means = {n: _mean(torch.stack(v).double().cpu(), live) for n, v in seen.items()}
-    served = method.served(work) if serve else {}
+    served = method.served(work) | (bound or {}) if serve else {}
     up, mine = method.finish(work)
     k = len(down)
     out = []
@@ -133,8 +137,7 @@ class Engine:
     pace: Pace = Schedule()
     block: int = 8
     min_clients: int = 1
-    norm_bound: float | None = None
-    precision: wire.Precision = "fp32"
+    channel: Channel = Channel()
     on_block: Callable[[int], None] = lambda n: None
     on_lowered: Callable[[int, int], None] = lambda block, clients: None
     received: Callable[[Client], Params] | None = None  # at a site: what the server has sent
@@ -143,11 +146,16 @@ class Engine:
         """What this client receives, as it arrives."""
         if self.received is not None:
             return self.received(client)
-        return wire.unpack(wire.pack(self.method.broadcast(self.scene, server, client), self.precision))
+        return self.channel.down(self.method.broadcast(self.scene, server, client), Order(server.round, 0)).params
 
     def kept(self, client: Client, round: int) -> Params:
         """A client's personal leaves as of its last accepted upload before `round`."""
-        return self.load(client.id, round) or self.method.keep(self.scene, client)
+        return self._kept(client, round)[0]
+
+    def _kept(self, client: Client, round: int) -> tuple[Params, Params]:
+        """(personal leaves, what the channel's guards keep) of a client before `round`."""
+        own, guards = apart(self.load(client.id, round) or {})
+        return own or self.method.keep(self.scene, client), guards
 
     def round(
         self, server: Server, rounds: int, cohort: Sequence[Client], see: Callable[[Upload], None] = lambda u: None
@@ -164,29 +172,29 @@ class Engine:
                 see(u)
                 yield u
 
-        return self.method.aggregate(self.scene, server, uploads()), log
+        return self.channel.aggregate(self.method, self.scene, server, uploads()), log
 
     def _uploads(self, server: Server, order: Order, cohort: Sequence[Client], log: RoundLog) -> Iterator[Upload]:
         accepted = 0
-        sent: tuple[Params, wire.Traffic] | None = None  # what all clients receive is encoded once
+        sent: Sent | None = None  # what all clients receive is encoded once
+        declared = Declared(self.method, self.scene, order)
+        specs: dict[str, wire.Spec] = {}
 
         def down(c: Client) -> Params:
             nonlocal sent
             if sent is None or self.method.per_client:
-                message = wire.pack(self.method.broadcast(self.scene, server, c), self.precision)
-                size = wire.size(message, {"round": order.round, "rounds": order.rounds})
-                sent = wire.unpack(message), wire.measure(message, size)
-            log.down += sent[1]
-            return sent[0]
+                sent = self.channel.down(self.method.broadcast(self.scene, server, c), order)
+            log.down += sent.traffic
+            specs[c.id] = declared(sent.params, c)
+            return sent.params
 
         for c, r, tokens in self.train(order, cohort, down):
             log.losses[c.id] = r.metrics.get("loss", float("nan"))
             log.tokens += tokens
-            message = wire.pack(r.upload, self.precision)
-            log.up += wire.measure(message, wire.size(message, {"round": order.round, "examples": c.examples}))
-            upload = wire.unpack(message)
+            assert r.sent is not None
+            log.up += r.sent.traffic
             try:
-                wire.validate(upload, wire.expect(upload), norm_bound=self.norm_bound)
+                upload = self.channel.accept(r.sent.params, specs.pop(c.id))
             except UploadError as e:
                 log.refused[c.id] = str(e)
                 continue
@@ -199,12 +207,14 @@ class Engine:
     def train(
         self, order: Order, cohort: Sequence[Client], down: Callable[[Client], Params]
     ) -> Iterator[tuple[Client, Trained, int]]:
-        """Every client's local work of a round, and its tokens; a block at a time."""
+        """Every client's local work of a round with its message, and its tokens; a block at a time."""
         for clients, work in blocks(cohort, self.block, lambda c: self.batches(c, order, self.method.draws)):
             received = [down(c) for c in clients]
-            kept = [self.kept(c, order.round) for c in clients]
-            results = self._trained(order, received, kept, work)
-            for c, r, batches in zip(clients, results, work, strict=True):
+            stored = [self._kept(c, order.round) for c in clients]
+            results = self._trained(order, received, [own for own, _ in stored], work)
+            for c, r, down_, (_, guards), batches in zip(clients, results, received, stored, work, strict=True):
+                r.sent = self.channel.up(r.upload, down_, guards, order, c)
+                r.kept |= r.sent.kept
                 yield c, r, sum(int(b["attention_mask"].sum()) for b in batches if "attention_mask" in b)
             self.on_block(len(clients))
 

@@ -16,10 +16,12 @@ import numpy as np
 
 from . import inputs
 from .analysis import product_error
+from .channel import Channel, unserved
 from .data.batches import Plan, batch_of, train_batches
 from .data.federated import FederatedData
 from .engine import Engine, RoundLog, Schedule
 from .errors import ConfigError, Problem, StateError
+from .guards.guard import Guard
 from .memory import auto_block, forget_peak, kept, peak_memory
 from .method import Client, Method, Order, Scene, Server, Upload
 from .model import Adapted, Batch
@@ -41,7 +43,8 @@ EXACTNESS_COHORT = 32  # the exactness meter holds a cohort's uploads; above thi
 @dataclass(frozen=True)
 class Sampling:
     """Who takes part: clients_per_round a count, a fraction in (0, 1), or None for all; a new sample each round or one
-    fixed cohort. precision: of the messages. norm_bound: an upload whose leaves have a larger norm is refused."""
+    fixed cohort. precision: of the messages. norm_bound: an upload whose leaves have a larger norm is refused. guards: what
+    is done to uploads around the method (guards/)."""
 
     rounds: int = 10
     clients_per_round: float | None = None
@@ -49,6 +52,12 @@ class Sampling:
     min_clients: int = 1
     precision: Precision = "fp32"
     norm_bound: float | None = None
+    guards: Sequence[Guard] = field(default=(), repr=False)
+
+    @property
+    def channel(self) -> Channel:
+        """The road of messages. Raises ConfigError for guards that do not fit together."""
+        return Channel(self.precision, self.norm_bound, self.guards)
 
     def size(self, clients: int, most: bool = False) -> int:
         """Clients in a round. most: as many as there are where fewer than that are there; an error otherwise."""
@@ -111,6 +120,8 @@ class Federation:
     runtime: Callable[[Federation, Watch], Runtime] = InProcess
 
     def __post_init__(self) -> None:
+        if bad := unserved(self.sampling.channel.guards, self.method):
+            raise ConfigError(bad)
         self.scene = Scene(self.model.groups, self.seed)
         self.loss = Loss(self.model, self.task, self.accumulation)
         self.store = Store(Path(self.output), keep=self.keep)
@@ -146,7 +157,7 @@ class Federation:
         return Engine(
             self.method, self.scene, self.loss, self.batches, lambda id, r: self.store.load_client(id, r),
             lambda id, r, p: self.store.save_client(id, r, p), self.schedule, self.block_size(), self.sampling.min_clients,
-            self.sampling.norm_bound, self.sampling.precision, watch.clients_done, lambda b, n: self._lowered(b, n, watch),
+            self.sampling.channel, watch.clients_done, lambda b, n: self._lowered(b, n, watch),
         )  # fmt: skip
 
     def _lowered(self, block: int, clients: int, watch: Watch) -> None:
@@ -198,7 +209,7 @@ class Federation:
                 self._commit(server, self.evaluate(runtime, server, watch), watch)
             else:
                 describe_again(self, runtime.block)
-                server = Server(*loaded)
+                server = Server.restored(*loaded)
             while server.round < self.sampling.rounds:
                 server = self._round(runtime, self._advance(runtime, server, watch), watch)
             result = summarise(self, server)
@@ -215,7 +226,7 @@ class Federation:
         """Let a method with stages change its parametrisation; what that does to the scores is recorded.
 
         The scores before are the round's own where it was evaluated, and else are taken here, as stage "before"."""
-        new = self.method.advance(self.scene, server)
+        new = self.sampling.channel.advance(self.method, self.scene, server)
         if new is server:
             return server
         stages = {"handover": new} if self._due(server.round) else {"before": server, "handover": new}
@@ -268,7 +279,7 @@ class Federation:
 
     def _commit(self, server: Server, lines: Sequence[dict[str, Any]], watch: Watch) -> None:
         length = self.store.append_metrics(lines)
-        self.store.save_server(server.round, server.params, server.notes, length)
+        self.store.save_server(server.round, server.leaves, server.notes, length)
         for line in lines:
             watch.record(line)
 
@@ -305,14 +316,12 @@ class _Meter:
 
     def see(self, u: Upload) -> None:
         if self.on:
-            weight = getattr(self.method, "weight", None)
-            self.seen.append((u.params, weight(u) if weight else 1.0))
+            self.seen.append((u.params, self.method.weight(u)))
 
     def error(self, new: Server) -> float | None:
         if not self.on or not self.seen:
             return None
-        fixed = getattr(self.method, "fixed", None)
-        frozen = fixed(self.scene) if fixed else {}
+        frozen = self.method.fixed(self.scene)
         return product_error([(frozen | p, w) for p, w in self.seen], frozen | new.params)
 
 
@@ -320,6 +329,6 @@ def _hash_of(f: Federation) -> str:
     """Identity of a run made by hand: the method, the plan and the shape of data and model."""
     import hashlib
 
-    facts = (f.method, f.plan, f.schedule, f.sampling, f.evaluation, f.seed, len(f.data.ids), f.data.splits["train"].rows[:64].tolist(),
+    facts = (f.method, f.plan, f.schedule, f.sampling, f.evaluation, f.seed, *f.sampling.guards, len(f.data.ids), f.data.splits["train"].rows[:64].tolist(),
              sorted((g, len(s)) for g, s in f.model.groups.items()), type(f.model.base).__name__)  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]

@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import ModelError
 from .model import Batch, Site
 from .tasks import Loss
-from .tree import Params
+from .tree import Key, Params, apart
 
 Work = dict[str, Params]  # everything a block of clients carries from step to step; leaves [K ...]
 Metrics = dict[str, Tensor]  # [K]
@@ -37,6 +37,18 @@ class Server:
     round: int  # rounds done
     params: Params
     notes: dict[str, Any] = field(default_factory=dict)  # JSON only
+    guards: Params = field(default_factory=dict)  # what the channel's guards remember; no method sees it
+
+    @classmethod
+    def restored(cls, round: int, params: Params, notes: dict[str, Any]) -> Server:
+        """The server that a state file holds: `leaves` and notes."""
+        own, guards = apart(params)
+        return cls(round, own, notes, guards)
+
+    @property
+    def leaves(self) -> Params:
+        """All leaves, as they go to disk."""
+        return self.params | self.guards
 
 
 @dataclass(frozen=True)
@@ -81,17 +93,66 @@ class Method(ABC):
     name: ClassVar[str]  # in recipes
     title: ClassVar[str]  # in tables
     paper: ClassVar[str] = ""
-    draws: ClassVar[int] = 1  # independent minibatches a step takes
-    second_order: bool = False  # differentiates the model twice
-    per_client: bool = False  # broadcast depends on the client
     pooled: ClassVar[bool] = False  # trains one client that holds everybody's data
-    groups: ClassVar[Sequence[str]] = ()  # groups of sites (sites.py) beside target and head
-    tune: int = 0  # local steps taken before a client's model is served (FedAvg + fine-tuning, Per-FedAvg)
+    inner: ClassVar[Mapping[str, Sequence[str]]] = {}  # fields that hold another method -> the methods they may hold
+
+    # abilities: what the engine, the channel and its guards ask of a method ---------------------------------------
+    @property
+    def draws(self) -> int:
+        """Independent minibatches that one local step takes."""
+        return 1
+
+    @property
+    def second_order(self) -> bool:
+        """Whether a step differentiates the model twice."""
+        return False
+
+    @property
+    def per_client(self) -> bool:
+        """Whether `broadcast` depends on the client."""
+        return False
+
+    @property
+    def groups(self) -> Sequence[str]:
+        """Groups of layers (sites.py) that the method needs beside target and head."""
+        return ()
+
+    @property
+    def tune(self) -> int:
+        """Local steps taken before a client's model is served (FedAvg + fine-tuning, Per-FedAvg)."""
+        return 0
+
+    @property
+    def sends(self) -> bool:
+        """Whether clients upload anything."""
+        return True
+
+    @property
+    def averages(self) -> bool:
+        """Whether the next server is a weighted leafwise mean of uploads that all have the same shapes."""
+        return False
+
+    @property
+    def states(self) -> bool:
+        """Whether an upload holds numbers computed from its other leaves (a norm), which a guard would make untrue."""
+        return False
 
     @property
     def tuner(self) -> Method:
-        """Whose local steps those are; this method's own unless it says otherwise."""
+        """The method whose local steps `tune` counts; this one unless it says otherwise."""
         return self
+
+    def weight(self, upload: Upload) -> float:
+        """p_k of an upload before normalisation; by number of examples, as FedAvg weighs."""
+        return float(upload.client.examples)
+
+    def fixed(self, scene: Scene) -> Params:
+        """Leaves that every party derives from the seed (frozen halves, masks). Nobody owns or sends them."""
+        return {}
+
+    def frozen(self, k: Key) -> bool:
+        """Whether a leaf of the server only comes down: clients bind it, do not train it and do not send it back."""
+        return False
 
     # server
     @abstractmethod

@@ -87,11 +87,18 @@ class Ranked(SGDMethod):
     not in it). `ranks` maps client id, or "*", to its rank or bytes. One scale alpha / r_max serves all ranks.
     """
 
-    per_client = True
     rank_min: int = 2
     plan: Plan = "uniform"
     exponent: float = 1.0
     ranks: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def per_client(self) -> bool:
+        return True
+
+    @property
+    def averages(self) -> bool:
+        return False
 
     def problems(self) -> list[Problem]:
         bad = super().problems()

@@ -28,7 +28,7 @@ def server_of(fed: Federation) -> Server:
     if loaded is None:
         raise StateError(f"{fed.store.root}: no round is committed yet; run it first")
     fed.store.same({"base": inputs.base(fed.model.base)})
-    return Server(*loaded)
+    return Server.restored(*loaded)
 
 
 def deltas_of(fed: Federation, client: str | None) -> Params:

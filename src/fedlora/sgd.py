@@ -96,8 +96,12 @@ class SGDMethod(Method):
         return make(self.adapter, self.rank, self.alpha, self.rank_pattern)
 
     @property
-    def groups(self) -> Sequence[str]:  # type: ignore[override]
+    def groups(self) -> Sequence[str]:
         return (self.form.group,)
+
+    @property
+    def averages(self) -> bool:
+        return self.sends and not self.pooled
 
     # what a subclass states -------------------------------------------------------------------------------------
     @abstractmethod
@@ -140,11 +144,16 @@ class SGDMethod(Method):
         return server.params
 
     def begin(self, scene: Scene, order: Order, down: Params, kept: Params) -> Work:
-        p = down | select(kept, lambda k: "~" not in k.adapter)
+        p = select(down, lambda k: not self.frozen(k)) | select(kept, lambda k: "~" not in k.adapter)
         train = select(p, lambda k: k.part != "rank")
         state = _flat(self.optimizer.init(train)) | select(kept, lambda k: "~" in k.adapter)
         work = {"train": train, "ranks": select(p, lambda k: k.part == "rank"), "moments": state}
+        work["bound"] = self.bound(scene, select(down, self.frozen))
         return work | {"fixed": to(expand(self.fixed(scene), block_size(p)), p)}
+
+    def bound(self, scene: Scene, p: Params) -> Params:
+        """Frozen leaves model-ready, [K ...]; the engine binds them beside the leaves of every step."""
+        return self.form.view(p)
 
     def ready(self, p: Params, fixed: Params) -> Params:
         """Model-ready deltas from trained and fixed leaves."""
@@ -183,8 +192,9 @@ class SGDMethod(Method):
         return self.ready(work["train"], work["fixed"])
 
     def personal(self, scene: Scene, down: Params, kept: Params) -> Params:
-        p = select(down | kept, lambda k: "~" not in k.adapter and k.part != "rank")
-        return self.ready(p, to(expand(self.fixed(scene), block_size(p)), p))
+        p = select(down | kept, lambda k: "~" not in k.adapter and k.part != "rank" and not self.frozen(k))
+        own = self.ready(p, to(expand(self.fixed(scene), block_size(p)), p))
+        return own | self.bound(scene, select(down, self.frozen))
 
     def aggregate(self, scene: Scene, server: Server, uploads: Iterable[Upload]) -> Server:
         new = mean((u.params, self.weight(u)) for u in uploads)

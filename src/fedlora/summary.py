@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import kernels
+from .channel import first_upload
 from .data.federated import FederatedData
 from .method import Client, Order, Server
 from .metrics import better, primary
 from .model import Adapted
-from .tree import stack, unstack
 
 if TYPE_CHECKING:
     from .federation import Federation
@@ -167,16 +167,14 @@ PRICED = 64  # clients whose messages are measured one by one; a larger cohort i
 
 def round_bytes(f: Federation, server: Server, cohort: Sequence[Client]) -> dict[str, int]:
     """Bytes of a first round, both ways: every client's messages are built and measured."""
-    from . import wire
-
-    order = Order(server.round, f.sampling.rounds)
+    channel, order = f.sampling.channel, Order(server.round, f.sampling.rounds)
     sent = {"down": 0, "up": 0}
     some = cohort[:PRICED]
     for c in some:
-        down, kept = f.method.broadcast(f.scene, server, c), f.method.keep(f.scene, c)
-        up, _ = f.method.finish(f.method.begin(f.scene, order, stack([down]), stack([kept])))
-        sent["down"] += wire.size(down, {"round": order.round, "rounds": order.rounds})
-        sent["up"] += wire.size(unstack(up, 1)[0], {"round": order.round, "examples": c.examples})
+        down = channel.down(f.method.broadcast(f.scene, server, c), order)
+        up = first_upload(f.method, f.scene, order, down.params, c)
+        sent["down"] += down.traffic.total
+        sent["up"] += channel.up(up, down.params, {}, order, c).traffic.total
     return {d: n * len(cohort) // len(some) for d, n in sent.items()}
 
 

@@ -34,6 +34,13 @@ class Key(NamedTuple):
 
 
 Params = dict[Key, Tensor]
+GUARD = "@"  # "lora@feedback" holds what the guard "feedback" remembers beside leaves of the adapter "lora"
+
+
+def apart(p: Params) -> tuple[Params, Params]:
+    """(the method's leaves, what guards remember) of a tree that holds both."""
+    own = {k: v for k, v in p.items() if GUARD not in k.adapter}
+    return own, {k: v for k, v in p.items() if GUARD in k.adapter}
 
 
 def select(p: Params, keep: Callable[[Key], bool]) -> Params:

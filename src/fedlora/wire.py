@@ -81,8 +81,14 @@ def pack(params: Params, precision: Precision = "fp32") -> Params:
     return out
 
 
-def unpack(params: Params) -> Params:
-    """Inverse of `pack`, up to its rounding: every real leaf as float32. Raises UploadError where leaf and scale do not fit."""
+def unpack(params: Params, precision: Precision | None = None) -> Params:
+    """Inverse of `pack`, up to its rounding: every real leaf as float32.
+
+    precision: what the sender was told to use; None takes a message as it is. Raises UploadError where leaf and scale do
+    not fit, for a scale without a leaf, and for a leaf of another precision.
+    """
+    if precision is not None:
+        _of_precision(params, precision)
     if all(v.dtype in (torch.float32, torch.int64) and not k.part.endswith(SCALE) for k, v in params.items()):
         return params
     out: Params = {}
@@ -97,6 +103,23 @@ def unpack(params: Params) -> Params:
         else:
             out[k] = v.float() if v.dtype in (torch.float16, torch.bfloat16) else v
     return out
+
+
+def _of_precision(params: Params, precision: Precision) -> None:
+    """Raise UploadError unless a message is one that `pack` makes at this precision."""
+    real = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    for k, v in params.items():
+        scaled = k._replace(part=k.part + SCALE) in params
+        if k.part.endswith(SCALE):
+            whose = params.get(k._replace(part=k.part.removesuffix(SCALE)))
+            right = precision == "int8" and whose is not None and whose.dtype == torch.int8 and v.dtype == torch.float32
+        elif precision == "int8":
+            right = scaled if v.dtype == torch.int8 else not v.is_floating_point() or (not v.ndim and not scaled)
+        else:
+            right = not scaled and (not v.is_floating_point() or v.dtype == (real if v.ndim else torch.float32))
+            right = right and v.dtype != torch.int8
+        if not right:
+            raise UploadError(f"leaf {k} is {list(v.shape)} {v.dtype}, expected a message of {precision}")
 
 
 def size(params: Params, header: Mapping[str, Any] | None = None) -> int:

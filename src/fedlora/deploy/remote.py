@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from .. import wire
+from ..channel import Declared, Sent
 from ..data.federated import roster
 from ..engine import RoundLog, enough, in_order
 from ..errors import TrainingError, UploadError
 from ..federation import Federation
 from ..method import Client, Order, Server, Upload
 from ..metrics import primary, summary
-from ..tree import Params, cut_rank, rank, rank_axis, stack, unstack
+from ..tree import Params
 from ..watch import Watch
 from .packets import EVERYBODY, PROTOCOL, Kind, Packet, same
 
@@ -173,7 +174,8 @@ class Remote:
     ) -> tuple[Server, RoundLog]:
         fed, order = self.fed, Order(server.round, rounds)
         log = RoundLog(cohort=[c.id for c in cohort])
-        declared, packets = self._orders("train", server, order, cohort, log)
+        sent, packets = self._orders("train", server, order, cohort, log)
+        declared = Declared(fed.method, fed.scene, order)
         arrived: dict[str, tuple[Params, dict[str, float]]] = {}
         state = {c.id: "training" for c in cohort}
         where = {c: n for n, held in self.sites.items() for c in held}
@@ -191,7 +193,7 @@ class Remote:
                 continue
             for c in mine:
                 try:
-                    params, message = self._upload(reply, c, declared[c])
+                    params, message = self._upload(reply, clients[c], sent[c].params, declared)
                 except UploadError as e:
                     log.refused[c], state[c] = str(e), "refused"
                     self.say(f"upload of {c} refused: {e}")
@@ -221,31 +223,30 @@ class Remote:
                 see(u)
                 yield u
 
-        new = fed.method.aggregate(fed.scene, server, uploads())
+        new = fed.sampling.channel.aggregate(fed.method, fed.scene, server, uploads())
         accepted = server.notes.get("accepted", {}) | dict.fromkeys(arrived, order.round)
         return replace(new, notes=new.notes | {"accepted": accepted}), log
 
     def _orders(
         self, kind: Kind, server: Server, order: Order, cohort: Sequence[Client], log: RoundLog
-    ) -> tuple[dict[str, wire.Spec], dict[int, Packet]]:
-        """What each client may upload, and the packet of each node."""
+    ) -> tuple[dict[str, Sent], dict[int, Packet]]:
+        """What each client receives, and the packet of each node."""
         method, scene = self.fed.method, self.fed.scene
-        declared: dict[str, wire.Spec] = {}
+        each: dict[str, Sent] = {}
         packets: dict[int, Packet] = {}
-        shared: tuple[Params, bytes, wire.Spec] | None = None
+        shared: tuple[Sent, bytes] | None = None
         for node, held in sorted(self.sites.items()):
             mine = [c for c in cohort if c.id in held]
             parts: dict[str, bytes] = {}
             for c in mine:
                 if shared is None or method.per_client:
-                    down = wire.pack(method.broadcast(scene, server, c), self.fed.sampling.precision)
-                    text = wire.encode(down, {"round": order.round, "rounds": order.rounds})
-                    spec = upload_of(self.fed, order, wire.unpack(down), c) if kind == "train" else {}
-                    shared = down, text, spec
-                down, text, declared[c.id] = shared
+                    sent = self.fed.sampling.channel.down(method.broadcast(scene, server, c), order)
+                    shared = sent, sent.encode()
+                sent, text = shared
+                each[c.id] = sent
                 name = c.id if method.per_client else EVERYBODY
                 if name not in parts:
-                    log.down += wire.measure(down, text)
+                    log.down += sent.traffic
                 parts[name] = text
             if mine:
                 accepted = server.notes.get("accepted", {})
@@ -254,7 +255,7 @@ class Remote:
                     "clients": {c.id: accepted.get(c.id) for c in mine},
                 }
                 packets[node] = Packet(kind, head, parts)
-        return declared, packets
+        return each, packets
 
     def _header(self, round: int) -> dict[str, Any]:
         return {"run": self.run, "protocol": PROTOCOL, "round": round, "recipe": self.recipe}
@@ -270,17 +271,15 @@ class Remote:
             raise UploadError("reply says nothing of its clients, expected what each has done")
         return reply.header
 
-    def _upload(self, reply: Packet, client: str, spec: wire.Spec) -> tuple[Params, wire.Traffic]:
-        """A client's leaves, and their bytes. Raises UploadError unless they are what was declared."""
-        if client not in reply.parts:
+    def _upload(self, reply: Packet, client: Client, down: Params, declared: Declared) -> tuple[Params, wire.Traffic]:
+        """The leaves of a client that received `down`, and their bytes. Raises UploadError for other than declared ones."""
+        if client.id not in reply.parts:
             raise UploadError("the reply has no leaves of this client")
-        text = reply.parts[client]
+        text = reply.parts[client.id]
         message, header = wire.decode(text)
         same(header, round=reply.header["round"])
-        params = wire.unpack(message)
-        ranked = any(k.part == "rank" for k in spec)  # the method lets clients prune
-        wire.validate(params, spec, self.fed.sampling.norm_bound, ranks_may_shrink=ranked)
-        return params, wire.measure(message, text)
+        leaves = self.fed.sampling.channel.read(message, down, declared(down, client))
+        return leaves, wire.measure(message, text)
 
     # evaluation ---------------------------------------------------------------------------------------------------
     def evaluate(self, server: Server) -> list[dict[str, Any]]:
@@ -339,17 +338,6 @@ class Remote:
             "updated": time.time(),
         }
         self.fed.store.write_json("status.json", facts | more)
-
-
-def upload_of(fed: Federation, order: Order, down: Params, client: Client) -> wire.Spec:
-    """What a client that receives `down` uploads: names, shapes and dtypes, from the method itself."""
-    ranks = {(k.adapter, k.site): rank(k, v) for k, v in down.items() if rank_axis(k) is not None}
-    kept = {
-        k: cut_rank(k, v, ranks.get((k.adapter.partition("~")[0], k.site), rank(k, v)))
-        for k, v in fed.method.keep(fed.scene, client).items()
-    }  # a client that has pruned the half it receives has pruned its own
-    up, _ = fed.method.finish(fed.method.begin(fed.scene, order, stack([down]), stack([kept])))
-    return wire.expect(unstack(up, 1)[0])
 
 
 def _number(x: Any, otherwise: float = math.nan) -> float:

@@ -160,7 +160,8 @@ class Site:
                 return None
             if fed.store.has_round(id, round):
                 return fed.store.load_round(id, round)
-            if fed.method.keep(fed.scene, Client(id, 1)) or fed.store.load_client(id, round) is not None:
+            personal = fed.sampling.channel.remembers or fed.method.keep(fed.scene, Client(id, 1))
+            if personal or fed.store.load_client(id, round) is not None:
                 raise StateError(
                     f"client {id!r}: its personal leaves of round {round + 1} are gone from {fed.store.root}; restore that "
                     "folder: the server has accepted what they belong to"
@@ -179,8 +180,8 @@ class Site:
         facts: dict[str, Any] = {}
         for client, done, tokens in engine.train(order, cohort, lambda c: down[c.id]):
             fed.store.save_client(client.id, order.round, done.kept)
-            message = wire.pack(done.upload, fed.sampling.precision)
-            parts[client.id] = wire.encode(message, {"round": order.round, "examples": client.examples})
+            assert done.sent is not None
+            parts[client.id] = done.sent.encode()
             facts[client.id] = {"examples": client.examples, "metrics": done.metrics, "tokens": tokens}
         fed.store.sync()  # once for all, before the server hears of them
         for client in cohort:

@@ -17,8 +17,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from .. import wire
+from ..channel import Channel, Declared, unserved
 from ..engine import in_order
-from ..errors import UploadError
+from ..errors import ConfigError, UploadError
 from ..method import Client, Method, Order, Scene, Server, Upload
 from ..seeds import np_rng
 from ..tree import Key, Params
@@ -43,16 +44,25 @@ class MethodStrategy(Strategy):
     """fraction: of the nodes, asked each round; min_nodes: replies that a round needs. rounds: of the whole run.
 
     Replies hold an ArrayRecord of the method's uploaded leaves and a MetricRecord with `num-examples` (and `loss`, if there
-    is one). Messages carry the config entries round and rounds.
+    is one). Messages carry the config entries round and rounds. A reply whose leaves are not those that the method declares
+    is refused, and the round goes on without it.
+
+    channel: precision, norm bound and guards. A client sends and receives by the same channel: it reads what comes with
+    `received_by` and answers with `reply_by`. Raises ConfigError for guards that cannot serve the method.
     """
 
     def __init__(
-        self, method: Method, scene: Scene, rounds: int, fraction: float = 1.0, min_nodes: int = 1, seed: int = 0
-    ):
+        self, method: Method, scene: Scene, rounds: int, fraction: float = 1.0, min_nodes: int = 1, seed: int = 0,
+        channel: Channel = Channel(),
+    ):  # fmt: skip
+        if bad := unserved(channel.guards, method):
+            raise ConfigError(bad)
         self.method, self.scene, self.rounds = method, scene, rounds
         self.fraction, self.min_nodes, self.seed = fraction, min_nodes, seed
+        self.channel = channel
         self.server: Server = method.init(scene)
         self.examples: dict[int, int] = {}  # by node, from its last reply
+        self.sent: dict[int, Params] = {}  # by node, what it received in the round at hand
 
     def initial_arrays(self) -> ArrayRecord:
         """What `start` asks for as initial_arrays."""
@@ -67,9 +77,12 @@ class MethodStrategy(Strategy):
         return [self._message(nodes[i], "train", server_round - 1, config) for i in sorted(draw.tolist())]
 
     def _message(self, node: int, kind: str, round: int, config: ConfigRecord) -> Message:
-        down = self.method.broadcast(self.scene, self.server, self._client(node))
+        order = Order(round, self.rounds)
+        sent = self.channel.down(self.method.broadcast(self.scene, self.server, self._client(node)), order)
+        if kind == "train":
+            self.sent[node] = sent.params
         said: dict[str, Any] = {**config, "round": round, "rounds": self.rounds}
-        content = RecordDict({"arrays": arrays_of(down), "config": ConfigRecord(said)})
+        content = RecordDict({"arrays": arrays_of(sent.message), "config": ConfigRecord(said)})
         return Message(content, dst_node_id=node, message_type=kind)
 
     def _client(self, node: int) -> Client:
@@ -79,6 +92,7 @@ class MethodStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         found: dict[str, Upload] = {}
+        declared = Declared(self.method, self.scene, Order(server_round - 1, self.rounds))
         for reply in replies:
             node = reply.metadata.src_node_id
             if reply.has_error():
@@ -87,9 +101,12 @@ class MethodStrategy(Strategy):
             try:
                 (arrays,) = reply.content.array_records.values()
                 (metrics,) = reply.content.metric_records.values()
-                params = params_of(arrays)
-                wire.validate(params, wire.expect(params))
-                self.examples[node] = int(metrics[CLIENT])
+                if node not in self.sent:
+                    raise UploadError("this node was not asked in this round, or has replied already")
+                down = self.sent[node]
+                params = self.channel.read(params_of(arrays), down, declared(down, self._client(node)))
+                self.examples[node] = _count(metrics[CLIENT])
+                del self.sent[node]
             except (UploadError, ValueError, KeyError, TypeError) as e:
                 log(WARNING, "fedlora: reply of node %s refused: %s", node, e)
                 continue
@@ -101,7 +118,8 @@ class MethodStrategy(Strategy):
             )
             return None, None
         ordered = [found[c.id] for c in in_order(sorted((u.client for u in found.values()), key=lambda c: c.id))]
-        self.server = self.method.advance(self.scene, self.method.aggregate(self.scene, self.server, iter(ordered)))
+        new = self.channel.aggregate(self.method, self.scene, self.server, iter(ordered))
+        self.server = self.channel.advance(self.method, self.scene, new)
         losses = [u.metrics["loss"] for u in ordered]
         return arrays_of(self.server.params), MetricRecord(
             {"loss": float(torch.tensor(losses).mean()), "clients": len(ordered)}
@@ -129,6 +147,30 @@ class MethodStrategy(Strategy):
 
     def summary(self) -> None:
         log(WARNING, "fedlora: %r over %d rounds", self.method, self.rounds)
+
+
+def _count(x: Any) -> int:
+    """A number of examples that a node states. Raises ValueError for what is none."""
+    if isinstance(x, bool) or not isinstance(x, int | float) or not 1 <= x < 2**53 or x != int(x):
+        raise ValueError(f"{CLIENT} is {x!r}, expected a whole number from 1")
+    return int(x)
+
+
+def received_by(channel: Channel, message: Message) -> Params:
+    """At a client: the leaves that a message of this strategy brings. Raises UploadError for another precision."""
+    (found,) = message.content.array_records.values()
+    return wire.unpack(params_of(found), channel.precision)
+
+
+def reply_by(
+    channel: Channel, upload: Params, down: Params, kept: Params, order: Order, client: Client
+) -> tuple[ArrayRecord, Params]:
+    """At a client: the arrays that carry `upload`, and what the guards keep until the next reply.
+
+    down: what `received_by` gave; kept: what the last call gave, {} before the first.
+    """
+    sent = channel.up(upload, down, kept, order, client)
+    return arrays_of(sent.message), sent.kept
 
 
 def order_of(message: Message) -> Order:

@@ -96,6 +96,10 @@ class LocalLoRA(SGDMethod):
     title: ClassVar[str] = "Local-only"
     shares_head: ClassVar[bool] = False
 
+    @property
+    def sends(self) -> bool:
+        return False
+
     def trains(self, k: Key) -> bool:
         return True
 

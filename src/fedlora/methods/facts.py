@@ -29,5 +29,10 @@ def facts(m: type[Method]) -> dict[str, Any]:
         "shared": label(down),
         "personal": label(kept),
         "second_order": method.second_order,
-        "options": {f.name: getattr(method, f.name) for f in fields(method) if f.name != "optimizer"},
+        "options": {f.name: _shown(getattr(method, f.name)) for f in fields(method) if f.name != "optimizer"},
     }
+
+
+def _shown(value: Any) -> Any:
+    """A hyperparameter's default; a method inside a method by its name."""
+    return value.name if isinstance(value, Method) else value

@@ -57,6 +57,10 @@ class HetLoRA(Ranked):
             bad.append(Problem("method.adapter", self.adapter, "lora or rslora: the others have no ranks to truncate"))
         return bad
 
+    @property
+    def states(self) -> bool:
+        return self.share == "first"
+
     def trains(self, k: Key) -> bool:
         return k.part != "rank"
 

@@ -44,11 +44,11 @@ class PerFedAvg(HomLoRA):
         return bad
 
     @property
-    def draws(self) -> int:  # type: ignore[override]
+    def draws(self) -> int:
         return 3 if self.second_order else 2
 
     @property
-    def second_order(self) -> bool:  # type: ignore[override]
+    def second_order(self) -> bool:
         return self.hypergradient == "exact"
 
     @property

@@ -81,11 +81,11 @@ class PF2LoRA(SGDMethod):
         return bad
 
     @property
-    def draws(self) -> int:  # type: ignore[override]
+    def draws(self) -> int:
         return 4 if self.batches == "independent" and self.rank_personal else 1
 
     @property
-    def second_order(self) -> bool:  # type: ignore[override]
+    def second_order(self) -> bool:
         return self.hypergradient == "exact" and self.rank_personal > 0
 
     def trains(self, k: Key) -> bool:

@@ -13,14 +13,14 @@ densely in both stages and is carried over.
 
 Choices: one density for all layers, unless density_pattern says otherwise; R1 by rounds or by a plateau of the mean
 training loss; base "keep" sends the frozen part (sparse values, s B A at the hand-over) with every message of stage 2,
-"reset" sends nothing more. `second` names the method of stage 2: homlora as in the paper, or pf2lora, whose common
-adapter is primed.
+"reset" sends nothing more. `second` is the method of stage 2: homlora as in the paper, or pf2lora, whose common adapter
+is primed. Its rank, head, optimizer and other settings that all methods have are those of SLoRA itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..adapters import LOW_RANK, LoRA
 from ..errors import Problem
-from ..method import Client, Metrics, Order, Scene, Server, Upload, Work
+from ..method import Client, Method, Metrics, Order, Scene, Server, Upload, Work
 from ..model import Batch
 from ..sgd import SGDMethod
 from ..tasks import Loss
@@ -54,15 +54,14 @@ class SLoRA(SFT):
 
     name: ClassVar[str] = "slora"
     title: ClassVar[str] = "SLoRA"
+    inner: ClassVar[Mapping[str, Sequence[str]]] = {"second": ("homlora", "pf2lora")}
     sparse_rounds: int = 10
     stage: Literal["rounds", "plateau"] = "rounds"
     patience: int = 3
     tolerance: float = 0.01
     split: Literal["sqrt", "B"] = "sqrt"
     base: Literal["reset", "keep"] = "reset"
-    second: str = "homlora"
-    rank_personal: int = 2
-    lr_personal: float = 0.01
+    second: Method = HomLoRA()
 
     def problems(self) -> list[Problem]:
         bad = super().problems()
@@ -72,38 +71,49 @@ class SLoRA(SFT):
             bad.append(Problem("method.patience", self.patience, "an integer >= 1"))
         if self.adapter not in LOW_RANK:
             bad.append(Problem("method.adapter", self.adapter, "lora or rslora: an SVD primes low-rank factors"))
-        if self.second not in ("homlora", "pf2lora"):
-            why = UNPRIMED.get(self.second, "its start cannot be set")
-            bad.append(
-                Problem("method.second", self.second, f"homlora or pf2lora; {self.second} cannot be primed: {why}")
-            )
+        return bad + self.second_problems()
+
+    def second_problems(self) -> list[Problem]:
+        """What is wrong with the method of stage 2: one that cannot be primed, or settings that are SLoRA's to make."""
+        second = self.second
+        if not isinstance(second, HomLoRA | PF2LoRA) or second.name not in self.inner["second"]:
+            name = getattr(second, "name", repr(second))
+            why = UNPRIMED.get(name, "its start cannot be set")
+            return [Problem("method.second", name, f"homlora or pf2lora; {name} cannot be primed: {why}")]
+        bad = []
+        for f in fields(SGDMethod):
+            usual = next(x.default for x in fields(second) if x.name == f.name)
+            value = getattr(second, f.name)
+            if usual is not MISSING and value not in (usual, getattr(self, f.name)):
+                expected = f"nothing: stage 2 has SLoRA's {f.name}, {getattr(self, f.name)!r}"
+                bad.append(Problem(f"method.second.{f.name}", value, expected, f"set method.{f.name}"))
+        if isinstance(second, PF2LoRA) and second.rank_personal >= self.rank:
+            bad.append(Problem("method.second.rank_personal", second.rank_personal, f"0 to rank - 1 = {self.rank - 1}"))
         return bad
 
     # stages -----------------------------------------------------------------------------------------------------
     @property
     def stages(self) -> tuple[SFT, SGDMethod]:
         """The methods of stage 1 and 2, with this method's common settings."""
-        common = {f.name: getattr(self, f.name) for f in fields(SGDMethod) if f.name != "tune"}
+        common = {f.name: getattr(self, f.name) for f in fields(SGDMethod)}
         sparse = SFT(**common, density=self.density, density_pattern=self.density_pattern, layers=self.layers)
-        if self.second == "homlora":
-            return sparse, HomLoRA(**common)
-        r = self.rank_personal
-        return sparse, PF2LoRA(**common, rank_personal=r, alpha_personal=float(r), lr_personal=self.lr_personal)
+        assert isinstance(self.second, SGDMethod)  # problems() has refused all others
+        return sparse, replace(self.second, **common)
 
     def now(self, p: Params) -> SGDMethod:
         """Clients notice the stage only by the leaves that arrive."""
         return self.stages[0 if any(k.adapter == "sparse" for k in p) else 1]
 
     @property
-    def draws(self) -> int:  # type: ignore[override]
+    def draws(self) -> int:
         return self.stages[1].draws
 
     @property
-    def second_order(self) -> bool:  # type: ignore[override]
+    def second_order(self) -> bool:
         return self.stages[1].second_order
 
     @property
-    def groups(self) -> tuple[str, ...]:  # type: ignore[override]
+    def groups(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(("target", *self.stages[0].groups)))
 
     # server -----------------------------------------------------------------------------------------------------
@@ -169,45 +179,41 @@ class SLoRA(SFT):
         return Server(server.round, p, notes)
 
     # client -----------------------------------------------------------------------------------------------------
-    def begin(self, scene: Scene, order: Order, down: Params, kept: Params) -> Work:
-        now = self.now(down)
-        frozen, rest, idle = self.apart(now, down, kept)
-        work = now.begin(scene, order, rest[0], rest[1])
-        return work | {"idle": idle, "fixed": work["fixed"] | self.frozen(scene, frozen)}
+    def frozen(self, k: Key) -> bool:
+        """What the factors leave out at the hand-over: it stays with the base."""
+        return k.adapter in ("primed", "stage1")
 
-    def apart(self, now: SGDMethod, down: Params, kept: Params) -> tuple[Params, tuple[Params, Params], Params]:
-        """(frozen leaves, what the stage's method takes, personal leaves that wait for stage 2)."""
-        frozen = select(down, lambda k: k.adapter in ("primed", "stage1"))
-        waits = lambda k: now.label == "sparse" and k.adapter.split("~")[0] in ("personal", "common", "lora")  # noqa: E731
-        idle = select(kept, waits)
-        return frozen, (select(down, lambda k: k not in frozen), select(kept, lambda k: k not in idle)), idle
-
-    def frozen(self, scene: Scene, p: Params) -> Params:
-        """The frozen leaves model-ready: the stage-1 values get their positions."""
+    def bound(self, scene: Scene, p: Params) -> Params:
+        """The frozen leaves are model-ready as they are; the values of stage 1 get their positions."""
         if not any(k.adapter == "stage1" for k in p):
             return p
-        clients = len(next(iter(p.values())))
-        index = self.stages[0].fixed(scene)
-        return p | {
-            Key("stage1", k.site, "index"): v[None].expand(clients, -1).to(next(iter(p.values())).device)
-            for k, v in index.items()
-        }
+        like = next(iter(p.values()))
+        index = {k._replace(adapter="stage1"): v for k, v in self.stages[0].fixed(scene).items()}
+        return p | {k: v[None].expand(len(like), -1).to(like.device) for k, v in index.items()}
+
+    def begin(self, scene: Scene, order: Order, down: Params, kept: Params) -> Work:
+        now = self.now(down)
+        live, own, idle = self.parts(now, down, kept)
+        work = now.begin(scene, order, live, own)
+        return work | {"idle": idle, "bound": self.bound(scene, select(down, self.frozen))}
+
+    def parts(self, now: SGDMethod, down: Params, kept: Params) -> tuple[Params, Params, Params]:
+        """(what the stage's method receives, what it keeps, personal leaves that wait for stage 2)."""
+        waits = lambda k: now.label == "sparse" and k.adapter.split("~")[0] in ("personal", "common", "lora")  # noqa: E731
+        idle = select(kept, waits)
+        return select(down, lambda k: not self.frozen(k)), select(kept, lambda k: k not in idle), idle
 
     def step(self, work: Work, loss: Loss, lr: Tensor, *draws: Batch) -> tuple[Work, Metrics]:
-        extra = select(work["fixed"], lambda k: k.adapter in ("primed", "stage1"))
-        now = self.now(work["train"])
-        return now.step(work, loss.beside(extra) if extra else loss, lr, *draws)
+        return self.now(work["train"]).step(work, loss, lr, *draws)
 
     def finish(self, work: Work) -> tuple[Params, Params]:
         up, kept = self.now(work["train"]).finish(work)
         return up, kept | work["idle"]
 
     def served(self, work: Work) -> Params:
-        extra = select(work["fixed"], lambda k: k.adapter in ("primed", "stage1"))
-        own = select(work["fixed"], lambda k: k not in extra)
-        return self.now(work["train"]).ready(work["train"], own) | extra
+        return self.now(work["train"]).served(work)
 
     def personal(self, scene: Scene, down: Params, kept: Params) -> Params:
         now = self.now(down)
-        frozen, rest, _ = self.apart(now, down, kept)
-        return now.personal(scene, rest[0], rest[1]) | self.frozen(scene, frozen)
+        live, own, _ = self.parts(now, down, kept)
+        return now.personal(scene, live, own) | self.bound(scene, select(down, self.frozen))

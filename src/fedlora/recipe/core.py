@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from pydantic.fields import FieldInfo
 
 from ..errors import ConfigError, Problem, near
+from . import guards as guard_list
 from . import hyperparameters, reading
 from .hyperparameters import MethodSection
 from .overrides import apply
@@ -21,6 +22,7 @@ from .rules import Partial, broken
 from .sections import SECTIONS, Data, Deployment, Evaluation, Federation, Model, Partition, Run, Section, Train
 
 if TYPE_CHECKING:
+    from ..guards.guard import Guard
     from ..method import Method
 
 ORDER = ("name", "model", "data", "partition", "method", "train", "federation", "evaluation", "deployment", "run")
@@ -29,7 +31,7 @@ SHOWN = ("target", "bandwidth")  # fields of the section evaluation that only re
 LATER = {
     "model": ("kernels",),
     "data": ("classes", "site"),
-    "federation": ("precision", "norm_bound"),
+    "federation": ("precision", "norm_bound", "guards"),
 }  # not hashed at their defaults: they came after 0.1
 RESULT = ("seed",)  # the fields of the section run that change the result; the others are not hashed
 
@@ -54,11 +56,12 @@ class Recipe(BaseModel):
     run: Run = Run()
     _method: Any = PrivateAttr()
     _given: Any = PrivateAttr(default=None)  # the recipe as it was written, where its files were found elsewhere
+    _guards: Any = PrivateAttr()
 
     def __init__(self, **raw: Any) -> None:
-        fields, method = _checked(raw)
+        fields, method, guards = _checked(raw)
         super().__init__(**fields)
-        self._method = method
+        self._method, self._guards = method, guards
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.resolved() == other.resolved()
@@ -104,9 +107,15 @@ class Recipe(BaseModel):
         method: Method = self._method
         return method
 
+    def guard_objects(self) -> tuple[Guard, ...]:
+        """The guards of the section federation, in their order."""
+        guards: tuple[Guard, ...] = self._guards
+        return guards
+
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults included, as JSON has it; loads back as the same recipe."""
         plain = (self._given or self).model_dump(mode="json") | {"method": hyperparameters.resolved(self._method)}
+        plain["federation"]["guards"] = guard_list.resolved(self._guards)
         return {key: plain[key] for key in ORDER}
 
     def to_yaml(self) -> str:
@@ -132,8 +141,8 @@ class Recipe(BaseModel):
         ).expanduser()
 
 
-def _checked(raw: Mapping[str, Any]) -> tuple[dict[str, Any], Method | None]:
-    """The fields of a Recipe and its method. Raises ConfigError with all problems."""
+def _checked(raw: Mapping[str, Any]) -> tuple[dict[str, Any], Method | None, tuple[Guard, ...]]:
+    """The fields of a Recipe, its method and its guards. Raises ConfigError with all problems."""
     problems = [Problem(k, raw[k], "a section of a recipe", near(k, ORDER)) for k in raw if k not in ORDER]
     fields: dict[str, Any] = {}
     partial: dict[str, Any] = {}
@@ -149,6 +158,9 @@ def _checked(raw: Mapping[str, Any]) -> tuple[dict[str, Any], Method | None]:
         given = {"name": given.name, **given.given}
     method, wrong = hyperparameters.build(given, fields.get("train"))
     problems += [*wrong, *broken(partial)]
+    federation = fields.get("federation")
+    guards, wrong = guard_list.build(federation.guards if federation is not None else ())
+    problems += [*wrong, *guard_list.fit(guards, method)]
     title = raw.get("name", "run")
     if not isinstance(title, str) or not NAME.fullmatch(title):
         problems.append(
@@ -157,7 +169,7 @@ def _checked(raw: Mapping[str, Any]) -> tuple[dict[str, Any], Method | None]:
     if problems:
         raise ConfigError(problems)
     written = {"name": given} if isinstance(given, str) else dict(given or {})
-    return {"name": title, **fields, "method": MethodSection(**written)}, method
+    return {"name": title, **fields, "method": MethodSection(**written)}, method, guards
 
 
 def _section(name: str, kind: type[Section], raw: Any) -> tuple[Section | None, Partial | None, list[Problem]]:

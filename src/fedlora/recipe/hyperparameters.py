@@ -1,13 +1,15 @@
 """The method section: a name, and the hyperparameters that the method's own dataclass declares.
 
-`optimizer` and `clip` are the exception: a method has them as fields, a recipe says them in the section train.
+`optimizer` and `clip` are the exception: a method has them as fields, a recipe says them in the section train. A
+hyperparameter may be a method itself, written as a section in the section; it has the settings of the method around it
+wherever both have a field of that name, so only its other fields are written.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -43,29 +45,38 @@ def table() -> dict[str, type[Method]]:
 
 
 def all_fields(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    """Every field of a dataclass that its constructor takes."""
     return {f.name: f for f in dataclasses.fields(cls) if f.init}
 
 
-def own_fields(cls: type) -> dict[str, dataclasses.Field[Any]]:
-    """The hyperparameters that a recipe's method section may set."""
-    return {n: f for n, f in all_fields(cls).items() if n not in FROM_TRAIN}
+def own_fields(cls: type, around: Collection[str] = ()) -> dict[str, dataclasses.Field[Any]]:
+    """The hyperparameters that a section may set. around: fields of the method around it, which sets those itself."""
+    return {n: f for n, f in all_fields(cls).items() if n not in FROM_TRAIN and n not in around}
 
 
 def hints(cls: type) -> dict[str, Any]:
+    """The type of every field."""
     return typing.get_type_hints(cls, include_extras=True)
 
 
-def plain(hint: Any, value: Any) -> Any:
+def held(cls: type, field: str) -> bool:
+    """Whether a hyperparameter is a method itself."""
+    return field in getattr(cls, "inner", {})
+
+
+def plain(cls: type, field: str, value: Any) -> Any:
     """A hyperparameter's value as JSON has it."""
-    return TypeAdapter(hint).dump_python(value, mode="json")
+    if held(cls, field):
+        return resolved(value, all_fields(cls))
+    return TypeAdapter(hints(cls)[field]).dump_python(value, mode="json")
 
 
 def default(cls: type, field: str) -> Any:
     """JSON form of a hyperparameter's default; UNTYPED where it has none."""
-    f = own_fields(cls)[field]
+    f = all_fields(cls)[field]
     if f.default is not dataclasses.MISSING:
-        return plain(hints(cls)[field], f.default)
-    return plain(hints(cls)[field], f.default_factory()) if f.default_factory is not dataclasses.MISSING else UNTYPED
+        return plain(cls, field, f.default)
+    return plain(cls, field, f.default_factory()) if f.default_factory is not dataclasses.MISSING else UNTYPED
 
 
 def optimizer(t: Train) -> Optimizer:
@@ -77,50 +88,48 @@ def optimizer(t: Train) -> Optimizer:
     return AdamW(t.lr, t.betas, weight_decay=t.weight_decay)
 
 
-def build(raw: Any, train: Train | None) -> tuple[Method | None, list[Problem]]:
-    """The method that a method section describes, or None and every problem. train: None where it is wrong itself."""
+def build(
+    raw: Any, train: Train | None, path: str = "method", around: Collection[str] = ()
+) -> tuple[Method | None, list[Problem]]:
+    """The method that a method section describes, or None and every problem.
+
+    train: None where it is wrong itself, or for a method inside another. path: of the section. around: see `own_fields`.
+    """
     methods = table()
     if isinstance(raw, str):
         raw = {"name": raw}
     if not isinstance(raw, Mapping):
-        return None, [Problem("method", raw, "a mapping with a name", f"write method: {{name: {next(iter(methods))}}}")]
+        return None, [Problem(path, raw, "a mapping with a name", f"write {path}: {{name: {next(iter(methods))}}}")]
     name = raw.get("name")
     if name is None:
-        return None, [Problem("method.name", None, "a method", near("", methods))]
+        return None, [Problem(f"{path}.name", None, "a method", near("", methods))]
     if not isinstance(name, str) or name not in methods:
-        return None, [Problem("method.name", name, "a method", near(str(name), methods))]
-    return _construct(methods[name], {k: v for k, v in raw.items() if k != "name"}, train)
+        return None, [Problem(f"{path}.name", name, "a method", near(str(name), methods))]
+    return _construct(methods[name], {k: v for k, v in raw.items() if k != "name"}, train, path, around)
 
 
-def _construct(cls: type[Method], given: Mapping[str, Any], train: Train | None) -> tuple[Method | None, list[Problem]]:
-    known, types = own_fields(cls), hints(cls)
-    problems: list[Problem] = []
-    values: dict[str, Any] = {}
+def _construct(
+    cls: type[Method], given: Mapping[str, Any], train: Train | None, path: str, around: Collection[str]
+) -> tuple[Method | None, list[Problem]]:
+    known = own_fields(cls, around)
+    values, problems = read(cls, {f: v for f, v in given.items() if f in known and not held(cls, f)}, path)
     for field, value in given.items():
-        path = f"method.{field}"
+        at = f"{path}.{field}"
         if field in FROM_TRAIN:
-            problems.append(Problem(path, value, "it in the section train", f"set train.{field} instead"))
+            problems.append(Problem(at, value, "it in the section train", f"set train.{field} instead"))
+        elif field in around and field in all_fields(cls):
+            outer = path.rpartition(".")[0]
+            problems.append(Problem(at, value, f"nothing: it has {outer}.{field}", f"set {outer}.{field} instead"))
         elif field not in known:
-            problems.append(unknown(path, value, f"method {cls.name}", known))
-        else:
-            if isinstance(value, Mapping) and typing.get_origin(types[field]) is tuple:
-                value = [list(pair) for pair in value.items()]  # a frozen method holds a map as pairs
-            values[field], wrong = of_value(path, types[field], value, default(cls, field))
-            if wrong and _is_map(types[field]):
-                wrong = [
-                    Problem(
-                        path,
-                        given[field],
-                        "a map of names to numbers",
-                        f"write {field}: {{name: 4}}, a space after the colon",
-                    )
-                ]
-            if wrong:
-                del values[field]
-                problems += wrong
+            problems.append(unknown(at, value, f"method {cls.name}", known))
+        elif held(cls, field):
+            inside, wrong = build(value, None, at, all_fields(cls))
+            problems += wrong
+            if inside is not None:
+                values[field] = inside
     needed = [f for f in known if default(cls, f) is UNTYPED]
     problems += [
-        Problem(f"method.{f}", None, "a value", f"{cls.title} has no default for it; add it")
+        Problem(f"{path}.{f}", None, "a value", f"{cls.title} has no default for it; add it")
         for f in needed
         if f not in given
     ]
@@ -138,10 +147,29 @@ def _construct(cls: type[Method], given: Mapping[str, Any], train: Train | None)
     try:
         method = cls(**values)
     except ConfigError as e:
-        return None, problems + [_renamed(p) for p in e.problems]
+        return None, problems + [_renamed(p, path) for p in e.problems]
     except (ValueError, TypeError) as e:
-        return None, [*problems, Problem("method", dict(given), f"what {cls.title} takes", str(e))]
+        return None, [*problems, Problem(path, dict(given), f"what {cls.title} takes", str(e))]
     return (None if problems else method), problems
+
+
+def read(cls: type, given: Mapping[str, Any], path: str) -> tuple[dict[str, Any], list[Problem]]:
+    """Values for fields of a dataclass from what YAML gave, and what is wrong with the others."""
+    types = hints(cls)
+    values: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for field, value in given.items():
+        at = f"{path}.{field}"
+        if isinstance(value, Mapping) and typing.get_origin(types[field]) is tuple:
+            value = [list(pair) for pair in value.items()]  # a frozen dataclass holds a map as pairs
+        values[field], wrong = of_value(at, types[field], value, default(cls, field))
+        if wrong and _is_map(types[field]):
+            remedy = f"write {field}: {{name: 4}}, a space after the colon"
+            wrong = [Problem(at, given[field], "a map of names to numbers", remedy)]
+        if wrong:
+            del values[field]
+            problems += wrong
+    return values, problems
 
 
 def _is_map(hint: Any) -> bool:
@@ -150,15 +178,17 @@ def _is_map(hint: Any) -> bool:
     return typing.get_origin(hint) is tuple and typing.get_origin(inner[0]) is tuple
 
 
-def _renamed(p: Problem) -> Problem:
+def _renamed(p: Problem, path: str) -> Problem:
     """A problem found by an optimizer or a method, with the recipe's name of the field."""
-    head, _, field = p.field.rpartition(".")
+    head, _, field = p.field.partition(".")
     if head in ("SGD", "AdamW"):
         return dataclasses.replace(p, field=f"train.{field}")
-    return p if head in ("method", "train") else dataclasses.replace(p, field=f"method.{p.field}")
+    if head == "train":
+        return p
+    return dataclasses.replace(p, field=f"{path}.{field if head == 'method' else p.field}")
 
 
-def resolved(method: Method) -> dict[str, Any]:
-    """Name and every hyperparameter, defaults included, as JSON has them."""
-    types = hints(type(method))
-    return {"name": method.name} | {f: plain(types[f], getattr(method, f)) for f in own_fields(type(method))}
+def resolved(method: Method, around: Collection[str] = ()) -> dict[str, Any]:
+    """Name and every hyperparameter, defaults included, as JSON has them. around: see `own_fields`."""
+    cls = type(method)
+    return {"name": method.name} | {f: plain(cls, f, getattr(method, f)) for f in own_fields(cls, around)}

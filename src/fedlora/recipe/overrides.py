@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError, Problem, near
 from . import reading
+from .hyperparameters import table
 from .sections import SECTIONS
 
 
@@ -27,9 +28,8 @@ def split(text: str) -> tuple[str, Any]:
 
 def check(path: str, value: Any) -> Problem | None:
     """A problem if no recipe has this path."""
-    head = path.partition(".")[0]
     whole = path in SECTIONS or path == "method"
-    if whole or path in paths() or (head == "method" and path.count(".") == 1 and not path.endswith(".")):
+    if whole or path in paths() or _hyperparameter(path):
         return None
     last = path.rpartition(".")[2]
     alike = [p for p in paths() if p.rpartition(".")[2] == last]
@@ -37,19 +37,32 @@ def check(path: str, value: Any) -> Problem | None:
     return Problem(path, value, "a field of the recipe", remedy)
 
 
-def put(raw: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """`raw` with the value at a path; sections that are missing are made. `raw` stays as it is."""
+def _hyperparameter(path: str) -> bool:
+    """Whether a path can be one of the method's, or of a method that it holds."""
+    section, *fields = path.split(".")
+    if section != "method" or not fields or not all(fields):
+        return False
+    holds = {f for m in table().values() for f in m.inner}
+    return len(fields) == 1 or (len(fields) == 2 and fields[0] in holds)
+
+
+def put(raw: Mapping[str, Any], path: str, value: Any, method: bool = False) -> dict[str, Any]:
+    """`raw` with the value at a path; sections that are missing are made. `raw` stays as it is.
+
+    method: `raw` is a method's section, in which a method's bare name stands for a section too.
+    """
     head, dot, rest = path.partition(".")
     if not dot:
         return {**raw, head: value}
     inner = raw.get(head)
-    if head == "method" and isinstance(inner, str):
+    method = method or head == "method"
+    if isinstance(inner, str) and method:
         inner = {"name": inner}
     if inner is None:
         inner = {}
     if not isinstance(inner, Mapping):  # the section itself is wrong, and will be reported as such
         return dict(raw)
-    return {**raw, head: {**inner, rest: value}}
+    return {**raw, head: put(inner, rest, value, method)}
 
 
 def assign(raw: Mapping[str, Any], pairs: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], list[Problem]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from . import guards
 from .core import Recipe
-from .hyperparameters import default, hints, own_fields, table
+from .hyperparameters import all_fields, default, held, hints, own_fields, table
 from .problems import UNTYPED
 
 
@@ -20,6 +22,7 @@ def schema() -> dict[str, Any]:
         "title": "Method",
         "oneOf": [{"type": "string", "enum": sorted(table())}, *(_method(n, m) for n, m in table().items())],
     }
+    out["$defs"]["Federation"]["properties"]["guards"]["items"] = {"oneOf": guards.schemas()}
     out["properties"]["sweep"] = {
         "description": "Paths with the values they take; one run for each combination.",
         "type": "object",
@@ -29,14 +32,14 @@ def schema() -> dict[str, Any]:
     return out
 
 
-def _method(name: str, cls: type) -> dict[str, Any]:
+def _method(name: str, cls: type, around: Collection[str] = ()) -> dict[str, Any]:
     types = hints(cls)
     fields: dict[str, Any] = {}
-    for f in own_fields(cls):
-        fields[f] = TypeAdapter(types[f]).json_schema()
+    for f in own_fields(cls, around):
+        fields[f] = _inner(cls, f) if held(cls, f) else TypeAdapter(types[f]).json_schema()
         if default(cls, f) is not UNTYPED:
             fields[f]["default"] = default(cls, f)
-    required = ["name", *(f for f in own_fields(cls) if default(cls, f) is UNTYPED)]
+    required = ["name", *(f for f in own_fields(cls, around) if default(cls, f) is UNTYPED)]
     return {
         "title": name,
         "type": "object",
@@ -44,4 +47,12 @@ def _method(name: str, cls: type) -> dict[str, Any]:
         "properties": {"name": {"const": name}, **fields},
         "required": required,
         "additionalProperties": False,
+    }
+
+
+def _inner(cls: Any, field: str) -> dict[str, Any]:
+    """A hyperparameter that is a method: a name, or a name with the fields that the method around it does not set."""
+    names = cls.inner[field]
+    return {
+        "oneOf": [{"type": "string", "enum": list(names)}, *(_method(n, table()[n], all_fields(cls)) for n in names)]
     }

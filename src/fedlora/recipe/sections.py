@@ -5,7 +5,7 @@ Rules that join fields stand in rules.py; the section method, whose fields are t
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -148,6 +148,8 @@ class Federation(Section):
     """Of the messages; int8 has one scale per row."""
     norm_bound: Positive | None = None
     """An upload whose leaves together have a larger norm is refused."""
+    guards: tuple[Text | dict[Text, dict[str, Any] | None], ...] = ()
+    """What is done to uploads around the method, in order: [clip, {trimmed: {share: 0.2}}]; see the table of guards."""
 
 
 class Evaluation(Section):
