@@ -330,6 +330,8 @@ def test_torn_timings_are_dropped_and_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"timings.jsonl: cut off or changed in line 3: 1 dropped, 2 left"):
         federation(tmp_path).run()
     assert [x["round"] for x in sealed.lines(file)[0]] == [1, 2, 3]
+    file.write_bytes(file.read_bytes().replace(b'"round": 2', b'"round": 4'))
+    assert sealed.lines(file)[1] == [2]  # a digit that was changed
 
 
 # what a run is computed from --------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from cli import write_recipe
 
 import fedlora as fl
-from fedlora import report
+from fedlora import report, sealed
 from fedlora.cli.actions import run_folders
 from fedlora.errors import StateError
 from fedlora.report import figures
@@ -193,7 +193,7 @@ def test_any_number_of_clients(clients: int, run: Path, tmp_path: Path) -> None:
     ids = [f"c{i}" for i in range(clients)]
     facts: dict[str, Any] = json.loads((run / "partition.json").read_text())
     facts |= {"ids": ids, "sizes": {"train": [6] * clients}, "histogram": {"train": [[1, 2, 3]] * clients}}
-    (tmp_path / "partition.json").write_text(json.dumps(facts))
+    sealed.write(tmp_path / "partition.json", {k: v for k, v in facts.items() if k != "checksum"})
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     for x in lines:
         if x["kind"] == "eval":
@@ -260,11 +260,11 @@ def fake(folder: Path, seed: int, method: str, scores: list[list[float]]) -> Pat
         "summary.json": summary,
         "partition.json": {"ids": ids, "sizes": {"train": [1] * len(ids)}},
     }.items():
-        (folder / name).write_text(json.dumps(value))
+        sealed.write(folder / name, value)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
-    (folder / "timings.jsonl").write_text(
-        "".join(
-            json.dumps({"round": t, "train_seconds": 2.0, "eval_seconds": 0, "server_seconds": 0, "tokens": 0}) + "\n"
+    (folder / "timings.jsonl").write_bytes(
+        b"".join(
+            sealed.line({"round": t, "train_seconds": 2.0, "eval_seconds": 0, "server_seconds": 0, "tokens": 0})
             for t in range(1, len(scores))
         )
     )
