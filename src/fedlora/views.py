@@ -84,10 +84,10 @@ def evaluate(f: Setting, engine: Engine, server: Server) -> list[Line]:
     return lines + (analyse(f, engine, server) if f.evaluation.analyses else [])
 
 
-def scored(f: Setting, round: int, view: str, split: str, clients: dict[str, Scores]) -> EvalLine:
-    """The record of clients' scores, with their summary."""
+def scored(f: Setting, round: int, view: str, split: str, clients: dict[str, Scores], missing: int = 0) -> EvalLine:
+    """The record of clients' scores, with their summary. missing: clients with rows whose scores did not arrive."""
     s = summary(clients, f.task.lower)
-    return EvalLine(round, view, split, clients, s["mean"], s["weighted"], s["worst_decile"])
+    return EvalLine(round, view, split, clients, s["mean"], s["weighted"], s["worst_decile"], missing)
 
 
 def some(f: Setting) -> list[int]:

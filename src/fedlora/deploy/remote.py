@@ -69,10 +69,13 @@ class Remote:
         self.needed = 0  # uploads that end a round early, where more clients than that were asked
         self.metric: tuple[str, float] | None = None
         self._base: str | None = None  # fingerprint of the server's own, once somebody joins
-        known = fed.store.read_json("deployment.json")
-        self.run: str = known.get("run") or f"{fed.recipe_hash}-{secrets.token_hex(4)}"
-        if not known:
+        # Under another id the sites would start their personal leaves anew, so the server's state holds it too.
+        known = fed.store.facts.get("run") or fed.store.read_json("deployment.json").get("run")
+        self.run: str = known or f"{fed.recipe_hash}-{secrets.token_hex(4)}"
+        fed.store.facts["run"] = self.run
+        if known is None:
             fed.store.write_json("deployment.json", {"run": self.run})
+        fed.store.renew_json("deployment.json", {"run": self.run})
         self.wait(self.terms.clients)
 
     # who is there -------------------------------------------------------------------------------------------------
@@ -328,12 +331,18 @@ class Remote:
             for split in ("validation", "test"):
                 scores = {c: found[view, split][c] for c in self.fed.data.ids if c in found.get((view, split), {})}
                 if scores:
-                    lines.append(scored(self.fed, server.round, view, split, scores))
+                    missing = len(self._expected(server, split) - scores.keys())
+                    lines.append(scored(self.fed, server.round, view, split, scores, missing))
         name = self.fed.task.metric
         for line in lines[:1]:
             self.metric = (f"{line.view} {line.split} {name}", line.mean.get(name, math.nan))
         self.status("done" if server.round == order.rounds else "evaluated", server)
         return [*lines]
+
+    def _expected(self, server: Server, split: str) -> set[str]:
+        """Clients that a whole evaluation has: those with rows in the split, and those that trained and are not here now."""
+        here = {c: rows for held in self.sites.values() for c, rows in held.items()}
+        return {c for c, rows in here.items() if rows[split]} | (server.notes.get("accepted", {}).keys() - here.keys())
 
     # status -------------------------------------------------------------------------------------------------------
     def status(
