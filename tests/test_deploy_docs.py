@@ -50,9 +50,9 @@ def test_from_two_empty_machines_to_a_personal_adapter(tmp_path: Path) -> None:
     write_csv(tmp_path / "b.csv", data[80:], ("note", "outcome"))
     recipe = block(DEPLOY, "test: deploy recipe")
     assert "{name: minilm}" in recipe
-    (tmp_path / "sites.yaml").write_text(recipe.replace("minilm", str(tmp_path / "model")), encoding="utf-8")
+    (tmp_path / "sites.yaml").write_text(recipe.replace("minilm", "./model"), encoding="utf-8")
     (tmp_path / "site.yaml").write_text(
-        block(DEPLOY, "test: deploy policy").replace("minilm", str(tmp_path / "model")), encoding="utf-8"
+        block(DEPLOY, "test: deploy policy").replace("minilm", "./model"), encoding="utf-8"
     )
     accepted = digest(told_to_sites(Recipe.load(tmp_path / "sites.yaml")))
     port = free_port()
@@ -100,7 +100,7 @@ def test_a_trial_leaves_nothing_behind(tmp_path: Path) -> None:
     model_folder(tmp_path / "model")
     data = [(text, ("calm", "urgent")[int(label == "sea")]) for text, label, _ in rows(120)]
     write_csv(tmp_path / "a.csv", data, ("text", "label"))
-    recipe = block(DEPLOY, "test: deploy recipe").replace("minilm", str(tmp_path / "model"))
+    recipe = block(DEPLOY, "test: deploy recipe").replace("minilm", "./model")
     (tmp_path / "sites.yaml").write_text(recipe, encoding="utf-8")
     before = set(Path(tempfile.gettempdir()).glob("fedlora-*"))
     (line,) = commands("try", 0)

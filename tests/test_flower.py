@@ -446,6 +446,11 @@ def test_keys_are_made_once_and_read_back(tmp_path: Path) -> None:
     assert sorted(keys.public_keys(tmp_path / "clients")) == ["x", "y", "z"]
     for private in tmp_path.rglob("*.key"):
         assert private.stat().st_mode & 0o077 == 0
+    for half in ("clients/x.pub", "server.pem"):  # a crash between the two files of a pair
+        (tmp_path / half).unlink()
+    keys.make(tmp_path, ["fl.example.org"], ["x"])
+    assert (tmp_path / "clients/x.pub").read_bytes() == before[tmp_path / "clients/x.pub"]
+    assert (tmp_path / "server.pem").exists()
     (tmp_path / "clients" / "w.pub").write_bytes((tmp_path / "clients" / "x.pub").read_bytes())
     (tmp_path / "clients" / "v.pub").write_text("ssh-rsa nonsense")
     with pytest.raises(ConfigError) as e:

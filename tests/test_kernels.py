@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from fedlora import kernels
+from fedlora import cache, kernels
 from fedlora.batching import packed
 from fedlora.dropout import ClientDropout, keep_mask
 from fedlora.kernels import attention, library
@@ -443,19 +444,46 @@ def test_without_a_compiler_or_the_cpu_there_is_a_reason(monkeypatch: pytest.Mon
     compiler.chmod(0o700)
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert library.unavailable() == f"{compiler} cannot compile it: cc: error: unrecognized option -mamx-bf16"
-    assert list((tmp_path / "cache/fedlora").iterdir()) == []
+    assert library.unavailable() == "cc cannot compile it: cc: error: unrecognized option -mamx-bf16"
+    assert list((tmp_path / "cache/fedlora/compiled").iterdir()) == []
+
+
+@pytest.mark.skipif(
+    shutil.which("cc") is None or library.openmp() is None, reason="needs a C compiler and GNU's OpenMP"
+)
+def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A library that was cut off, changed or planted is compiled again and never loaded; one that is whole is kept.
+
+    Loading needs no CPU that could run it."""
+    compiler, threads, loaded = shutil.which("cc") or "", library.openmp() or "", []
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda path: loaded.append(Path(path).read_bytes()))
+    place = cache.room("compiled", tmp_path)
+    assert place is not None
+    file = place / "x.so"
+    library._compiled("dropout", compiler, threads, place, "x.so")
+    made, good = file.stat().st_mtime_ns, file.read_bytes()
+    library._compiled("dropout", compiler, threads, place, "x.so")
+    assert file.stat().st_mtime_ns == made
+    for bad in (good[: len(good) // 2], b"", b"\x7fELF planted", good[:-1] + bytes([good[-1] ^ 1])):
+        file.write_bytes(bad)
+        library._compiled("dropout", compiler, threads, place, "x.so")
+    file.chmod(0o666)  # anybody may have written into it
+    library._compiled("dropout", compiler, threads, place, "x.so")
+    assert file.stat().st_mode & 0o077 == 0
+    library._compiled("dropout", compiler, threads, None, "x.so")  # without a cache: for this process alone
+    assert len(loaded) == 8
+    assert all(whole.startswith(b"\x7fELF") and len(whole) > 4096 for whole in loaded)
 
 
 @needs_kernels
 @pytest.mark.usefixtures("fresh")
-def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_it_is_kept_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
     assert library.unavailable() is None
-    [file] = (tmp_path / "fedlora").iterdir()
-    made = file.stat().st_mtime_ns
+    assert len(list((tmp_path / "compiled").iterdir())) == 1
     library._loaded.cache_clear()
-    assert library.unavailable() is None and file.stat().st_mtime_ns == made
+    monkeypatch.setenv("FEDLORA_CACHE", "off")
+    assert library.unavailable() is None
 
 
 def test_a_report_says_whose_operators_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

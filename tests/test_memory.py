@@ -115,6 +115,12 @@ def test_the_cpu_allocator_is_understood() -> None:
     assert not out_of_memory(ValueError("batch"))
 
 
+def test_onednn_is_understood() -> None:
+    """Its allocator has no words of its own."""
+    for text in ("could not create a primitive", "could not create a memory object"):
+        assert out_of_memory(RuntimeError(text))
+
+
 FAULTS = """
 import resource, torch
 from fedlora.memory import kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from cli import write_recipe
 
 import fedlora as fl
-from fedlora import report
+from fedlora import report, sealed
 from fedlora.cli.actions import run_folders
 from fedlora.errors import StateError
 from fedlora.report import figures
@@ -193,7 +194,7 @@ def test_any_number_of_clients(clients: int, run: Path, tmp_path: Path) -> None:
     ids = [f"c{i}" for i in range(clients)]
     facts: dict[str, Any] = json.loads((run / "partition.json").read_text())
     facts |= {"ids": ids, "sizes": {"train": [6] * clients}, "histogram": {"train": [[1, 2, 3]] * clients}}
-    (tmp_path / "partition.json").write_text(json.dumps(facts))
+    sealed.write(tmp_path / "partition.json", {k: v for k, v in facts.items() if k != "checksum"})
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     for x in lines:
         if x["kind"] == "eval":
@@ -219,6 +220,18 @@ def test_run_folders_may_be_globbed(run: Path, tmp_path: Path) -> None:
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(StateError, match=r"no recipe.json, so this is no run folder"):
         report.write_run(tmp_path)
+
+
+def test_a_changed_score_is_noticed_by_its_digest(run: Path, tmp_path: Path) -> None:
+    """The newest server's state holds the digest of metrics.jsonl; no report is made of other lines."""
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run/metrics.jsonl"
+    data = file.read_bytes()
+    digit = re.search(rb'"loss": \d\.(\d)', data)
+    assert digit is not None
+    file.write_bytes(data[: digit.start(1)] + (b"7" if digit[1] == b"8" else b"8") + data[digit.end(1) :])
+    with pytest.raises(StateError, match=r"metrics.jsonl: was changed after it was written"):
+        records(tmp_path / "run")
 
 
 def test_without_plotly(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,11 +291,11 @@ def fake(folder: Path, seed: int, method: str, scores: list[list[float]]) -> Pat
         "summary.json": summary,
         "partition.json": {"ids": ids, "sizes": {"train": [1] * len(ids)}},
     }.items():
-        (folder / name).write_text(json.dumps(value))
+        sealed.write(folder / name, value)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
-    (folder / "timings.jsonl").write_text(
-        "".join(
-            json.dumps(
+    (folder / "timings.jsonl").write_bytes(
+        b"".join(
+            sealed.line(
                 {
                     "round": t,
                     "train_seconds": 2.0,
@@ -292,7 +305,6 @@ def fake(folder: Path, seed: int, method: str, scores: list[list[float]]) -> Pat
                     "peak_memory_bytes": 0,
                 }
             )
-            + "\n"
             for t in range(1, len(scores))
         )
     )

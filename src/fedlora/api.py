@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import build, serving
+from . import build, places, serving
 from .federation import Federation
 from .model import Adapted, matching
 from .predict import Said, predict_texts
@@ -68,7 +68,7 @@ class Run:
 
 def load(folder: str | Path) -> Run:
     """Open a run that a recipe made."""
-    recipe = Recipe.load(Path(folder) / "recipe.yaml")
+    recipe = places.located(places.recipe_in(Path(folder)), Path(folder))
     return Run(Path(folder), recipe, build.federation(recipe, folder))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from . import kernels, peft_io, pretrained, tensorboard
+from . import kernels, peft_io, places, pretrained, tensorboard
 from .data.batches import Plan
 from .data.federated import FederatedData, assemble
 from .engine import Schedule
@@ -170,6 +170,7 @@ def federation(
         recipe=r.resolved(),
         recipe_hash=r.hash,
     )
+    fed.store.places = places.of(r, fed.store.root)
     if fed.training:
         attempt("federation.clients_per_round", lambda: fed.sampling.size(fed.training))
     attempt("method", lambda: method.init(fed.scene))

@@ -20,6 +20,8 @@ from .model import Batch
 from .optim import schedule
 from .tree import Params, apart, stack, unstack, where
 
+# What an allocator without an error class of its own says: PyTorch's on the CPU, and oneDNN's.
+REFUSED = ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory object")
 Pace = Callable[[Order, int, int], float]  # (order, step, steps of this client) -> learning-rate factor
 
 
@@ -248,8 +250,10 @@ class Engine:
 
 
 def out_of_memory(e: BaseException) -> bool:
-    """Whether an accelerator's or the CPU's allocator has refused (the latter has no class of its own)."""
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(e)
+    """Whether an accelerator's or the CPU's allocator has refused (the latter has no class of its own), or oneDNN's, which
+    only says that it "could not create" a primitive or its memory."""
+    said = str(e)
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(text in said for text in REFUSED)
 
 
 def enough(round: int, accepted: int, asked: int, least: int, refused: Mapping[str, str]) -> None:

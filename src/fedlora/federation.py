@@ -13,17 +13,18 @@ from typing import Any, Literal
 
 import numpy as np
 
+from . import inputs
 from .analysis import product_error
 from .data.batches import batch_of
 from .engine import Engine, RoundLog
-from .errors import TrainingError
+from .errors import StateError, TrainingError
 from .memory import auto_block, forget_peak, kept, peak_memory
 from .method import Client, Method, Scene, Server, Upload
 from .records import HandoverLine, Line, Timing, TrainLine, read_lines, read_timings
 from .runtime import InProcess, Runtime
 from .setting import Setting
 from .store import Store
-from .summary import describe_run, summarise
+from .summary import describe_again, describe_run, summarise
 from .tensorboard import TensorBoard
 from .tree import Params
 from .watch import Several, Watch
@@ -68,6 +69,7 @@ class Federation(Setting):
         facts = self.store.read_json("environment.json")
         if facts:  # a site has none
             self.store.write_json("environment.json", facts | {"block": block})
+        self.store.facts["block"] = block
         watch.lowered(block, clients)
 
     def block_size(self) -> int:
@@ -80,7 +82,7 @@ class Federation(Setting):
         if self.block != "auto":
             return self.block
         # A resumed run must group its clients as before, whatever memory is free today: sums would differ in their last bits.
-        return self.store.read_json("environment.json").get("block") or (auto_block(self) if together else 1)
+        return self.store.block() or (auto_block(self) if together else 1)
 
     def run(self, watch: Watch | None = None) -> dict[str, Any]:
         """Train to the last round from wherever the run folder was left; returns the summary.
@@ -90,19 +92,25 @@ class Federation(Setting):
         watch = watch or Watch()
         forget_peak()
         with self.store.lock(), kept():
-            self.store.claim(self.recipe_hash, dict(self.recipe))
+            self.store.claim(self.recipe_hash, dict(self.recipe), inputs.of(self))
             self.store.rewind()
             loaded = self.store.load_server()
+            if self.runtime is in_process and "run" in self.store.facts:
+                raise StateError(
+                    f"{self.store.root}: a run over sites: start fedlora server again with this output folder"
+                )
             done = loaded[0] if loaded else 0
             if self.tensorboard:
                 watch = Several(watch, TensorBoard(self.store.root / "tensorboard", done))
             watch.start(self.name, done, self.sampling.rounds)
             runtime = self.runtime(self, watch)
+            self.store.facts["block"] = runtime.block
             if loaded is None:
                 describe_run(self, self.store, runtime.block)
                 server = self.method.init(self.scene)
                 self._commit(server, self.evaluate(runtime, server, watch), watch)
             else:
+                describe_again(self, self.store, runtime.block)
                 server = Server.restored(*loaded)
             while server.round < self.sampling.rounds:
                 server = self._round(runtime, self._advance(runtime, server, watch), watch)

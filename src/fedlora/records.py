@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from . import sealed
 from .errors import StateError
 
 Scores = dict[str, float]  # metric -> value, and "n", the rows that were scored
@@ -54,7 +55,10 @@ class TrainLine(Line):
 
 @dataclass(frozen=True)
 class EvalLine(Line):
-    """Scores of a view on a split: of each client, their mean, their mean by rows, and the mean of the worst tenth."""
+    """Scores of a view on a split: of each client, their mean, their mean by rows, and the mean of the worst tenth.
+
+    missing: clients with rows in the split whose scores did not arrive; it is not written where all did.
+    """
 
     kind: ClassVar[str] = "eval"
     view: str
@@ -63,7 +67,13 @@ class EvalLine(Line):
     mean: Scores
     weighted: Scores
     worst_decile: Scores
+    missing: int = 0
     stage: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The line as it stands in the file."""
+        out = super().to_json()
+        return out if self.missing else {k: v for k, v in out.items() if k != "missing"}
 
 
 @dataclass(frozen=True)
@@ -139,24 +149,27 @@ class Timing:
 
 
 def read_lines(folder: Path) -> list[Line]:
-    """All whole lines of a run's metrics.jsonl; [] where there is none. Raises StateError for damage."""
-    return [parse(x) for x in _jsonl(folder / "metrics.jsonl")]
+    """All whole lines of a run's metrics.jsonl; [] where there is none. One that is being written while we read is left out.
 
-
-def read_timings(folder: Path) -> list[Timing]:
-    """All whole lines of a run's timings.jsonl; [] where there is none. Raises StateError for damage."""
-    try:
-        return [Timing(**x) for x in _jsonl(folder / "timings.jsonl")]
-    except TypeError as e:
-        raise StateError(f"{folder / 'timings.jsonl'}: holds a line that is none of ours ({e}); restore it") from e
-
-
-def _jsonl(path: Path) -> Sequence[dict[str, Any]]:
-    """Whole lines of a file; one that is being written while we read is left out."""
+    Raises StateError for a line that is none of ours, and where the lines of committed rounds are not those that the newest
+    server's state counts as its own.
+    """
+    path = folder / "metrics.jsonl"
+    sealed.verify_metrics(path)
     try:
         text = path.read_text(encoding="utf-8")
-        return [json.loads(x) for x in text[: text.rfind("\n") + 1].splitlines() if x]
+        return [parse(json.loads(x)) for x in text[: text.rfind("\n") + 1].splitlines() if x]
     except FileNotFoundError:
         return []
     except ValueError as e:
         raise StateError(f"{path}: cannot be read ({e}); restore it") from e
+
+
+def read_timings(folder: Path) -> list[Timing]:
+    """The lines of a run's timings.jsonl; [] where there is none. A damaged line, and one that is being written, is left out:
+    nothing but sums of seconds follows from them. Raises StateError for a whole line that is none of ours."""
+    path = folder / "timings.jsonl"
+    try:
+        return [Timing(**x) for x in sealed.lines(path)[0]]
+    except TypeError as e:
+        raise StateError(f"{path}: holds a line that is none of ours ({e}); restore it") from e

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from . import peft_io, pretrained
+from . import inputs, peft_io, pretrained
 from .build import tokenizer_of
 from .errors import DataError, StateError, near
 from .federation import Federation
@@ -28,6 +28,7 @@ def server_of(fed: Federation) -> Server:
     loaded = fed.store.load_server()
     if loaded is None:
         raise StateError(f"{fed.store.root}: no round is committed yet; run it first")
+    fed.store.same({"base": inputs.base(fed.model.base)})
     return Server.restored(*loaded)
 
 

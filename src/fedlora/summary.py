@@ -78,16 +78,30 @@ def partition_facts(data: FederatedData) -> dict[str, Any]:
 
 def describe_run(f: Setting, store: Store, block: int) -> None:
     """Write what is known before training starts."""
-    store.write_json("environment.json", environment(f) | {"block": block})
-    store.write_json("partition.json", partition_facts(f.data) | {"recipe": f.recipe.get("partition", {})})
+    for name, facts in _description(f, block).items():
+        store.write_json(name, facts)
+
+
+def describe_again(f: Setting, store: Store, block: int) -> None:
+    """When a run is resumed: write anew what of its description is damaged or gone."""
+    for name, facts in _description(f, block).items():
+        store.renew_json(name, facts)
+
+
+def _description(f: Setting, block: int) -> dict[str, dict[str, Any]]:
+    held = partition_facts(f.data) | {"recipe": f.recipe.get("partition", {})}
+    return {"environment.json": environment(f) | {"block": block}, "partition.json": held}
 
 
 def chosen_round(lines: Iterable[Line], metric: str, lower: Collection[str] = ("loss",)) -> tuple[int | None, str]:
     """(round, split it was chosen on): best mean of the personal view, validation before test; earliest of equals.
 
-    lower: the metrics of which less is better.
+    Where sites were away, only the evaluations that miss the fewest clients are compared: means over other clients are no better
+    or worse rounds. lower: the metrics of which less is better.
     """
     evals = [x for x in lines if isinstance(x, EvalLine) and x.view in ("personal", "global") and metric in x.mean]
+    fewest = min((x.missing for x in evals), default=0)
+    evals = [x for x in evals if x.missing == fewest]
     for split in ("validation", "test"):
         for view in ("personal", "global"):
             best: tuple[int, float] | None = None

@@ -108,10 +108,10 @@ def by_split(
     return out
 
 
-def scored(f: Setting, round: int, view: str, split: str, clients: dict[str, Scores]) -> EvalLine:
-    """The record of clients' scores, with their summary."""
+def scored(f: Setting, round: int, view: str, split: str, clients: dict[str, Scores], missing: int = 0) -> EvalLine:
+    """The record of clients' scores, with their summary. missing: clients with rows whose scores did not arrive."""
     s = summary(clients, f.task.lower)
-    return EvalLine(round, view, split, clients, s["mean"], s["weighted"], s["worst_decile"])
+    return EvalLine(round, view, split, clients, s["mean"], s["weighted"], s["worst_decile"], missing)
 
 
 def some(f: Setting) -> list[int]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import TextIO
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 fine, 1 failed, 2 bad input, 130 interrupted."""
+    import warnings
+
     import click
 
     from ..errors import FedloraError
@@ -14,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
 
     code: object = 0
     try:
+        warnings.showwarning = _warned
         code = app(args=argv, standalone_mode=False, prog_name="fedlora")
     except click.exceptions.Abort:
         code = 130
@@ -34,7 +38,24 @@ def main(argv: list[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _say(text: str) -> None:
+def _warned(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning of ours is for the user and needs no line of code; others (libraries') look as ever."""
+    import warnings
+
+    if category is UserWarning and "fedlora" in filename:
+        _say(str(message), "warning", "bold yellow")
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+
+
+def _say(text: str, what: str = "error", style: str = "bold red") -> None:
     from rich.console import Console
     from rich.text import Text
 
@@ -42,7 +63,7 @@ def _say(text: str) -> None:
 
     # The message may quote what another machine has sent.
     shown = "\n".join(printable(line, 10**6) for line in text.split("\n"))
-    Console(stderr=True).print(Text("error: ", style="bold red") + Text(shown), soft_wrap=True)
+    Console(stderr=True).print(Text(f"{what}: ", style=style) + Text(shown), soft_wrap=True)
 
 
 def entry() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from ..errors import DataError, StateError, near
+from ..errors import DataError, StateError
 from ..watch import Several, Watch
 from . import tables
 from .interrupts import Interrupted, Pressed
@@ -114,18 +114,10 @@ def resume(folder: Path, quiet: bool, json: bool) -> None:
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """The recipe stored with a run."""
-    from ..recipe import Recipe
+    """The recipe stored with a run, its files found again."""
+    from .. import places
 
-    file = folder / "recipe.yaml"
-    if not folder.is_dir():
-        around = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise StateError(f"{folder}: no such run folder; {near(folder.name, around)}")
-    if not file.exists():
-        raise StateError(
-            f"{folder}: holds no recipe.yaml, so it is not a run folder made from a recipe; choose another"
-        )
-    return Recipe.load(file)
+    return places.located(places.recipe_in(folder), folder)
 
 
 def opened(folder: Path) -> tuple[Recipe, Federation]:
@@ -152,9 +144,10 @@ def check(recipe: Path, sets: Sequence[str], json: bool) -> None:
 
 
 def report(folder: Path, output: Path | None) -> None:
+    from .. import places
     from .. import report as pages
 
-    recipe_of(folder)
+    places.recipe_in(folder)
     out.print(f"report: {pages.write_run(folder, output)}", soft_wrap=True, highlight=False)
 
 

@@ -186,6 +186,16 @@ def predict(
 
 
 @app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete all of it.")] = False, json: Json = False
+) -> None:
+    """Show what the cache holds (tokens of texts, compiled operators), or clear it. FEDLORA_CACHE=off keeps nothing."""
+    from . import cached
+
+    cached.show(clear, json)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs.")] = Path("runs/demo"),
     sets: Sets = None,

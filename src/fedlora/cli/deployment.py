@@ -259,13 +259,11 @@ def status(folder: Path, watch: bool, json: bool) -> None:
 
 def _status(folder: Path) -> dict[str, Any]:
     """status.json with what the run's records add. Raises StateError."""
-    path = folder / "status.json"
-    try:
-        found: dict[str, Any] = json_.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StateError(f"{folder}: no status.json: give the run folder of a fedlora server") from None
-    except ValueError as e:
-        raise StateError(f"{path}: cannot be read ({e})") from e
+    from .. import sealed
+
+    found = sealed.read(folder / "status.json")
+    if found is None:
+        raise StateError(f"{folder}: no status.json: give the run folder of a fedlora server")
     lines = read_lines(folder)
     sent = {d: sum(x.sent(d) for x in lines if isinstance(x, TrainLine)) for d in ("up", "down")}
     return found | {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .. import sealed
 from ..errors import printable
 from ..units import NOTHING, count, number, seconds, size
 
@@ -60,7 +60,7 @@ def status(s: Mapping[str, Any]) -> Table:
 
 def result(out: Console, folder: Path) -> None:
     """The summary of one run."""
-    s = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    s = sealed.read(folder / "summary.json") or {}
     table = _table(
         f"{s['name']}: {s['method']['title']}, {s['rounds']} rounds", "view", "mean", "by size", "worst tenth"
     )

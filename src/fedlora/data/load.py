@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from .. import cache as user_cache
 from ..errors import DataError
 from . import encode, template
 from .columns import codes, column, full, strings
@@ -229,12 +229,6 @@ def joined(parts: Sequence[Encoded], **more: Any) -> Tokens:
 # cache ----------------------------------------------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """Where tokenised texts are kept: FEDLORA_CACHE, or fedlora in the user's cache folder."""
-    home = os.environ.get("FEDLORA_CACHE")
-    return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedlora"
-
-
 def _fingerprint(tokenizer: Any, kind: str, length: int, first: Sequence[str], second: Sequence[str] | None) -> str:
     """A fingerprint of all that decides the tokens: the texts themselves, not the name or date of a file."""
     digest = hashlib.blake2b(digest_size=20)
@@ -263,23 +257,22 @@ def _fingerprint(tokenizer: Any, kind: str, length: int, first: Sequence[str], s
 
 
 def _cached(name: str, folder: Path | None, make: Any) -> Encoded:
-    """What `make` returned when it was last called for `name`. A cache that cannot be read or written is passed over."""
+    """What `make` returned when it was last called for `name`. A cache that is off, damaged or cannot be written is passed over."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file, save
+    from safetensors.numpy import load, save
 
-    path = (folder or cache_folder()) / "tokens" / f"{name}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError, KeyError):
-        found: dict[str, Any] = load_file(path)
-        return Encoded(**{**found, "truncated": int(found["truncated"][0])})
+    place = user_cache.room("tokens", folder)
+    if place is None:
+        return make()
+    path = place / f"{name}.safetensors"
+    kept = user_cache.read(path)
+    if kept is not None:
+        with contextlib.suppress(SafetensorError, KeyError, TypeError):
+            found: dict[str, Any] = load(kept)
+            return Encoded(**{**found, "truncated": int(found["truncated"][0])})
     encoded: Encoded = make()
     arrays = {f.name: getattr(encoded, f.name) for f in dataclasses.fields(encoded)}
     arrays["truncated"] = np.array([encoded.truncated])
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(save({k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        user_cache.write(path, save({k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}))
     return encoded

@@ -16,7 +16,7 @@ from ..tasks import TASKS
 from .attendance import Link
 from .audit import digest
 from .remote import Remote, Terms
-from .site import SHOWN
+from .site import FOLDER_OF_SERVER, SHOWN
 
 
 def check(recipe: Recipe) -> None:
@@ -66,10 +66,17 @@ def coordinator(
     return fed
 
 
+def elsewhere(name: str) -> bool:
+    """Whether a model's name is a place in one machine's file system."""
+    return Path(name).is_absolute() or name.startswith("~")
+
+
 def told_to_sites(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe a site is told: all but where the server's own files are."""
     raw: dict[str, Any] = json.loads(json.dumps(recipe.resolved()))
-    raw["data"]["source"] = "(of the site)"
+    raw["data"] |= {"source": "(of the site)", "validation": None, "test": None}
+    if elsewhere(raw["model"]["name"]):
+        raw["model"]["name"] = FOLDER_OF_SERVER + Path(raw["model"]["name"]).name
     raw["run"]["output"] = "."
     return raw
 

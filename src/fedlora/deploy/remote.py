@@ -58,10 +58,13 @@ class Remote:
         self.fed, self.watch, self.link, self.terms, self.recipe, self.say = fed, watch, link, terms, recipe, say
         self.needed = 0  # uploads that end a round early, where more clients than that were asked
         self.metric: tuple[str, float] | None = None
-        known = fed.store.read_json("deployment.json")
-        self.run: str = known.get("run") or f"{fed.recipe_hash}-{secrets.token_hex(4)}"
-        if not known:
+        # Under another id the sites would start their personal leaves anew, so the server's state holds it too.
+        known = fed.store.facts.get("run") or fed.store.read_json("deployment.json").get("run")
+        self.run: str = known or f"{fed.recipe_hash}-{secrets.token_hex(4)}"
+        fed.store.facts["run"] = self.run
+        if known is None:
             fed.store.write_json("deployment.json", {"run": self.run})
+        fed.store.renew_json("deployment.json", {"run": self.run})
         asked = recipe.get("deployment", {})
         header = self._header(0) | {"histograms": bool(asked.get("histograms"))}
         base = self._base if asked.get("same_base", True) else None
@@ -288,12 +291,18 @@ class Remote:
                 for c, why in left.items():
                     self.say(f"scores of {c} left out ({view}, {split}): {why}")
                 if scores:
-                    lines.append(scored(self.fed, server.round, view, split, scores))
+                    missing = len(self._expected(server, split) - scores.keys())
+                    lines.append(scored(self.fed, server.round, view, split, scores, missing))
         name = self.fed.task.metric
         for line in lines[:1]:
             self.metric = (f"{line.view} {line.split} {name}", line.mean.get(name, math.nan))
         self.status("done" if server.round == order.rounds else "evaluated", server)
         return [*lines]
+
+    def _expected(self, server: Server, split: str) -> set[str]:
+        """Clients that a whole evaluation has: those with rows in the split, and those that trained and are not here now."""
+        here = {c: rows for held in self.sites.values() for c, rows in held.items()}
+        return {c for c, rows in here.items() if rows[split]} | (server.notes.get("accepted", {}).keys() - here.keys())
 
     # status -------------------------------------------------------------------------------------------------------
     def status(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import build, pretrained, wire
+from .. import build, durable, inputs, pretrained, wire
 from ..engine import Engine
 from ..errors import ConfigError, FedloraError, Problem, StateError, UploadError
 from ..federation import Federation
@@ -33,6 +33,7 @@ from .schema import PacketError
 
 SHOWN = ("personal", "global")  # the views that need nobody else's data
 COLUMNS = ("text", "label", "template", "prompt", "completion", "encoding")
+FOLDER_OF_SERVER = "(a folder of the server) "  # begins the name of a model that only the server can load
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class Holding:
         unknown = [
             Problem(f"data.{k}", v, f"one of {', '.join(COLUMNS)}") for k, v in self.columns.items() if k not in COLUMNS
         ]
+        if self.model is None and str(raw["model"]["name"]).startswith(FOLDER_OF_SERVER):
+            name = raw["model"]["name"].removeprefix(FOLDER_OF_SERVER)
+            unknown.append(
+                Problem("--model", None, f"this site's copy of the server's folder {name}", "copy it here and name it")
+            )
         if unknown:
             raise ConfigError(unknown)
         elsewhere = {
@@ -176,8 +182,8 @@ class Site:
             fed = self.make(recipe, self.folder / run)
             if self.gate is not None:
                 self.gate.holds(fed)
-            fed.store.root.mkdir(parents=True, exist_ok=True)
-            fed.store.claim(fed.recipe_hash, dict(fed.recipe))
+            fed.store.root.mkdir(mode=durable.FOLDER, parents=True, exist_ok=True)
+            fed.store.claim(fed.recipe_hash, dict(fed.recipe), inputs.of(fed))
             self._fed, self._run = fed, name
         return self._fed
 
@@ -198,14 +204,15 @@ class Site:
             round = accepted[id]
             if round is None:
                 return None
-            found = fed.store.load_client(id, round + 1)
+            if fed.store.has_round(id, round):
+                return fed.store.load_round(id, round)
             personal = fed.sampling.channel.remembers or fed.method.keep(fed.scene, Client(id, 1))
-            if found is None and personal:
+            if personal or fed.store.load_client(id, round) is not None:
                 raise StateError(
                     f"client {id!r}: its personal leaves of round {round + 1} are gone from {fed.store.root}; restore that "
                     "folder: the server has accepted what they belong to"
                 )
-            return found
+            return None
 
         engine = fed.engine(Watch())
         pace = engine.pace if self.gate is None else self.gate.pace(engine.pace)
@@ -220,11 +227,12 @@ class Site:
         facts: dict[str, Any] = {}
         for client, done, tokens in engine.train(order, cohort, lambda c: down[c.id]):
             fed.store.save_client(client.id, order.round, done.kept)
-            fed.store.sync()
-            fed.store.forget(client.id, accepted[client.id])
             assert done.sent is not None
             parts[client.id] = done.sent.encode()
             facts[client.id] = {"examples": client.examples, "metrics": done.metrics, "tokens": tokens}
+        fed.store.sync()  # once for all, before the server hears of them
+        for client in cohort:
+            fed.store.forget(client.id, accepted[client.id], order.round)
         losses = ", ".join(f"{f['metrics'].get('loss', float('nan')):.3f}" for f in list(facts.values())[:4])
         self.say(f"round {order.round + 1} of {order.rounds}: trained {len(parts)} client(s), loss {losses}")
         return Packet("train", head | {"clients": facts}, parts)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,10 +17,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
+from .. import durable
 from ..errors import ConfigError, DataError, Problem
 
 DAYS = 825  # that browsers and Apple's libraries accept of a certificate
-PRIVATE = 0o600
+PRIVATE, PUBLIC = 0o600, 0o644
 ALLOWED = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
@@ -43,7 +43,7 @@ def make(folder: Path, hosts: Sequence[str], ids: Sequence[str]) -> list[Path]:
     clients.mkdir(parents=True, exist_ok=True)
     ca_key, ca = _authority(folder)
     written = [folder / "ca.pem"]
-    if not (folder / "server.pem").exists():
+    if not ((folder / "server.pem").exists() and (folder / "server.key").exists()):  # a pair, or neither
         key = ec.generate_private_key(ec.SECP384R1())
         names = [_alternative(h) for h in hosts]
         server = (
@@ -53,7 +53,7 @@ def make(folder: Path, hosts: Sequence[str], ids: Sequence[str]) -> list[Path]:
             .sign(ca_key, hashes.SHA384())
         )
         _write(folder / "server.key", _pem(key))
-        (folder / "server.pem").write_bytes(server.public_bytes(serialization.Encoding.PEM))
+        _write(folder / "server.pem", server.public_bytes(serialization.Encoding.PEM), PUBLIC)
     written += [folder / "server.pem", folder / "server.key"]
     for id in ids:
         private, public = clients / f"{id}.key", clients / f"{id}.pub"
@@ -63,8 +63,11 @@ def make(folder: Path, hosts: Sequence[str], ids: Sequence[str]) -> list[Path]:
                 serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
             )
             _write(private, ssh)
-            text = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-            public.write_bytes(text + f" {id}\n".encode())
+        if not public.exists():  # also where a crash came between the two
+            text = private_key(private)[1].public_bytes(
+                serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+            )
+            _write(public, text + f" {id}\n".encode(), PUBLIC)
         written += [private, public]
     return written
 
@@ -93,7 +96,7 @@ def _authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certifica
         .sign(key, hashes.SHA384())
     )
     _write(key_file, _pem(key))
-    cert_file.write_bytes(cert.public_bytes(serialization.Encoding.PEM))
+    _write(cert_file, cert.public_bytes(serialization.Encoding.PEM), PUBLIC)
     return key, cert
 
 
@@ -123,10 +126,12 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def _write(path: Path, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE)
-    with os.fdopen(fd, "wb") as f:
-        f.write(data)
+def _write(path: Path, data: bytes, mode: int = PRIVATE) -> None:
+    """Whole or not at all."""
+    try:
+        durable.write(path, data, mode=mode)
+    except OSError as e:
+        raise DataError(f"{path}: cannot be written: {e.strerror}; give another folder, or free some space") from e
 
 
 def public_keys(folder: Path) -> dict[str, bytes]:

@@ -1,4 +1,8 @@
-"""The C sources as libraries: compiled by the system's compiler when they are first wanted, and kept in the user's cache."""
+"""The C sources as libraries: compiled by the system's compiler when they are first wanted, and kept in the user's cache.
+
+A library is loaded from the cache if it is this user's and whole; else it is compiled anew. Without a cache (cache.py) it is compiled
+for this process alone.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .. import cache as user_cache
 
 
 class Source(NamedTuple):
@@ -36,11 +42,6 @@ FLAGS = ("-O3", "-std=c11", "-fno-strict-aliasing", "-fPIC", "-fopenmp", "-mpref
 SECONDS = 120  # a compiler that takes longer hangs
 
 
-def folder() -> Path:
-    """Where compiled libraries are kept: $XDG_CACHE_HOME/fedlora, by default ~/.cache/fedlora."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedlora"
-
-
 def openmp() -> str | None:
     """The OpenMP library that PyTorch has loaded. A second one would have threads of its own, which wait for the cores of the first."""
     try:
@@ -51,17 +52,24 @@ def openmp() -> str | None:
     return min(found, key=lambda path: ("/torch" not in path, path), default=None)  # other packages may bring their own
 
 
-def _compile(name: Name, compiler: str, threads: str, to: Path) -> None:
-    """Raises OSError or subprocess.SubprocessError."""
-    to.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=to.parent) as work:
-        half, whole = Path(work) / "half.o", Path(work) / to.name
+def _compiled(name: Name, compiler: str, threads: str, place: Path | None, file: str) -> ctypes.CDLL:
+    """The library from its place in the cache, or made there. place: None where nothing is kept.
+
+    Raises OSError or subprocess.SubprocessError.
+    """
+    if place is not None and user_cache.read(place / file) is not None:
+        return ctypes.CDLL(str(place / file))
+    with tempfile.TemporaryDirectory() as work:  # readable by this user alone
+        half, whole = Path(work) / "half.o", Path(work) / file
         for command in (
             [compiler, *FLAGS, *SOURCES[name].flags, "-c", str(_file(name)), "-o", str(half)],
             [compiler, "-shared", str(half), threads, "-lm", "-o", str(whole)],
         ):
             subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
-        whole.replace(to)  # at once: another process may do the same now
+        if place is None:
+            return ctypes.CDLL(str(whole))
+        user_cache.write(place / file, whole.read_bytes())
+    return ctypes.CDLL(str(place / file))
 
 
 def _file(name: Name) -> Path:
@@ -96,16 +104,17 @@ def _loaded(name: Name) -> ctypes.CDLL | str:
             threads,
         )
     )
-    file = folder() / f"{name}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.so"
+    file = f"{name}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.so"
+    short = Path(compiler).name  # this text is read in reports: it names no folders
     try:
-        if not file.exists():
-            _compile(name, compiler, threads, file)
-        return ctypes.CDLL(str(file))
+        return _compiled(name, compiler, threads, user_cache.room("compiled"), file)
     except subprocess.CalledProcessError as e:
         lines = e.stderr.decode(errors="replace").strip().splitlines()
-        return f"{compiler} cannot compile it: {lines[0] if lines else e}"
-    except (OSError, subprocess.SubprocessError) as e:
-        return f"it cannot be compiled and kept in {folder()}: {e}"
+        return f"{short} cannot compile it: {lines[0] if lines else f'exit code {e.returncode}'}"
+    except subprocess.SubprocessError:
+        return f"{short} did not end within {SECONDS} s"
+    except OSError as e:
+        return f"it cannot be kept or loaded: {e.strerror or 'not a library of this system'}"
 
 
 def unavailable(name: Name = "amx") -> str | None:

@@ -55,6 +55,7 @@ class Recipe(BaseModel):
     deployment: Deployment = Deployment()
     run: Run = Run()
     _method: Any = PrivateAttr()
+    _given: Any = PrivateAttr(default=None)  # the recipe as it was written, where its files were found elsewhere
     _guards: Any = PrivateAttr()
 
     def __init__(self, **raw: Any) -> None:
@@ -92,7 +93,14 @@ class Recipe(BaseModel):
 
     def override(self, *sets: str) -> Recipe:
         """This recipe with overrides such as "train.lr=1e-3"."""
-        return self.from_dict(self.model_dump(mode="json", exclude_unset=True), sets)
+        return self.from_dict((self._given or self).model_dump(mode="json", exclude_unset=True), sets)
+
+    def elsewhere(self, places: Mapping[str, Mapping[str, Any]]) -> Recipe:
+        """This recipe with other paths in some fields, {section: {field: path}}; it resolves and hashes as before."""
+        sections = {s: getattr(self, s).model_copy(update=dict(fields)) for s, fields in places.items()}
+        moved = self.model_copy(update=sections)
+        moved._given = self._given or self
+        return moved
 
     def method_object(self) -> Method:
         """The method, with its optimizer and clipping from the section train."""
@@ -106,7 +114,7 @@ class Recipe(BaseModel):
 
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults included, as JSON has it; loads back as the same recipe."""
-        plain = self.model_dump(mode="json") | {"method": hyperparameters.resolved(self._method)}
+        plain = (self._given or self).model_dump(mode="json") | {"method": hyperparameters.resolved(self._method)}
         plain["federation"]["guards"] = guard_list.resolved(self._guards)
         return {key: plain[key] for key in ORDER}
 

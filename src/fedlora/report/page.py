@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -46,7 +47,7 @@ def run_page(run: Records) -> dict[str, Any]:
     s, m = run.summary, figures.words(run.metric)
     done = run.trains[-1].round if run.trains else 0
     model, data = run.recipe.get("model", {}), run.recipe.get("data", {})
-    lead = f"{run.title} on {_source(data)} with {model['name']}" if model else run.title
+    lead = f"{run.title} on {_source(data)} with {_short(model['name'])}" if model else run.title
     lead += f": {len(run.partition.get('ids', []))} clients, {done} rounds."
     tiles: list[Tile] = []
     if s:
@@ -133,7 +134,7 @@ def comparison_page(runs: Sequence[Records], rows: Sequence[Mapping[str, Any]]) 
     blocks += _about(first)
     count = f"{len(groups)} settings, {len(runs)} runs"
     lead = (
-        f"{count} on {_source(first.recipe['data'])} with {first.recipe['model']['name']}."
+        f"{count} on {_source(first.recipe['data'])} with {_short(first.recipe['model']['name'])}."
         if first.recipe
         else f"{count}."
     )
@@ -206,13 +207,26 @@ def _pairs(groups: Mapping[str, Sequence[Records]]) -> Block:
     return Block("Pair by pair", about, table=[head, *body] if body else ())
 
 
+def _shared(x: Any) -> Any:
+    """A recipe without the folders of the machine it ran on: a page is given to others."""
+    if isinstance(x, Mapping):
+        return {k: _shared(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_shared(v) for v in x]
+    return _short(x) if isinstance(x, str) and (x.startswith(("/", "~")) or PureWindowsPath(x).is_absolute()) else x
+
+
+def _short(path: str) -> str:
+    """The last two parts of a path."""
+    return "/".join(path.rstrip("/").replace("\\", "/").split("/")[-2:])
+
+
 def _source(data: Mapping[str, Any]) -> str:
     source = data.get("source", "own data")
     if source == "demo":
         return "the documentation of Python's standard library"
     first = source if isinstance(source, str) else source[0]
-    parts = str(first).rstrip("/").split("/")
-    return "/".join(parts[-2:])
+    return _short(str(first))
 
 
 def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -287,7 +301,7 @@ def _about(run: Records) -> list[Block]:
         f"{e.get('processor', '')}, {e.get('cores', '?')} cores, {e.get('threads', '?')} threads, "
         f"device {e.get('device', '?')}{more}; Python {e.get('python', '?')}, {versions}"
     )
-    recipe = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True) if run.recipe else ""
+    recipe = yaml.safe_dump(_shared(run.recipe), sort_keys=False, allow_unicode=True) if run.recipe else ""
     out = [Block("Machine and versions", where if e else "unknown", wide=True)]
     if recipe:
         out.append(Block("Recipe", f"Hash {run.hash}.", code=recipe, wide=True, folded=True))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .. import sealed
 from ..errors import StateError
 from ..records import EvalLine, Line, Timing, TrainLine, read_lines, read_timings
 
@@ -92,26 +92,16 @@ class Records:
 def records(folder: str | Path) -> Records:
     """Read a run folder. Raises StateError for a folder that holds no run."""
     folder = Path(folder)
-    about = _json(folder / "recipe.json")
+    about = sealed.read(folder / "recipe.json")
     if about is None:
         raise StateError(f"{folder}: no recipe.json, so this is no run folder; give one that `fedlora run` wrote")
     return Records(
         folder=folder,
         recipe=about.get("recipe", {}),
         hash=about.get("hash", ""),
-        environment=_json(folder / "environment.json") or {},
-        partition=_json(folder / "partition.json") or {},
-        summary=_json(folder / "summary.json"),
+        environment=sealed.read(folder / "environment.json") or {},
+        partition=sealed.read(folder / "partition.json") or {},
+        summary=sealed.read(folder / "summary.json"),
         lines=read_lines(folder),
         timings=read_timings(folder),
     )
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    except FileNotFoundError:
-        return None
-    except ValueError as e:
-        raise StateError(f"{path}: cannot be read ({e}); restore it") from e
