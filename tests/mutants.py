@@ -213,7 +213,7 @@ MUTANTS = (
     Mutant("a score may leave its metric's range", "deploy/claims.py", "not low - SLACK <= value <= high + SLACK", "value != value", f"{PACKETS} -k scores_that_cannot"),
     Mutant("one site without a metric takes it from all", "deploy/claims.py", 'if s["n"] and set(s) != usual}', "if False}", f"{PACKETS} -k without_a_metric"),
     Mutant("one upload of 1e30 decides a run", "deploy/claims.py", "if not n <= FAR * usual", "if False", f"{PACKETS} -k 'no_upload or 3e38'"),
-    Mutant("an aggregate that is not finite is committed", "deploy/claims.py", "why = finite_state(new.leaves) or finite_state(", "why = finite_state({}) or finite_state(", f"{PACKETS} -k largest_uploads"),
+    Mutant("an aggregate that is not finite is committed", "deploy/claims.py", "        if why is None:\n            return new", "        if True:\n            return new", f"{PACKETS} -k largest_uploads"),
     Mutant("the smallest upload is blamed", "deploy/claims.py", "largest = max(kept,", "largest = min(kept,", f"{PACKETS} -k 'largest_uploads or norm_bound'"),
     Mutant("a simulation commits what is not finite", "federation.py", "if why := finite_state(new.leaves):", "if why := finite_state({}):", f"{PACKETS} -k never_committed"),
     Mutant("an error nobody thought of ends a site", "deploy/site.py", "except Exception as e:  # whatever it is", "except FedloraError as e:  # whatever it is", f"{PACKETS} -k no_leaves"),
