@@ -172,3 +172,15 @@ def test_a_handshake_that_does_not_end_is_ended(tmp_path: Any, monkeypatch: pyte
     finally:
         server.should_exit = server.force_exit = True
         thread.join(30)
+
+
+def test_the_servers_own_door_is_not_limited() -> None:
+    """The rounds reach SuperLink by a second socket, on the loopback."""
+    say = door.Seldom(lambda text: None)
+    sock = superlink._bound("127.0.0.1", 0)
+    server, thread = superlink._serve(superlink.guarded(app, superlink.FLEET, None, say), sock, say, lifespan="off")
+    try:
+        assert post(sock.getsockname()[1], b"hello").endswith(b"hello")
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(30)

@@ -69,16 +69,21 @@ class _Guest(socket.socket):
 
 
 class Door(socket.socket):
-    """A listening socket that holds at most `most` connections, and `each` of one address; further ones are closed at once."""
+    """A listening socket. Once limited it holds at most `most` connections, and `each` of one address; further ones are closed
+    at once."""
+
+    limited = False
 
     def limit(self, most: int, each: int, say: Seldom) -> Door:
-        self.most, self.each, self.say = most, each, say
+        self.most, self.each, self.say, self.limited = most, each, say, True
         self.inside: Counter[str] = Counter()
         self._count = threading.Lock()
         return self
 
     def accept(self) -> tuple[socket.socket, Any]:
         plain, address = super().accept()
+        if not self.limited:
+            return plain, address
         guest = _Guest(plain.family, plain.type, plain.proto, fileno=plain.detach())
         who = str(address[0])
         with self._count:

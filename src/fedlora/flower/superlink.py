@@ -78,7 +78,7 @@ class SuperLink:
         try:
             inner = guarded(app, RUNTIME, None, Seldom(lambda text: None))
             outer = guarded(app, FLEET, self.limit, self.say)
-            self._servers.append(_serve(inner, private, None, lifespan="on"))
+            self._servers.append(_serve(inner, private, self.say, lifespan="on"))
             self._servers.append(_serve(outer, public, self.say, lifespan="off", http=Patient, **tls))
         except BaseException:
             self._close()
@@ -185,7 +185,7 @@ def _bound(host: str, port: int) -> Door:
 
 
 def _serve(
-    app: Any, sock: socket.socket, say: Seldom | None, **options: Any
+    app: Any, sock: socket.socket, say: Seldom, **options: Any
 ) -> tuple[uvicorn.Server, threading.Thread]:
     """A uvicorn server in a thread, once it listens. Raises StateError."""
     try:
