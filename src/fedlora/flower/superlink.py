@@ -184,9 +184,7 @@ def _bound(host: str, port: int) -> Door:
         ) from e
 
 
-def _serve(
-    app: Any, sock: socket.socket, say: Seldom, **options: Any
-) -> tuple[uvicorn.Server, threading.Thread]:
+def _serve(app: Any, sock: socket.socket, say: Seldom, **options: Any) -> tuple[uvicorn.Server, threading.Thread]:
     """A uvicorn server in a thread, once it listens. Raises StateError."""
     try:
         server = Quiet(
