@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import adapters
-from fedlora.guards import GUARDS
+from fedlora.federation.guards import GUARDS
 from fedlora.methods import METHODS
 from fedlora.recipe.core import defaults, meaning
 from fedlora.recipe.hyperparameters import UNTYPED, all_fields, default, own_fields

@@ -107,17 +107,17 @@ def compare(output: Path) -> tuple[list[float], list[float], float]:
     """Losses by hand, losses with fedlora, and the largest difference between the trained leaves of the two."""
     data, base = some_data(), small_base()
     federation, losses = with_fedlora(copy.deepcopy(base), data, output)
-    start = federation.method.init(federation.scene).params  # A is drawn from the seed, B and the head's change are 0
-    leaves, mine = by_hand(base, data, {k.site: v for k, v in start.items() if k.part == "A"})
+    start = federation.method.init(federation.context).params  # A is drawn from the seed, B and the head's change are 0
+    leaves, mine = by_hand(base, data, {k.layer: v for k, v in start.items() if k.part == "A"})
     _, params, _ = federation.store.load_server()
     furthest = 0.0
     for key, value in params.items():
         if key.adapter == "head":  # fedlora keeps the head as a change of the base's head
-            theirs = leaves[f"{key.site}.modules_to_save.default.{key.part}"] - base.get_parameter(
-                f"{key.site}.{key.part}"
+            theirs = leaves[f"{key.layer}.modules_to_save.default.{key.part}"] - base.get_parameter(
+                f"{key.layer}.{key.part}"
             )
         else:
-            theirs = leaves[f"{key.site}.lora_{key.part}.default.weight"]
+            theirs = leaves[f"{key.layer}.lora_{key.part}.default.weight"]
         furthest = max(furthest, (value - theirs.detach()).abs().max().item())
     return mine, losses, furthest
 

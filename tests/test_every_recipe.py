@@ -16,13 +16,13 @@ import pytest
 import torch
 
 import fedlora as fl
-from fedlora.build import federation
 from fedlora.errors import ModelError
+from fedlora.federation.callbacks import Callback
 from fedlora.recipe import Recipe, expand
+from fedlora.recipe.build import federation
 from fedlora.recipe.reading import read
 from fedlora.recipe.shipped import FOLDER
 from fedlora.tree import stack
-from fedlora.watch import Watch
 
 SHORT = ["federation.rounds=3", "train.steps=1", "train.batch_size=4", "evaluation.every=3", "data.limit=400"]
 NO_FACTORS = {"sft", "fft", "bitfit", "houlsby", "pfeiffer"}  # nothing that PEFT's LoRA could hold
@@ -40,7 +40,7 @@ def recipe_of(which: tuple[str, int], shared: Path) -> Recipe:
     return Recipe.from_dict(where)
 
 
-class Crash(Watch):
+class Crash(Callback):
     def round_start(self, round: int, clients: int) -> None:
         if round == 3:
             raise KeyboardInterrupt

@@ -14,26 +14,26 @@ import pytest
 import tiny
 import torch
 
-from fedlora import views
-from fedlora.data.batches import Plan
+from fedlora.data.batches import LocalWork
 from fedlora.data.federated import from_arrays
-from fedlora.engine import Schedule, train_block
 from fedlora.errors import TrainingError
-from fedlora.method import Order, Server
+from fedlora.federation import views
+from fedlora.federation.callbacks import Callback
+from fedlora.federation.engine import Schedule, train_block
+from fedlora.federation.setting import Evaluation, Sampling
+from fedlora.federation.views import scores, served, whole
 from fedlora.methods import METHODS
-from fedlora.optim import SGD, AdamW
-from fedlora.serving import deltas_of
-from fedlora.setting import Evaluation, Sampling
+from fedlora.methods.contract import RoundInfo, ServerState
+from fedlora.serving.export import deltas_of
+from fedlora.training.optimizers import SGD, AdamW
 from fedlora.tree import Key, Params
-from fedlora.views import scores, served, whole
-from fedlora.watch import Watch
 
 
-def after(f: Any) -> Server:
+def after(f: Any) -> ServerState:
     """The server of the last committed round."""
     loaded = f.store.load_server()
     assert loaded is not None
-    return Server.restored(*loaded)
+    return ServerState.restored(*loaded)
 
 
 # heads --------------------------------------------------------------------------------------------------------------
@@ -43,14 +43,14 @@ def test_what_was_trained_is_what_is_served(name: str, head: Any, tmp_path: Path
     """The loss that a client's served model has on its training rows is the one that training ended with, not that of a
     head that nobody trained."""
     m = METHODS[name](rank=4, head=head, optimizer=AdamW(2e-2))
-    f = tiny.federation(m, tmp_path, sampling=Sampling(rounds=4), plan=Plan(8, None, 8))
-    engine, everybody = f.engine(Watch()), [0, 1, 2, 3]
+    f = tiny.federation(m, tmp_path, sampling=Sampling(rounds=4), plan=LocalWork(8, None, 8))
+    engine, everybody = f.engine(Callback()), [0, 1, 2, 3]
 
-    def loss(server: Server) -> float:
+    def loss(server: ServerState) -> float:
         found = scores(f, served(f, engine, server, everybody, "personal"), everybody, "train", 4)
         return sum(s["loss"] * s["n"] for s in found.values()) / sum(s["n"] for s in found.values())
 
-    before = loss(m.init(f.scene))
+    before = loss(m.init(f.context))
     f.run()
     text = (f.store.root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     trained = [x["loss"] for x in map(json.loads, text) if x["kind"] == "train"]
@@ -60,11 +60,11 @@ def test_what_was_trained_is_what_is_served(name: str, head: Any, tmp_path: Path
 
 # global models ------------------------------------------------------------------------------------------------------
 def products(p: Params, adapters: set[str]) -> dict[str, torch.Tensor]:
-    """site -> B A, float64, summed over adapters."""
+    """layer -> B A, float64, summed over adapters."""
     out: dict[str, torch.Tensor] = {}
     for k, a in p.items():
         if k.part == "A" and k.adapter in adapters:
-            out[k.site] = out.get(k.site, 0) + p[k._replace(part="B")].double() @ a.double()  # type: ignore[assignment]
+            out[k.layer] = out.get(k.layer, 0) + p[k._replace(part="B")].double() @ a.double()  # type: ignore[assignment]
     return out
 
 
@@ -77,9 +77,9 @@ def test_the_global_model_is_not_cut_to_a_clients_rank(name: str, tmp_path: Path
     server = after(f)
     label = "common" if name == "pf2hetlora" else "lora"
     got = products(deltas_of(f, None), {label})
-    for site, want in products(server.params, {label}).items():
+    for layer, want in products(server.params, {label}).items():
         assert torch.linalg.matrix_rank(want) > 3
-        torch.testing.assert_close(got[site], want * 12 / 8, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got[layer], want * 12 / 8, rtol=1e-5, atol=1e-6)
 
 
 def test_the_global_and_an_unseen_model_have_the_global_adapter_whole(tmp_path: Path) -> None:
@@ -87,25 +87,25 @@ def test_the_global_and_an_unseen_model_have_the_global_adapter_whole(tmp_path: 
     m = METHODS["feddpa-t"](rank=4, mix=0.25, optimizer=AdamW(2e-2))
     f = tiny.federation(m, tmp_path, data=tiny.data(unseen=1), sampling=Sampling(rounds=2))
     f.run()
-    server, engine = after(f), f.engine(Watch())
-    want = {site: 4.0 * v for site, v in products(server.params, {"global"}).items()}  # s = alpha / r = 16 / 4
+    server, engine = after(f), f.engine(Callback())
+    want = {layer: 4.0 * v for layer, v in products(server.params, {"global"}).items()}  # s = alpha / r = 16 / 4
     for found in (
         served(f, engine, server, [0], "global")[0],
         served(f, engine, server, [3], "unseen")[0],
         whole(f, engine, server),
     ):
-        for site, v in products(found, {"global"}).items():
-            torch.testing.assert_close(v, want[site], rtol=1e-5, atol=1e-7)
+        for layer, v in products(found, {"global"}).items():
+            torch.testing.assert_close(v, want[layer], rtol=1e-5, atol=1e-7)
     mixed = served(f, engine, server, [0], "personal")[0]
-    for site, v in products(mixed, {"global"}).items():
-        torch.testing.assert_close(v, 0.75 * want[site], rtol=1e-5, atol=1e-7)
+    for layer, v in products(mixed, {"global"}).items():
+        torch.testing.assert_close(v, 0.75 * want[layer], rtol=1e-5, atol=1e-7)
 
 
 # stages -------------------------------------------------------------------------------------------------------------
 def test_a_second_stage_counts_its_own_steps(tmp_path: Path) -> None:
     """AdamW's bias correction is of the moments that there are: those of the mask end with it."""
     m = METHODS["slora"](rank=4, density=0.2, sparse_rounds=2, moments="keep", optimizer=AdamW(1e-2))
-    f = tiny.federation(m, tmp_path, sampling=Sampling(rounds=3), plan=Plan(5, None, 4))
+    f = tiny.federation(m, tmp_path, sampling=Sampling(rounds=3), plan=LocalWork(5, None, 4))
     f.run()
     for id in f.data.ids:
         kept = f.store.load_client(id, 3)
@@ -119,7 +119,7 @@ def test_a_stage_takes_the_rows_that_its_method_takes(tmp_path: Path) -> None:
 
     def tokens(name: str, **options: Any) -> list[int]:
         m = METHODS[name](rank=4, density=0.2, optimizer=AdamW(1e-2), **options)
-        f = tiny.federation(m, tmp_path / name, plan=Plan(None, 1.0, 4), sampling=Sampling(rounds=2))
+        f = tiny.federation(m, tmp_path / name, plan=LocalWork(None, 1.0, 4), sampling=Sampling(rounds=2))
         f.run()
         lines = (f.store.root / "timings.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(x)["tokens"] for x in lines]
@@ -142,7 +142,7 @@ def test_a_pruned_rank_is_the_floor_in_exact_arithmetic(gamma: float) -> None:
 def test_a_client_whose_kept_leaves_are_no_numbers_is_refused(name: str, tmp_path: Path) -> None:
     """Also where its upload is fine, or where it uploads nothing; its last good leaves stay."""
     m = METHODS[name](rank=4, head="personal", optimizer=SGD(1e37))
-    f = tiny.federation(m, tmp_path, sampling=Sampling(rounds=2), plan=Plan(3, None, 4))
+    f = tiny.federation(m, tmp_path, sampling=Sampling(rounds=2), plan=LocalWork(3, None, 4))
     with pytest.raises(TrainingError, match="non-finite"):
         f.run()
     assert all(f.store.load_client(id, 9) is None for id in f.data.ids)
@@ -151,10 +151,10 @@ def test_a_client_whose_kept_leaves_are_no_numbers_is_refused(name: str, tmp_pat
 def test_clipping_reaches_the_lower_step(tmp_path: Path) -> None:
     """One step of PF2LoRA moves a client's own adapter by at most a times the bound."""
     m = METHODS["pf2lora"](rank=4, lr_personal=0.5, clip=1e-3, optimizer=SGD(0.0))
-    f = tiny.federation(m, tmp_path, plan=Plan(1, None, 8))
-    client, order = f.client(3), Order(0, 1)
-    down, kept = m.broadcast(f.scene, m.init(f.scene), client), m.keep(f.scene, client)
-    [done] = train_block(m, f.scene, f.loss, order, [down], [kept], [f.batches(client, order, m.draws)], Schedule())
+    f = tiny.federation(m, tmp_path, plan=LocalWork(1, None, 8))
+    client, info = f.client(3), RoundInfo(0, 1)
+    down, kept = m.broadcast(f.context, m.init(f.context), client), m.keep(f.context, client)
+    [done] = train_block(m, f.context, f.loss, info, [down], [kept], [f.batches(client, info, m.draws)], Schedule())
     moved = torch.stack([(done.kept[k] - v).norm() for k, v in kept.items() if k.adapter == "personal"]).norm()
     assert 0 < float(moved) <= 0.5 * 1e-3 * (1 + 1e-4)
 
@@ -201,7 +201,7 @@ def test_evaluation_holds_a_block_of_models_and_only_of_clients_with_rows(
     monkeypatch.setattr(
         views, "served", lambda f, e, s, clients, view: asked.append(list(clients)) or real(f, e, s, clients, view)
     )
-    lines = views.evaluate(f, f.engine(Watch()), f.method.init(f.scene))
+    lines = views.evaluate(f, f.engine(Callback()), f.method.init(f.context))
     assert max(map(len, asked)) <= 3
     assert {k for part in asked for k in part} == {1, 3, 5, 7, 9, 11}
     assert all(set(x.clients) == {f"c{k}" for k in (1, 3, 5, 7, 9, 11)} for x in lines)  # type: ignore[attr-defined]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from fedlora.metrics import Predictions, Scores, summary
-from fedlora.tasks import TASKS
+from fedlora.training.metrics import Predictions, Scores, summary
+from fedlora.training.tasks import TASKS
 
 better = TASKS["classification"].better
 

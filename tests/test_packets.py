@@ -20,7 +20,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_deploy import A_SITE, METHOD, RECIPE, Loop, server, sites
 
-from fedlora import wire
 from fedlora.deploy import claims, schema
 from fedlora.deploy.attendance import Attendance
 from fedlora.deploy.packets import PROTOCOL, Packet, order_of, reply_of
@@ -28,13 +27,14 @@ from fedlora.deploy.refusal import REASONS, told
 from fedlora.deploy.remote import Remote, Terms
 from fedlora.deploy.schema import PacketError
 from fedlora.deploy.site import Site
-from fedlora.engine import RoundLog
 from fedlora.errors import TrainingError, UploadError
-from fedlora.federation import Federation
-from fedlora.method import Client, Server, Upload
-from fedlora.setting import Sampling
+from fedlora.federation import wire
+from fedlora.federation.callbacks import Callback
+from fedlora.federation.engine import RoundLog
+from fedlora.federation.run import Federation
+from fedlora.federation.setting import Sampling
+from fedlora.methods.contract import Client, ServerState, Upload
 from fedlora.tree import Key, Params
-from fedlora.watch import Watch
 
 NESTED: Any = None
 for _ in range(1000):
@@ -94,14 +94,14 @@ class Stage:
         self.fed: Federation = server(METHOD, folder / "there", self.link, sampling=Sampling(rounds=3))
         self.fed.store.root.mkdir(parents=True, exist_ok=True)
         terms = Terms(clients=4, poll=0.0, pause=0.0)
-        self.remote = Remote(self.fed, Watch(), self.link, terms, RECIPE, self.heard.append)
-        self.start = METHOD.init(self.fed.scene)
+        self.remote = Remote(self.fed, Callback(), self.link, terms, RECIPE, self.heard.append)
+        self.start = METHOD.init(self.fed.context)
         self.whole, _ = self.train()
         self.lines = self.remote.evaluate(self.start)
         self.link.lie = lambda reply: "no reply"
         self.without, _ = self.train()  # the oracle: what the server has without the liar
 
-    def train(self) -> tuple[Server, RoundLog]:
+    def train(self) -> tuple[ServerState, RoundLog]:
         cohort = [self.fed.client(k) for k in range(4)]
         return self.remote.round(self.start, 3, cohort, lambda u: None)
 
@@ -270,8 +270,8 @@ def uploads(*values: float) -> list[Upload]:
     return [Upload(Client(f"c{i}", 1), {A_SITE: torch.full((2, 2), v)}) for i, v in enumerate(values)]
 
 
-def summed(us: Any) -> Server:
-    return Server(1, {A_SITE: torch.stack([u.params[A_SITE] for u in us]).sum(0)})
+def summed(us: Any) -> ServerState:
+    return ServerState(1, {A_SITE: torch.stack([u.params[A_SITE] for u in us]).sum(0)})
 
 
 def test_the_largest_uploads_are_left_out_until_the_aggregate_is_finite() -> None:
@@ -289,7 +289,7 @@ def test_an_aggregate_keeps_to_the_norm_bound() -> None:
 
 
 def test_what_cannot_be_aggregated_is_no_end() -> None:
-    def failing(us: Any) -> Server:
+    def failing(us: Any) -> ServerState:
         if any(float(u.params[A_SITE].max()) > 10 for u in us):
             raise torch.linalg.LinAlgError("the algorithm failed to converge")
         return summed(us)
@@ -352,8 +352,8 @@ def test_a_state_that_is_not_finite_is_never_committed(tmp_path: Path, monkeypat
     fed = tiny.federation(METHOD, tmp_path, block=1, sampling=Sampling(rounds=3))
     original = type(METHOD).aggregate
 
-    def broken(self: Any, scene: Any, s: Server, us: Any) -> Server:
-        new = original(self, scene, s, us)
+    def broken(self: Any, context: Any, s: ServerState, us: Any) -> ServerState:
+        new = original(self, context, s, us)
         return replace(new, params={k: v * math.inf for k, v in new.params.items()}) if s.round == 1 else new
 
     monkeypatch.setattr(type(METHOD), "aggregate", broken)
@@ -422,7 +422,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 def orders() -> dict[str, Packet]:
     fed = tiny.federation(METHOD, "nowhere")
     head = {"run": "run-1", "protocol": PROTOCOL, "recipe": RECIPE, "round": 0}
-    part = wire.encode(METHOD.broadcast(fed.scene, METHOD.init(fed.scene), Client("c0", 1)), {"round": 0, "rounds": 3})
+    part = wire.encode(
+        METHOD.broadcast(fed.context, METHOD.init(fed.context), Client("c0", 1)), {"round": 0, "rounds": 3}
+    )
     work = {**head, "rounds": 3, "clients": {"c0": None}}
     return {
         "join": Packet("join", {**head, "histograms": True}), "train": Packet("train", work, {"": part}),

@@ -16,7 +16,7 @@ import tiny
 import torch
 from cli import model_folder, rows, write_csv
 
-from fedlora import wire
+from fedlora.checkpoints.pretrained import fingerprint, load
 from fedlora.cli import main
 from fedlora.data import template
 from fedlora.deploy import gate as gates
@@ -29,9 +29,9 @@ from fedlora.deploy.policy import METHODS, Policy
 from fedlora.deploy.refusal import REASONS, Refusal, heard, told
 from fedlora.deploy.site import Holding, Site, guarded
 from fedlora.errors import ConfigError, printable
-from fedlora.method import Client
+from fedlora.federation import wire
 from fedlora.methods import METHODS as ALL
-from fedlora.pretrained import fingerprint, load
+from fedlora.methods.contract import Client
 from fedlora.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -389,7 +389,7 @@ def order(s: Site, kind: Any, given: Mapping[str, Any], home: Path, tmp_path: Pa
         tmp_path / "server",
         lambda: None,  # type: ignore[arg-type, return-value]
     )
-    params = server.method.broadcast(server.scene, server.method.init(server.scene), Client("a", 1))
+    params = server.method.broadcast(server.context, server.method.init(server.context), Client("a", 1))
     facts = {"round": round, "rounds": given["federation"]["rounds"]}
     return s.answer(Packet(kind, packet(given, kind, round=round).header, {EVERYBODY: wire.encode(params, facts)}))
 

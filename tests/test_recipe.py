@@ -18,10 +18,10 @@ from pydantic import ValidationError
 from fedlora import methods
 from fedlora.errors import ConfigError, DataError, ModelError, Problem
 from fedlora.methods import METHODS
-from fedlora.optim import SGD, AdamW
 from fedlora.recipe import Recipe, Train, expand, expand_dict, folders, schema
 from fedlora.recipe.reading import parse
 from fedlora.recipe.sections import SECTIONS
+from fedlora.training.optimizers import SGD, AdamW
 
 TEXT = {"data": {"source": "a.csv", "text": "sentence", "label": "label"}, "method": {"name": "fedsa"}}
 

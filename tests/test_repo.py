@@ -270,7 +270,7 @@ def asks_for_a_task(code: str) -> list[int]:
     """Lines that ask which task it is: a comparison, a case or a key with a task's name, or isinstance of a task's class."""
     import ast
 
-    from fedlora.tasks import NAMES, TASKS
+    from fedlora.training.tasks import NAMES, TASKS
 
     classes = {c.__name__ for c in TASKS.values()}
     named = lambda node: [n for n in ast.walk(node) if isinstance(n, ast.Constant) and n.value in NAMES]  # noqa: E731

@@ -17,9 +17,9 @@ from fedlora.cli.progress import Bars, Log
 from fedlora.cli.tables import status
 from fedlora.deploy.site import Holding
 from fedlora.errors import ConfigError
+from fedlora.federation.records import EvalLine, TrainLine
 from fedlora.flower.keys import DAYS
 from fedlora.recipe import Recipe
-from fedlora.records import EvalLine, TrainLine
 
 
 def trained(round: int, refused: dict[str, str]) -> TrainLine:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedlora import wire
 from fedlora.errors import UploadError
+from fedlora.federation import wire
 from fedlora.seeds import rng
 from fedlora.tree import Key, Params
 
@@ -145,7 +145,7 @@ def test_no_rank_is_below_one() -> None:
 
 
 def test_stated_norms_can_be_norms() -> None:
-    """Not negative, and over the whole model what they are over its sites together."""
+    """Not negative, and over the whole model what they are over its layers together."""
 
     def stating(**norms: float) -> Params:
         return {Key("lora", "" if s == "whole" else s, "norm"): torch.tensor(v) for s, v in norms.items()}

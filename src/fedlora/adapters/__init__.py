@@ -84,7 +84,7 @@ def at_layers(p: Params) -> dict[str, dict[str, dict[str, Tensor]]]:
     out: dict[str, dict[str, dict[str, Tensor]]] = {}
     for k, v in p.items():
         if k.part in PARTS:
-            out.setdefault(k.site, {}).setdefault(k.adapter, {})[k.part] = v
+            out.setdefault(k.layer, {}).setdefault(k.adapter, {})[k.part] = v
     return out
 
 

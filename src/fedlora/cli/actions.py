@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import DataError, StateError
-from ..watch import Several, Watch
+from ..federation.callbacks import Callback, Several
 from . import tables
 from .interrupts import Interrupted, Pressed
 from .progress import Bars, JsonLines
 
 if TYPE_CHECKING:
-    from ..federation import Federation
+    from ..federation.run import Federation
     from ..recipe import Recipe
 
 DEPLOYMENT = "deployment.json"  # this file stands in the run folder of a server whose clients are at sites
@@ -35,11 +35,11 @@ def _console(quiet: bool, json: bool) -> Console:
 
 
 @contextlib.contextmanager
-def _watch(metric: str, quiet: bool, json: bool) -> Iterator[Watch]:
+def _watch(metric: str, quiet: bool, json: bool) -> Iterator[Callback]:
     if json:
         yield JsonLines()
     elif quiet:
-        yield Watch()
+        yield Callback()
     else:
         with Bars(err, metric) as bars:
             yield bars
@@ -47,7 +47,7 @@ def _watch(metric: str, quiet: bool, json: bool) -> Iterator[Watch]:
 
 def _build(recipe: Recipe, output: Path | None, console: Console) -> Federation:
     with console.status(f"loading {recipe.model.name} and {recipe.data.source}"):
-        from ..build import federation
+        from ..recipe.build import federation
 
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -60,7 +60,7 @@ def _build(recipe: Recipe, output: Path | None, console: Console) -> Federation:
 
 def _execute(recipe: Recipe, output: Path | None, quiet: bool, json: bool) -> Path:
     """Run one recipe to its end; returns its folder."""
-    from ..tasks import TASKS
+    from ..training.tasks import TASKS
 
     fed = _build(recipe, output, _console(quiet, json))
     try:
@@ -115,7 +115,7 @@ def resume(folder: Path, quiet: bool, json: bool) -> None:
 
 def recipe_of(folder: Path) -> Recipe:
     """The recipe stored with a run, its files found again."""
-    from .. import places
+    from ..recipe import places
 
     return places.located(places.recipe_in(folder), folder)
 
@@ -131,8 +131,8 @@ def opened(folder: Path) -> tuple[Recipe, Federation]:
 
 
 def check(recipe: Path, sets: Sequence[str], json: bool) -> None:
+    from ..federation.summary import plan
     from ..recipe import expand
-    from ..summary import plan
 
     for r in expand(recipe, list(sets)):
         fed = _build(r, Path("unused"), _console(False, json))
@@ -144,8 +144,8 @@ def check(recipe: Path, sets: Sequence[str], json: bool) -> None:
 
 
 def report(folder: Path, output: Path | None) -> None:
-    from .. import places
     from .. import report as pages
+    from ..recipe import places
 
     places.recipe_in(folder)
     out.print(f"report: {pages.write_run(folder, output)}", soft_wrap=True, highlight=False)
@@ -190,7 +190,7 @@ def compare(folders: Sequence[Path], output: Path | None, json: bool) -> None:
 
 
 def export(folder: Path, output: Path, clients: Sequence[str], all_clients: bool, merged: bool) -> None:
-    from ..serving import export_models
+    from ..serving.export import export_models
 
     recipe, fed = opened(folder)
     chosen = list(fed.data.ids[: fed.training]) if all_clients else list(clients)
@@ -203,9 +203,9 @@ def export(folder: Path, output: Path, clients: Sequence[str], all_clients: bool
 def predict(
     folder: Path, texts: Sequence[str], client: str | None, file: Path | None, new_tokens: int, json: bool
 ) -> None:
-    from ..build import tokenizer_of
-    from ..predict import predict_texts
-    from ..serving import deltas_of
+    from ..recipe.build import tokenizer_of
+    from ..serving.export import deltas_of
+    from ..serving.predict import predict_texts
 
     lines = list(texts)
     if file is not None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..tasks import NAMES
+from ..training.tasks import NAMES
 
 app = typer.Typer(
     name="fedlora",

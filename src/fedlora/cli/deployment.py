@@ -13,8 +13,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import ConfigError, FedloraError, Problem, StateError, printable
-from ..records import TrainLine, read_lines
-from ..watch import Several
+from ..federation.callbacks import Several
+from ..federation.records import TrainLine, read_lines
 from . import tables
 from .actions import _report, _watch, err, out
 from .interrupts import Interrupted, Pressed
@@ -61,7 +61,7 @@ def server(
     clients_keys: Path | None, insecure: bool, quiet: bool, json: bool,
 ) -> None:  # fmt: skip
     from ..deploy.coordinator import check
-    from ..tasks import TASKS
+    from ..training.tasks import TASKS
 
     with _flower():
         from ..flower import server as flower
@@ -106,7 +106,7 @@ def try_out(
     recipe: Path, clients: int | None, sets: Sequence[str], output: Path | None, quiet: bool, json: bool
 ) -> None:
     from ..deploy.coordinator import check
-    from ..tasks import TASKS
+    from ..training.tasks import TASKS
 
     with _flower():
         from ..flower import trial
@@ -259,7 +259,7 @@ def status(folder: Path, watch: bool, json: bool) -> None:
 
 def _status(folder: Path) -> dict[str, Any]:
     """status.json with what the run's records add. Raises StateError."""
-    from .. import sealed
+    from ..files import sealed
 
     found = sealed.read(folder / "status.json")
     if found is None:

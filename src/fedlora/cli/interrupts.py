@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FedloraError
-from ..watch import Watch
+from ..federation.callbacks import Callback
 
 
-class Pressed(Watch):
+class Pressed(Callback):
     """Raises KeyboardInterrupt on either signal, and remembers the signal in `stop`.
 
     A library may swallow the exception in a callback of its own. The run then still ends at the next round.

@@ -46,7 +46,7 @@ def copy_recipe(name: str) -> None:
 
 
 def _task(task: str) -> str:
-    from ..tasks import NAMES
+    from ..training.tasks import NAMES
 
     if task not in NAMES:
         raise ConfigError([Problem("--task", task, f"one of {', '.join(NAMES)}", near(task, NAMES))])
@@ -56,7 +56,7 @@ def _task(task: str) -> str:
 def cost(model: str, task: str, json: bool) -> None:
     from dataclasses import asdict
 
-    from ..cost import costs
+    from ..bench.cost import costs
 
     kind = _task(task)
     with err.status("measuring") as status:
@@ -71,7 +71,7 @@ def example(output: Path, rounds: int, seed: int, json: bool) -> None:
     from dataclasses import asdict
 
     from .. import report as pages
-    from ..examples import courses
+    from ..bench.examples import courses
 
     with err.status("training") as status:
         found = courses(seed, rounds, on=lambda label: status.update(f"training {label}"))
@@ -105,8 +105,8 @@ def bench(
     from ..bench.run import environment, flops_per_token, measure
     from ..bench.run import report as of
     from ..bench.work import REGIMES, USUAL, Work
-    from ..build import device_of
     from ..methods import METHODS
+    from ..recipe.build import device_of
 
     kind = _task(task)
     odd: list[Problem] = []

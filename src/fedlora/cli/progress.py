@@ -20,12 +20,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..records import EvalLine, Line, TrainLine
+from ..federation.callbacks import Callback
+from ..federation.records import EvalLine, Line, TrainLine
 from ..units import size
-from ..watch import Watch
 
 
-class JsonLines(Watch):
+class JsonLines(Callback):
     """Every record as one JSON object a line on standard output."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ def now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
-class Log(Watch):
+class Log(Callback):
     """A line a round, with the time, for a log that is not a terminal."""
 
     def __init__(self, say: Callable[[str], None], metric: str):
@@ -94,7 +94,7 @@ class Log(Watch):
         self.say("all rounds are done")
 
 
-class Bars(Watch):
+class Bars(Callback):
     """Two bars, rounds and clients, with loss, metric, bytes and time left."""
 
     def __init__(self, console: Console, metric: str):

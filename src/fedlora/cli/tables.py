@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .. import sealed
 from ..errors import printable
+from ..files import sealed
 from ..units import NOTHING, count, number, seconds, size
 
 if TYPE_CHECKING:
-    from ..cost import Cost
-    from ..examples import Course
+    from ..bench.cost import Cost
+    from ..bench.examples import Course
     from ..recipe import Recipe
     from ..recipe.shipped import Shipped
 

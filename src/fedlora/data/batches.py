@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, Problem
-from ..model import Batch
+from ..model.adapted import Batch
 from ..seeds import np_rng, number
 from .federated import FederatedData
 
 
 @dataclass(frozen=True)
-class Plan:
+class LocalWork:
     """Local work of one client in one round: `steps` optimizer steps, or `epochs` passes over its rows."""
 
     steps: int | None = 10
@@ -64,7 +64,7 @@ def batch_of(data: FederatedData, owners: np.ndarray, rows: np.ndarray) -> Batch
     return batch
 
 
-def train_batches(data: FederatedData, client: int | None, plan: Plan, draws: int, *path: object) -> list[Batch]:
+def train_batches(data: FederatedData, client: int | None, plan: LocalWork, draws: int, *path: object) -> list[Batch]:
     """The minibatches of one client for one round, `draws` a step; client None is everybody's data pooled.
 
     The path ends with the client's id. Each row has the seed of its dropout masks.

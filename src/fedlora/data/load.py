@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .. import cache as user_cache
 from ..errors import DataError
+from ..files import cache as user_cache
 from . import encode, template
 from .columns import codes, column, full, strings
 from .encode import Encoded

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import TrainingError, UploadError
-from ..method import Method, Server, Upload
-from ..metrics import RANGE, Scores
+from ..federation.wire import finite_state, magnitude
+from ..methods.contract import Method, ServerState, Upload
+from ..training.metrics import RANGE, Scores
 from ..tree import Params, select
-from ..wire import finite_state, magnitude
 from .schema import LARGEST, PacketError, parsed, shown
 from .schema import Scores as Claimed
 
@@ -41,15 +41,18 @@ def distant(uploads: Sequence[Upload], sent: Params) -> dict[str, str]:
     }
 
 
-def bound(norm_bound: float | None, server: Server, uploads: Sequence[Upload]) -> float | None:
+def bound(norm_bound: float | None, server: ServerState, uploads: Sequence[Upload]) -> float | None:
     """The largest norm that the aggregate of uploads within `norm_bound` can have; a component that nobody uploads keeps the
     server's value."""
     return None if norm_bound is None else 2 * max(norm_bound, magnitude(_uploaded(server.params, uploads)))
 
 
 def aggregated(
-    aggregate: Callable[[Sequence[Upload]], Server], uploads: Sequence[Upload], least: int, most: float | None = None
-) -> tuple[Server, list[Upload], dict[str, str]]:
+    aggregate: Callable[[Sequence[Upload]], ServerState],
+    uploads: Sequence[Upload],
+    least: int,
+    most: float | None = None,
+) -> tuple[ServerState, list[Upload], dict[str, str]]:
     """The next server, the uploads it is made of, and client id -> why its upload was left out.
 
     Where the aggregate may not be committed, the upload of the largest norm is left out and the rest are aggregated again.

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import wire
 from ..errors import ConfigError, printable
-from ..federation import Federation
-from ..memory import client_bytes
+from ..federation import wire
+from ..federation.memory import client_bytes
+from ..federation.run import Federation
 from ..methods.facts import leaves
 from ..recipe import Recipe
 from ..units import size

@@ -10,8 +10,8 @@ import errno
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..engine import out_of_memory
 from ..errors import ConfigError, DataError, FedloraError, ModelError, StateError, TrainingError, UploadError, printable
+from ..federation.engine import out_of_memory
 from ..recipe.hyperparameters import own_fields, table
 from ..recipe.sections import SECTIONS
 

@@ -13,18 +13,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .. import wire
-from ..channel import Declared, Sent
+from ..checkpoints.pretrained import fingerprint
 from ..data.federated import roster
-from ..engine import RoundLog, enough, in_order
 from ..errors import TrainingError, UploadError
-from ..federation import Federation
-from ..method import Client, Order, Server, Upload
-from ..pretrained import fingerprint
-from ..records import EvalLine, Line
+from ..federation import wire
+from ..federation.callbacks import Callback
+from ..federation.channel import Declared, Sent
+from ..federation.engine import RoundLog, enough, in_order
+from ..federation.records import EvalLine, Line
+from ..federation.run import Federation
+from ..federation.views import scored
+from ..methods.contract import Client, RoundInfo, ServerState, Upload
 from ..tree import Params
-from ..views import scored
-from ..watch import Watch
 from . import claims, schema
 from .attendance import Attendance, Link
 from .packets import EVERYBODY, PROTOCOL, Kind, Packet, reply_of
@@ -52,7 +52,7 @@ class Remote:
     block = 1  # of the server; sites have their own
 
     def __init__(
-        self, fed: Federation, watch: Watch, link: Link, terms: Terms, recipe: Mapping[str, Any],
+        self, fed: Federation, watch: Callback, link: Link, terms: Terms, recipe: Mapping[str, Any],
         say: Callable[[str], None] = lambda text: None,
     ):  # fmt: skip
         self.fed, self.watch, self.link, self.terms, self.recipe, self.say = fed, watch, link, terms, recipe, say
@@ -133,8 +133,8 @@ class Remote:
         return [self.fed.client(self.fed.index[online[i]]) for i in chosen]
 
     def round(
-        self, server: Server, rounds: int, cohort: Sequence[Client], see: Callable[[Upload], None]
-    ) -> tuple[Server, RoundLog]:
+        self, server: ServerState, rounds: int, cohort: Sequence[Client], see: Callable[[Upload], None]
+    ) -> tuple[ServerState, RoundLog]:
         attempt = 1
         while True:
             try:
@@ -147,12 +147,12 @@ class Remote:
                 cohort = self.cohort(server.round)
 
     def _round(
-        self, server: Server, rounds: int, cohort: Sequence[Client], see: Callable[[Upload], None]
-    ) -> tuple[Server, RoundLog]:
-        fed, order = self.fed, Order(server.round, rounds)
+        self, server: ServerState, rounds: int, cohort: Sequence[Client], see: Callable[[Upload], None]
+    ) -> tuple[ServerState, RoundLog]:
+        fed, info = self.fed, RoundInfo(server.round, rounds)
         log = RoundLog(cohort=[c.id for c in cohort])
-        sent, packets = self._orders("train", server, order, cohort, log)
-        declared = Declared(fed.method, fed.scene, order)
+        sent, packets = self._orders("train", server, info, cohort, log)
+        declared = Declared(fed.method, fed.context, info)
         arrived: dict[str, Upload] = {}
         state = {c.id: "training" for c in cohort}
         where = {c: n for n, held in self.sites.items() for c in held}
@@ -161,7 +161,7 @@ class Remote:
         for node, reply in self.link.exchange(packets, self.terms.deadline):
             mine = [c for c in clients if where[c] == node]
             try:
-                said = reply_of(reply, schema.Trained, "train", self.run, order.round)
+                said = reply_of(reply, schema.Trained, "train", self.run, info.round)
                 assert isinstance(reply, Packet)
             except Exception as e:  # nothing of one site ends the round
                 why = schema.reason(e)
@@ -188,14 +188,14 @@ class Remote:
         late = [c for c in clients if state[c] == "training"]
         log.refused |= dict.fromkeys(late, "late: no reply in time")
         if late:
-            self.say(f"round {order.round + 1}: late: {', '.join(late[:5])}")
+            self.say(f"round {info.round + 1}: late: {', '.join(late[:5])}")
         for c, why in claims.distant(list(arrived.values()), server.params).items() if arrived else ():
             self._drop(c, why, arrived, log)
-        enough(order.round, len(arrived), len(cohort), fed.sampling.min_clients, log.refused)
+        enough(info.round, len(arrived), len(cohort), fed.sampling.min_clients, log.refused)
         self.status("aggregating", server, clients=state | dict.fromkeys(late, "late"))
         chosen = in_order([clients[c] for c in clients if c in arrived])
         new, used, left = claims.aggregated(
-            lambda uploads: fed.sampling.channel.aggregate(fed.method, fed.scene, server, iter(uploads)),
+            lambda uploads: fed.sampling.channel.aggregate(fed.method, fed.context, server, iter(uploads)),
             [arrived[c.id] for c in chosen], fed.sampling.min_clients, claims.bound(fed.sampling.norm_bound, server, list(arrived.values())),
         )  # fmt: skip
         for c, why in left.items():
@@ -206,7 +206,7 @@ class Remote:
         log.examples = sum(u.client.examples for u in used)
         for text in claims.odd_uploads(fed.method, used):
             self.say(f"odd: {text}")
-        accepted = server.notes.get("accepted", {}) | dict.fromkeys(arrived, order.round)
+        accepted = server.notes.get("accepted", {}) | dict.fromkeys(arrived, info.round)
         return replace(new, notes=new.notes | {"accepted": accepted}), log
 
     def _drop(self, client: str, why: str, arrived: dict[str, Upload], log: RoundLog) -> None:
@@ -215,10 +215,10 @@ class Remote:
         self.say(f"upload of {client} refused: {why}")
 
     def _orders(
-        self, kind: Kind, server: Server, order: Order, cohort: Sequence[Client], log: RoundLog
+        self, kind: Kind, server: ServerState, info: RoundInfo, cohort: Sequence[Client], log: RoundLog
     ) -> tuple[dict[str, Sent], dict[int, Packet]]:
         """What each client receives, and the packet of each node."""
-        method, scene = self.fed.method, self.fed.scene
+        method, context = self.fed.method, self.fed.context
         each: dict[str, Sent] = {}
         packets: dict[int, Packet] = {}
         shared: tuple[Sent, bytes] | None = None
@@ -227,7 +227,7 @@ class Remote:
             parts: dict[str, bytes] = {}
             for c in mine:
                 if shared is None or method.per_client:
-                    sent = self.fed.sampling.channel.down(method.broadcast(scene, server, c), order)
+                    sent = self.fed.sampling.channel.down(method.broadcast(context, server, c), info)
                     shared = sent, sent.encode()
                 sent, text = shared
                 each[c.id] = sent
@@ -237,8 +237,8 @@ class Remote:
                 parts[name] = text
             if mine:
                 accepted = server.notes.get("accepted", {})
-                head = self._header(order.round) | {
-                    "rounds": order.rounds,
+                head = self._header(info.round) | {
+                    "rounds": info.rounds,
                     "clients": {c.id: accepted.get(c.id) for c in mine},
                 }
                 packets[node] = Packet(kind, head, parts)
@@ -257,18 +257,18 @@ class Remote:
         return self.fed.sampling.channel.read(message, down, spec), wire.measure(message, text)
 
     # evaluation ---------------------------------------------------------------------------------------------------
-    def evaluate(self, server: Server) -> list[Line]:
+    def evaluate(self, server: ServerState) -> list[Line]:
         """Scores that sites measure on their own rows; a site that is not online is missing from the lines."""
         online = self.wait(1)
         self.fed.store.write_json("partition.json", self.described)
         cohort = [self.fed.client(self.fed.index[c]) for c in online]
-        order = Order(server.round, self.fed.sampling.rounds)
+        info = RoundInfo(server.round, self.fed.sampling.rounds)
         self.status("evaluating", server, clients=dict.fromkeys(online, "evaluating"))
-        _, packets = self._orders("evaluate", server, order, cohort, RoundLog())
+        _, packets = self._orders("evaluate", server, info, cohort, RoundLog())
         found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
         for node, reply in self.link.exchange(packets, self.terms.deadline):
             try:
-                said = reply_of(reply, schema.Evaluated, "evaluate", self.run, order.round)
+                said = reply_of(reply, schema.Evaluated, "evaluate", self.run, info.round)
             except Exception as e:  # nothing of one site ends the evaluation
                 self.say(f"evaluation at site {self.here.name(node)}: {schema.reason(e)}")
                 continue
@@ -296,17 +296,17 @@ class Remote:
         name = self.fed.task.metric
         for line in lines[:1]:
             self.metric = (f"{line.view} {line.split} {name}", line.mean.get(name, math.nan))
-        self.status("done" if server.round == order.rounds else "evaluated", server)
+        self.status("done" if server.round == info.rounds else "evaluated", server)
         return [*lines]
 
-    def _expected(self, server: Server, split: str) -> set[str]:
+    def _expected(self, server: ServerState, split: str) -> set[str]:
         """Clients that a whole evaluation has: those with rows in the split, and those that trained and are not here now."""
         here = {c: rows for held in self.sites.values() for c, rows in held.items()}
         return {c for c, rows in here.items() if rows[split]} | (server.notes.get("accepted", {}).keys() - here.keys())
 
     # status -------------------------------------------------------------------------------------------------------
     def status(
-        self, state: str, server: Server | None = None, clients: Mapping[str, str] | None = None, **more: Any
+        self, state: str, server: ServerState | None = None, clients: Mapping[str, str] | None = None, **more: Any
     ) -> None:
         """Write status.json, which `fedlora status` shows."""
         sites: dict[str, list[str]] = {}

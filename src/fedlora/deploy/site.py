@@ -11,18 +11,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import build, durable, inputs, pretrained, wire
-from ..engine import Engine
+from ..checkpoints import pretrained
+from ..checkpoints.pretrained import fingerprint
 from ..errors import ConfigError, FedloraError, Problem, StateError, UploadError
-from ..federation import Federation
-from ..memory import kept
-from ..method import Client, Order, Server
-from ..pretrained import fingerprint
-from ..recipe import Recipe
-from ..records import EvalLine
+from ..federation import inputs, wire
+from ..federation.callbacks import Callback
+from ..federation.engine import Engine
+from ..federation.memory import kept
+from ..federation.records import EvalLine
+from ..federation.run import Federation
+from ..federation.views import evaluate, served
+from ..files import durable
+from ..methods.contract import Client, RoundInfo, ServerState
+from ..recipe import Recipe, build
 from ..tree import Params
-from ..views import evaluate, served
-from ..watch import Watch
 from . import schema
 from .audit import digest
 from .gate import Ask, Gate
@@ -164,7 +166,7 @@ class Site:
         read = {name: self._received(packet.parts.get(name, b"")) for name in set(part.values())}
         down = {c: read[name] for c, name in part.items()}
         work = self._train if packet.kind == "train" else self._evaluate
-        return work(fed, Order(order.round, order.rounds), accepted, down, head)
+        return work(fed, RoundInfo(order.round, order.rounds), accepted, down, head)
 
     @staticmethod
     def _received(message: bytes) -> Params:
@@ -206,7 +208,7 @@ class Site:
                 return None
             if fed.store.has_round(id, round):
                 return fed.store.load_round(id, round)
-            personal = fed.sampling.channel.remembers or fed.method.keep(fed.scene, Client(id, 1))
+            personal = fed.sampling.channel.remembers or fed.method.keep(fed.context, Client(id, 1))
             if personal or fed.store.load_client(id, round) is not None:
                 raise StateError(
                     f"client {id!r}: its personal leaves of round {round + 1} are gone from {fed.store.root}; restore that "
@@ -214,39 +216,39 @@ class Site:
                 )
             return None
 
-        engine = fed.engine(Watch())
+        engine = fed.engine(Callback())
         pace = engine.pace if self.gate is None else self.gate.pace(engine.pace)
         return replace(engine, load=load, received=lambda client: down[client.id], pace=pace)
 
     def _train(
-        self, fed: Federation, order: Order, accepted: Mapping[str, int | None], down: Mapping[str, Params], head: dict[str, Any]
+        self, fed: Federation, info: RoundInfo, accepted: Mapping[str, int | None], down: Mapping[str, Params], head: dict[str, Any]
     ) -> Packet:  # fmt: skip
         engine = self._engine(fed, accepted, down)
         cohort = [fed.client(fed.index[c]) for c in accepted]
         parts: dict[str, bytes] = {}
         facts: dict[str, Any] = {}
-        for client, done, tokens in engine.train(order, cohort, lambda c: down[c.id]):
-            fed.store.save_client(client.id, order.round, done.kept)
+        for client, done, tokens in engine.train(info, cohort, lambda c: down[c.id]):
+            fed.store.save_client(client.id, info.round, done.kept)
             assert done.sent is not None
             parts[client.id] = done.sent.encode()
             facts[client.id] = {"examples": client.examples, "metrics": done.metrics, "tokens": tokens}
         fed.store.sync()  # once for all, before the server hears of them
         for client in cohort:
-            fed.store.forget(client.id, accepted[client.id], order.round)
+            fed.store.forget(client.id, accepted[client.id], info.round)
         losses = ", ".join(f"{f['metrics'].get('loss', float('nan')):.3f}" for f in list(facts.values())[:4])
-        self.say(f"round {order.round + 1} of {order.rounds}: trained {len(parts)} client(s), loss {losses}")
+        self.say(f"round {info.round + 1} of {info.rounds}: trained {len(parts)} client(s), loss {losses}")
         return Packet("train", head | {"clients": facts}, parts)
 
     def _evaluate(
-        self, fed: Federation, order: Order, accepted: Mapping[str, int | None], down: Mapping[str, Params], head: dict[str, Any]
+        self, fed: Federation, info: RoundInfo, accepted: Mapping[str, int | None], down: Mapping[str, Params], head: dict[str, Any]
     ) -> Packet:  # fmt: skip
         if set(accepted) != set(fed.data.ids):
             raise UploadError(
                 f"order evaluates {len(accepted)} clients, expected all {len(fed.data.ids)} that are here"
             )
         engine = self._engine(fed, accepted, down)
-        server = Server(order.round, {})
-        if order.round == order.rounds:
+        server = ServerState(info.round, {})
+        if info.round == info.rounds:
             for k, client in enumerate(fed.data.ids):
                 fed.store.save_served(client, served(fed, engine, server, [k], "personal")[0])
             self.say(

@@ -22,8 +22,8 @@ from ..deploy.policy import Policy
 from ..deploy.refusal import told
 from ..deploy.site import COLUMNS, Holding, Site, guarded, particulars
 from ..errors import ConfigError, Problem
+from ..federation.callbacks import Callback
 from ..recipe import Recipe
-from ..watch import Watch
 from . import records
 from .link import GridLink, Session
 
@@ -45,7 +45,7 @@ def main(grid: Grid, context: Context) -> None:
 
     recipe = Recipe.load(str(said["recipe"]))
     output = str(said["output"]) if said.get("output") else None
-    coordinator(recipe, output, lambda: GridLink(grid, online, poll=1.0), print).run(Watch())
+    coordinator(recipe, output, lambda: GridLink(grid, online, poll=1.0), print).run(Callback())
 
 
 @client_app.query("fedlora")

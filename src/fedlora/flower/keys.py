@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from .. import durable
 from ..errors import ConfigError, DataError, Problem
+from ..files import durable
 
 DAYS = 825  # that browsers and Apple's libraries accept of a certificate
 PRIVATE, PUBLIC = 0o600, 0o644

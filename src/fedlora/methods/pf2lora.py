@@ -30,12 +30,12 @@ from torch import Tensor
 
 from ..adapters import Form, Pattern, make, named
 from ..errors import Problem
-from ..loss import Loss
-from ..method import Client, Metrics, Scene, Work
-from ..model import Batch
-from ..optim import clip
-from ..sgd import SGDMethod, Weights, rank_problems
+from ..model.adapted import Batch
+from ..training.loss import Loss
+from ..training.optimizers import clip
 from ..tree import Key, Params, norm, per_client, select
+from .contract import Client, Context, Metrics, Work
+from .sgd import SGDMethod, Weights, rank_problems
 
 STEP = 1e-2  # length of the finite difference along v; halfway between fp32 rounding and curvature
 
@@ -105,11 +105,11 @@ class PF2LoRA(SGDMethod):
         own = (self.alpha_personal, self.rank_pattern_personal, "method.rank_pattern_personal")
         return make(self.adapter, max(self.rank_personal, 1), *own)
 
-    def keep(self, scene: Scene, client: Client) -> Params:
+    def keep(self, context: Context, client: Client) -> Params:
         if not self.rank_personal:
-            return super().keep(scene, client)
-        return super().keep(scene, client) | self.form_personal.init(
-            "personal", scene.sites("target"), scene.seed, client.id
+            return super().keep(context, client)
+        return super().keep(context, client) | self.form_personal.init(
+            "personal", context.layers("target"), context.seed, client.id
         )
 
     def ready(self, p: Params, fixed: Params) -> Params:
@@ -118,8 +118,8 @@ class PF2LoRA(SGDMethod):
             select(p, lambda k: k.adapter == "personal")
         )
 
-    def begin(self, scene: Scene, order: object, down: Params, kept: Params) -> Work:
-        work = super().begin(scene, order, down, kept)  # type: ignore[arg-type]
+    def begin(self, context: Context, info: object, down: Params, kept: Params) -> Work:
+        work = super().begin(context, info, down, kept)  # type: ignore[arg-type]
         state = select(work["moments"], lambda k: not k.adapter.startswith("personal"))  # y has no moments: plain SGD
         return work | {"moments": state}
 

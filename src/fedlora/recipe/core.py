@@ -22,8 +22,8 @@ from .rules import Partial, broken
 from .sections import SECTIONS, Data, Deployment, Evaluation, Federation, Model, Partition, Run, Section, Train
 
 if TYPE_CHECKING:
-    from ..guards.guard import Guard
-    from ..method import Method
+    from ..federation.guards.guard import Guard
+    from ..methods.contract import Method
 
 ORDER = ("name", "model", "data", "partition", "method", "train", "federation", "evaluation", "deployment", "run")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -20,8 +20,8 @@ from .problems import UNTYPED, of_value, unknown
 from .sections import Train
 
 if TYPE_CHECKING:
-    from ..method import Method
-    from ..optim import Optimizer
+    from ..methods.contract import Method
+    from ..training.optimizers import Optimizer
 
 FROM_TRAIN = ("optimizer", "clip")
 
@@ -82,7 +82,7 @@ def default(cls: type, field: str) -> Any:
 
 def optimizer(t: Train) -> Optimizer:
     """The optimizer that the train section describes."""
-    from ..optim import SGD, AdamW
+    from ..training.optimizers import SGD, AdamW
 
     if t.optimizer == "sgd":
         return SGD(t.lr, t.momentum, t.weight_decay)

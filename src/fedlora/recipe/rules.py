@@ -15,7 +15,7 @@ from ..errors import Problem, near
 from .sections import Data, Evaluation, Federation, Model, Partition, Run, Section, Train
 
 if TYPE_CHECKING:
-    from ..task import Task
+    from ..training.task import Task
 
 Rule = Callable[..., Iterator[Problem]]
 PLACES = ("name", "hash", "seed", "method")  # the placeholders that run.output may hold
@@ -60,7 +60,7 @@ def columns(model: Model, data: Data) -> Iterator[Problem]:
 
 
 def _tasks() -> dict[str, type[Task]]:
-    from ..tasks import TASKS
+    from ..training.tasks import TASKS
 
     return TASKS
 

@@ -14,7 +14,7 @@ from .read import records
 from .tables import compare_rows
 
 if TYPE_CHECKING:
-    from ..examples import Course
+    from ..bench.examples import Course
 
 
 class MissingPlotly(FedloraError):
@@ -47,7 +47,7 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
 
 def write_example(found: Sequence[Course], out: str | Path, seed: int = 0) -> Path:
     """Write the page of PF2LoRA's synthetic example to `out`; returns it. Raises MissingPlotly."""
-    from ..examples import CLIENTS, RANKS
+    from ..bench.examples import CLIENTS, RANKS
     from .page import example_page
 
     _need_plotly()

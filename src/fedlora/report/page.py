@@ -17,7 +17,7 @@ from .tables import constant, flat, grouped, has_global, heading, paired, score
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from ..examples import Course
+    from ..bench.examples import Course
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..metrics import beats
+from ..training.metrics import beats
 from ..units import NOTHING, number
 from .read import Records, records
 
