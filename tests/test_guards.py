@@ -50,7 +50,8 @@ def pairs() -> list[Any]:
 
 def federation(method: str, guard: str, folder: Path, block: int = 2, **more: Any) -> Federation:
     settings = SHORT | {"sampling": replace(SHORT["sampling"], guards=(ROWS[guard],))} | more
-    return tiny.federation(TABLE[method].method, folder, tiny.bert(dropout=0.2), block=block, **settings)
+    base = settings.pop("base", None) or tiny.bert(dropout=0.2)
+    return tiny.federation(TABLE[method].method, folder, base, block=block, **settings)
 
 
 def test_every_guard_has_a_row() -> None:
@@ -94,11 +95,11 @@ class TestContract:
         """Bit for bit, bytes included; what a guard remembers stays where it is."""
         if TABLE[method].method.pooled:
             pytest.skip("its data are pooled")
-        here = federation(method, guard, tmp_path / "here", 1)
+        here = federation(method, guard, tmp_path / "here", 1, base=tiny.bert())
         here.run()
         more = SHORT | {"sampling": here.sampling}
-        link = sites(TABLE[method].method, tmp_path, base=tiny.bert(dropout=0.2), **more)
-        there = loop_server(TABLE[method].method, tmp_path / "there", link, base=tiny.bert(dropout=0.2), **more)
+        link = sites(TABLE[method].method, tmp_path, **more)
+        there = loop_server(TABLE[method].method, tmp_path / "there", link, **more)
         there.run()
         tiny.close(state(here)[0], state(there)[0], 0.0)
         for a, b in zip(trained(there), trained(here), strict=True):
