@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fedlora.bench.systems import Fedlora
 from fedlora.bench.work import REGIMES, Work, tokens
-from fedlora.memory import kept
+from fedlora.federation.memory import kept
 
 # Entries of 4 bytes, touched and freed: the profiler's records come to lie between freed blocks, and without room page faults count.
 ROOM = 1_000_000_000

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import fedlora.flower  # noqa: F401
-from fedlora import build
 from fedlora.bench.run import environment
 from fedlora.cli.progress import size
+from fedlora.federation.callbacks import Callback
 from fedlora.flower import trial
-from fedlora.recipe import Recipe
-from fedlora.watch import Watch
+from fedlora.recipe import Recipe, build
 
 ROUNDS = 20
 
@@ -50,7 +49,7 @@ def measure(source: str, method: dict[str, Any]) -> dict[str, Any]:
     """Deployed and in one process, on the same work."""
     with tempfile.TemporaryDirectory() as folder:
         r, ids = trial.prepared(recipe(source, method), 3)
-        there, summary = trial.try_out(r, ids, Path(folder) / "there", Watch(), lambda text: None)
+        there, summary = trial.try_out(r, ids, Path(folder) / "there", Callback(), lambda text: None)
         here = build.federation(r, Path(folder) / "here")
         here.run()
         a, b = seconds(there.store.root), seconds(here.store.root)

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from fedlora import wire
 from fedlora.data.demo import corpus
 from fedlora.deploy.audit import digest
 from fedlora.deploy.coordinator import coordinator, told_to_sites
 from fedlora.deploy.packets import EVERYBODY, PROTOCOL, Packet
 from fedlora.deploy.policy import Policy
 from fedlora.deploy.site import Holding, Site, guarded
-from fedlora.method import Client, Order
+from fedlora.federation import wire
+from fedlora.methods.contract import Client, RoundInfo
 from fedlora.recipe import Recipe
 from fedlora.tree import Params
 
@@ -51,11 +51,11 @@ def attack(model: str, texts: list[tuple[str, str]], folder: Path, trust: bool) 
     policy = None if trust else Policy().with_columns({}, model)
     site = guarded(replace(own, policy=policy), folder / "state", accept=[digest(told)])
     server = coordinator(recipe, folder / "server", lambda: None)  # type: ignore[arg-type, return-value]
-    params = server.method.broadcast(server.scene, server.method.init(server.scene), Client("a", 1))
+    params = server.method.broadcast(server.context, server.method.init(server.context), Client("a", 1))
     truth = own.federation(told, folder / "truth")  # what there is to be found; no part of the attack
     shares = []
     for round in range(ROWS):
-        (batch,) = truth.batches(truth.client(0), Order(round, ROWS), 1)
+        (batch,) = truth.batches(truth.client(0), RoundInfo(round, ROWS), 1)
         row = set(batch["input_ids"].flatten().tolist())
         shares.append(len(moved(site, told, params, round) & row) / len(row))
     return shares
@@ -69,7 +69,7 @@ def moved(site: Site, told: dict[str, Any], params: Params, round: int) -> set[i
     out: set[int] = set()
     for message in reply.parts.values():
         for k, v in wire.unpack(wire.decode(message)[0]).items():
-            if k.part == "table" and "word" in k.site:
+            if k.part == "table" and "word" in k.layer:
                 out |= set(torch.nonzero(v.abs().sum(1)).flatten().tolist())
     return out
 

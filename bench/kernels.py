@@ -15,7 +15,7 @@ import torch
 from fedlora import kernels
 from fedlora.bench.systems import Fedlora
 from fedlora.bench.work import REGIMES, Work, tokens
-from fedlora.memory import kept
+from fedlora.federation.memory import kept
 
 WARM = 2  # rounds before those that are measured
 

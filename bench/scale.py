@@ -23,20 +23,20 @@ import psutil
 import torch
 
 from fedlora.bench.run import environment
-from fedlora.data.batches import Plan
+from fedlora.data.batches import LocalWork
 from fedlora.data.examples import Arrays, Rows
 from fedlora.data.federated import FederatedData
-from fedlora.federation import Federation
-from fedlora.method import Metrics, Work
+from fedlora.federation.callbacks import Callback
+from fedlora.federation.run import Federation
+from fedlora.federation.setting import Evaluation, Sampling
 from fedlora.methods.average import HomLoRA
-from fedlora.model import Adapted
-from fedlora.optim import SGD
-from fedlora.setting import Evaluation, Sampling
-from fedlora.tasks import Classification, Loss
+from fedlora.methods.contract import Metrics, Work
+from fedlora.model.adapted import Adapted
+from fedlora.training.optimizers import SGD
+from fedlora.training.tasks import Classification, Loss
 from fedlora.tree import Key, Params, factor, factor_product, mean
-from fedlora.watch import Watch
 
-WIDTH, SITES = 384, 24  # two leaves each: 48 leaves, 1.2 MB at rank 16
+WIDTH, LAYERS = 384, 24  # two leaves each: 48 leaves, 1.2 MB at rank 16
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Idle(HomLoRA):
 class Net(torch.nn.Module):
     """So many square layers."""
 
-    def __init__(self, width: int, sites: int):
+    def __init__(self, width: int, layers: int):
         super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(width, width, bias=False) for _ in range(sites))
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(width, width, bias=False) for _ in range(layers))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -61,17 +61,17 @@ class Net(torch.nn.Module):
 
 
 def federation(
-    folder: Path, clients: int, cohort: int, rank: int = 16, width: int = WIDTH, sites: int = SITES
+    folder: Path, clients: int, cohort: int, rank: int = 16, width: int = WIDTH, layers: int = LAYERS
 ) -> Federation:
-    net = Net(width, sites)
-    groups = {"target": [f"layers.{i}" for i in range(sites)]}
+    net = Net(width, layers)
+    groups = {"target": [f"layers.{i}" for i in range(layers)]}
     model = Adapted(net, groups, call=lambda net, batch: net(batch["x"]))
     rows = Rows(np.arange(clients + 1, dtype=np.int64), np.zeros(clients, np.int64))
     examples = Arrays({"x": np.zeros((1, width), np.float32), "labels": np.zeros(1, np.int64)})
     data = FederatedData(examples, [f"client-{i}" for i in range(clients)], {"train": rows})
     method = Idle(rank=rank, head="frozen", optimizer=SGD(0.1))
     return Federation(
-        model, Classification(2), data, method, folder, plan=Plan(1, None, 1), block=32,
+        model, Classification(2), data, method, folder, plan=LocalWork(1, None, 1), block=32,
         sampling=Sampling(rounds=10**6, clients_per_round=cohort), evaluation=Evaluation(every=10**6, exactness=False),
     )  # fmt: skip
 
@@ -80,7 +80,7 @@ class Stop(Exception):
     """Enough rounds."""
 
 
-class Timer(Watch):
+class Timer(Callback):
     """Seconds of each round; ends the run after `rounds`."""
 
     def __init__(self, rounds: int):
@@ -108,9 +108,9 @@ def orchestration(folder: Path) -> dict[str, Any]:
     """Milliseconds of a client-round with training removed: the engine's round, and with the commit of a round to disk."""
     fed = federation(folder / "o", 64, 32)
     whole = [s / 32 * 1e3 for s in rounds(fed, 10)]
-    engine, server, cohort = fed.engine(Watch()), fed.method.init(fed.scene), fed.cohort(0)
+    engine, server, cohort = fed.engine(Callback()), fed.method.init(fed.context), fed.cohort(0)
     bare = [s / 32 * 1e3 for s in (timed(lambda: engine.round(server, 10, cohort), 0.5) for _ in range(3))]
-    return {"leaves": 2 * SITES, "bytes": 2 * SITES * 16 * WIDTH * 4, "cohort": 32, "ms_per_client_round": statistics.median(bare),
+    return {"leaves": 2 * LAYERS, "bytes": 2 * LAYERS * 16 * WIDTH * 4, "cohort": 32, "ms_per_client_round": statistics.median(bare),
             "spread": [min(bare), max(bare)], "ms_with_commit_to_disk": statistics.median(whole)}  # fmt: skip
 
 
@@ -128,12 +128,12 @@ def registered(folder: Path) -> dict[str, Any]:
     starts, sizes, counts = [], [], [1_000, 250_000, 1_000_000]
     for n in counts:
         before, t = memory(), time.perf_counter()
-        fed = federation(folder / f"r{n}", n, 1000, rank=1, width=16, sites=2)
+        fed = federation(folder / f"r{n}", n, 1000, rank=1, width=16, layers=2)
         fed.cohort(0)
         starts.append(time.perf_counter() - t)
         sizes.append(memory() - before)
         del fed
-    big = federation(folder / "big", 1_000_000, 1000, rank=1, width=16, sites=2)
+    big = federation(folder / "big", 1_000_000, 1000, rank=1, width=16, layers=2)
     sample = [100, 300, 1000]
     by_sample = []
     for n in sample:

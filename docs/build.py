@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import adapters
-from fedlora.guards import GUARDS
+from fedlora.federation.guards import GUARDS
 from fedlora.methods import METHODS
 from fedlora.recipe.core import defaults, meaning
 from fedlora.recipe.hyperparameters import UNTYPED, all_fields, default, own_fields
@@ -16,13 +16,20 @@ from fedlora.recipe.sections import SECTIONS
 
 HEAD = """# Recipes
 
-A recipe is a YAML file that describes a run whole. Every field has a type, a range and (nearly always) a default; all
-errors are shown at once. `--set a.b=c` overrides a field. The resolved recipe and its hash are stored with the run; the
-hash covers all that decides the result and nothing else, so a folder can be resumed with other threads but not with
-another learning rate.
+A recipe is a YAML file that describes a whole run. `fedlora recipes` lists those that come with the
+package, and `fedlora recipes NAME` copies one to the current folder.
 
-A section `sweep` makes many runs of one file: `sweep: {method.name: [homlora, fedsa], run.seed: [0, 1, 2]}` is six.
-`variants` in it changes several fields at once. This page is made from the types by `make docs`.
+Every field has a type, a range and (nearly always) a default. All errors of a recipe are shown at
+once. `--set a.b=c` overrides a field on the command line.
+
+The resolved recipe and its hash are stored with the run. The hash covers what decides the result,
+and nothing else: a run can be resumed with other threads, but not with another learning rate.
+
+A section `sweep` makes many runs of one file.
+`sweep: {method.name: [homlora, fedsa], run.seed: [0, 1, 2]}` makes six. `variants` in it changes
+several fields at once.
+
+This page is made from the types by `make docs`.
 
 """
 
@@ -86,8 +93,8 @@ def text() -> str:
         fields = [f"`{f}`" if (v := default(cls, f)) is UNTYPED else f"`{f}: {json.dumps(v)}`" for f in own_fields(cls)]
         out.append(f"| `{name}` | {', '.join(fields)} |\n")
     out.append(
-        "\n## federation.guards\n\nA list of names, or of names with fields: `[clip, {trimmed: {share: 0.2}}]`. A guard that "
-        "cannot serve the method is refused with the reason.\n\n| guard | fields and defaults | |\n|---|---|---|\n"
+        "\n## federation.guards\n\nA list of names, or of names with fields: `[clip, {trimmed: {share: 0.2}}]`. A guard\n"
+        "that cannot serve the method is refused with the reason.\n\n| guard | fields and defaults | |\n|---|---|---|\n"
     )
     for name, guard in GUARDS.items():
         fields = [f"`{f}: {json.dumps(default(guard, f))}`" for f in all_fields(guard)]

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import fedlora.flower  # noqa: F401
-from fedlora import wire
 from fedlora.deploy.packets import Packet
 from fedlora.deploy.site import Holding, Site
+from fedlora.federation import wire
 from fedlora.flower import client, keys, trial
 
 

@@ -18,12 +18,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from fedlora.batching import stack_batches
-from fedlora.engine import _to, _to_batch
-from fedlora.loss import Loss
-from fedlora.method import Client, Method, Order, Scene
-from fedlora.model import Batch
-from fedlora.tasks.classification import Classification
+from fedlora.federation.engine import _to, _to_batch
+from fedlora.methods.contract import Client, Context, Method, RoundInfo
+from fedlora.model.adapted import Batch
+from fedlora.training.batching import stack_batches
+from fedlora.training.loss import Loss
+from fedlora.training.tasks.classification import Classification
 from fedlora.tree import Params, stack
 
 _setup_privateuseone_for_python_backend("pretend")
@@ -55,10 +55,10 @@ def rows(seed: int) -> Batch:
 def work(method: Method) -> None:
     """Two steps of three clients, all of them alive."""
     model = tiny.adapt(tiny.bert(dropout=0.2), needs=method.groups)
-    scene = Scene(model.groups, 0)
-    server, clients = method.init(scene), [Client(str(i), CLIENTS) for i in range(CLIENTS)]
-    down = [method.broadcast(scene, server, c) if method.per_client else server.params for c in clients]
-    kept = [method.keep(scene, c) for c in clients]
+    context = Context(model.groups, 0)
+    server, clients = method.init(context), [Client(str(i), CLIENTS) for i in range(CLIENTS)]
+    down = [method.broadcast(context, server, c) if method.per_client else server.params for c in clients]
+    kept = [method.keep(context, c) for c in clients]
     draws = [stack_batches([rows(method.draws * i + d) for i in range(CLIENTS)]) for d in range(method.draws)]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
 
@@ -67,7 +67,7 @@ def work(method: Method) -> None:
 
         move(model.base, mode)
         loss = Loss(model, Classification(tiny.CLASSES))
-        state = method.begin(scene, Order(1, 3), there(stack(down)), there(stack(kept)))
+        state = method.begin(context, RoundInfo(1, 3), there(stack(down)), there(stack(kept)))
         batches = [_to_batch({n: mode.from_tensor(v) for n, v in d.items()}, DEVICE) for d in draws]
         for _ in range(2):
             state, _ = method.step(state, loss, torch.ones(CLIENTS, dtype=torch.float64), *batches)

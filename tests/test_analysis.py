@@ -12,11 +12,11 @@ import pytest
 import tiny
 import torch
 
-from fedlora.analysis import asymmetry, effective_ranks, gram_norm, product_error, singular_values
+from fedlora.evaluation.analyses import asymmetry, effective_ranks, gram_norm, product_error, singular_values
+from fedlora.federation.setting import Evaluation
 from fedlora.methods import METHODS
-from fedlora.optim import AdamW
 from fedlora.seeds import rng
-from fedlora.setting import Evaluation
+from fedlora.training.optimizers import AdamW
 from fedlora.tree import Key, Params
 
 A, B = Key("lora", "x", "A"), Key("lora", "x", "B")
@@ -49,7 +49,7 @@ def test_product_error_against_dense_products() -> None:
 
 @pytest.mark.parametrize("true", [1, 2, 5])
 def test_effective_ranks_count_what_is_there(true: int) -> None:
-    """Two adapters at a site count as one delta; directions below the threshold do not count."""
+    """Two adapters at a layer count as one delta; directions below the threshold do not count."""
     q1, q2 = (torch.linalg.qr(torch.randn(n, n, generator=rng("q", n, true)))[0] for n in (7, 9))
     s = torch.zeros(7)
     s[:true] = torch.linspace(1, 0.5, true)
@@ -100,15 +100,15 @@ def test_a_run_records_them(tmp_path: Path) -> None:
         assert all(set(c.values()) == {0} for c in ranks[0]["clients"].values())  # nothing is learned yet
         most = 4 + (2 if name == "pf2lora" else 0)
         assert all(1 <= r <= most for c in ranks[-1]["clients"].values() for r in c.values())
-        sites = [x for x in lines if x["kind"] == "asymmetry"][-1]["sites"]
-        assert len(sites) == 4
+        layers = [x for x in lines if x["kind"] == "asymmetry"][-1]["sites"]
+        assert len(layers) == 4
         if name == "fedsa":
             assert all(
-                s["A"] == pytest.approx(1) and s["B"] < 0.999 for s in sites.values()
+                s["A"] == pytest.approx(1) and s["B"] < 0.999 for s in layers.values()
             )  # A is one, B is each one's own
         if name == "local":
-            assert all(s["A"] > s["B"] for s in sites.values())  # most of A's likeness is the common start
+            assert all(s["A"] > s["B"] for s in layers.values())  # most of A's likeness is the common start
         if name == "hetlora":
             train = [x for x in lines if x["kind"] == "train"]
             assert all(set(x["ranks"]) == {"c0", "c1", "c2", "c3"} for x in train)
-        assert not any(isinstance(v, float) and math.isinf(v) for s in sites.values() for v in s.values())
+        assert not any(isinstance(v, float) and math.isinf(v) for s in layers.values() for v in s.values())

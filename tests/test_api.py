@@ -74,7 +74,7 @@ class SharesHalf(HomLoRA):
     title: ClassVar[str] = "Half"
 
     def shares(self, k: Key) -> bool:
-        return k.site == "left"
+        return k.layer == "left"
 
 
 def test_own_method(tmp_path: Path) -> None:
@@ -82,9 +82,9 @@ def test_own_method(tmp_path: Path) -> None:
     f.run()
     loaded = f.store.load_server()
     assert loaded is not None
-    assert {k.site for k in loaded[1]} == {"left"}
+    assert {k.layer for k in loaded[1]} == {"left"}
     kept = [f.store.load_client(id, 4) or {} for id in f.data.ids]
-    assert all({k.site for k in p if "~" not in k.adapter} == {"right", "out"} for p in kept)
+    assert all({k.layer for k in p if "~" not in k.adapter} == {"right", "out"} for p in kept)
     key = Key("lora", "right", "B")
     assert not torch.equal(kept[0][key], kept[1][key])
 

@@ -126,7 +126,7 @@ def test_nan_loss_drops_the_round_and_keeps_the_rest(tmp_path: Path) -> None:
     assert "non-finite" in said
     assert "lower train.lr, set train.clip" in said
     assert "earlier rounds are kept" in said
-    from fedlora.store import Store
+    from fedlora.federation.store import Store
 
     assert Store(tmp_path / "run").load_server() is not None
 

@@ -16,13 +16,13 @@ from cli import fedlora, model_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlora import kernels
-from fedlora.batching import CACHED, cut, stack_batches
 from fedlora.bench.run import Measured, measure, ratios
 from fedlora.bench.work import REGIMES, Regime, Work, tokens
-from fedlora.loss import Loss
-from fedlora.method import Order
 from fedlora.methods import METHODS
-from fedlora.tasks.classification import Classification
+from fedlora.methods.contract import RoundInfo
+from fedlora.training.batching import CACHED, cut, stack_batches
+from fedlora.training.loss import Loss
+from fedlora.training.tasks.classification import Classification
 from fedlora.tree import stack
 
 ROOT = Path(__file__).parents[1]
@@ -165,7 +165,7 @@ def test_the_picture(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_machinery_at_scale(tmp_path: Path) -> None:
-    """bench/scale.py as shipped, a million clients: what docs/performance.md says of memory, which is no matter of speed."""
+    """bench/scale.py as shipped, a million clients: what bench/NOTES.md says of memory, which is no matter of speed."""
     script("scale", tmp_path / "scale.json")
     found = json.loads((tmp_path / "scale.json").read_text(encoding="utf-8"))
     assert found["registered"]["clients"][-1] == 1_000_000
@@ -189,9 +189,9 @@ class Count(TorchDispatchMode):
 def operators(clients: int) -> int:
     """Operators of one step of a block."""
     f = tiny.federation(METHODS["homlora"](rank=2), Path("unused"))
-    start = stack([f.method.init(f.scene).params] * clients)
+    start = stack([f.method.init(f.context).params] * clients)
     batch = stack_batches([tiny.tokens().collate(torch.arange(4).numpy()) for _ in range(clients)])
-    work = f.method.begin(f.scene, Order(0, 1), start, {})
+    work = f.method.begin(f.context, RoundInfo(0, 1), start, {})
     loss = Loss(f.model, Classification(tiny.CLASSES))
     with Count() as count:
         f.method.step(work, loss, torch.ones(clients, dtype=torch.float64), batch)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cli import fedlora
 
-from fedlora import cache
+from fedlora.files import cache
 
 
 def test_one_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path) -> None:
     assert "Traceback" not in said
     assert "earlier rounds are kept" in said
     assert f"fedlora resume {tmp_path / 'run'}" in " ".join(said.split())
-    from fedlora.store import Store
+    from fedlora.federation.store import Store
 
     loaded = Store(tmp_path / "run").load_server()
     assert loaded is not None

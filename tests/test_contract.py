@@ -14,19 +14,19 @@ import pytest
 import tiny
 import torch
 
-from fedlora import wire
 from fedlora.adapters import KINDS
-from fedlora.data.batches import Plan
-from fedlora.engine import Schedule, train_block
+from fedlora.data.batches import LocalWork
 from fedlora.errors import FedloraError
-from fedlora.federation import Federation
-from fedlora.method import Method, Order, Server
+from fedlora.federation import wire
+from fedlora.federation.callbacks import Callback
+from fedlora.federation.engine import Schedule, train_block
+from fedlora.federation.run import Federation
+from fedlora.federation.setting import Sampling
+from fedlora.federation.views import scores, served
 from fedlora.methods import METHODS
-from fedlora.optim import SGD, AdamW
-from fedlora.setting import Sampling
+from fedlora.methods.contract import Method, RoundInfo, ServerState
+from fedlora.training.optimizers import SGD, AdamW
 from fedlora.tree import Params, stack
-from fedlora.views import scores, served
-from fedlora.watch import Watch
 
 HEAD = "head.weight head.bias"
 
@@ -180,10 +180,10 @@ class TestEveryMethod:
         the two."""
         m, f = TABLE[name].method, tiny.federation(TABLE[name].method, tmp_path)
         client = f.client(3)
-        server = m.init(f.scene)
-        down, kept = m.broadcast(f.scene, server, client), m.keep(f.scene, client)
-        order = Order(0, 3)
-        [done] = train_block(m, f.scene, f.loss, order, [down], [kept], [f.batches(client, order, m.draws)], Schedule())
+        server = m.init(f.context)
+        down, kept = m.broadcast(f.context, server, client), m.keep(f.context, client)
+        info = RoundInfo(0, 3)
+        [done] = train_block(m, f.context, f.loss, info, [down], [kept], [f.batches(client, info, m.draws)], Schedule())
         sent, _ = wire.decode(wire.encode(done.upload))
         assert {f"{k.adapter}.{k.part}" for k in sent} == set(TABLE[name].uploads.split())
         assert not sent.keys() & done.kept.keys()
@@ -199,7 +199,7 @@ class TestEveryMethod:
         m, f = TABLE[name].method, tiny.federation(TABLE[name].method, tmp_path)
         client = f.client(0)
         ready = m.personal(
-            f.scene, stack([m.broadcast(f.scene, m.init(f.scene), client)]), stack([m.keep(f.scene, client)])
+            f.context, stack([m.broadcast(f.context, m.init(f.context), client)]), stack([m.keep(f.context, client)])
         )
         batch = {n: v[None] for n, v in f.data.examples.collate(f.data.splits["train"][0]).items()}
         assert ready
@@ -207,16 +207,16 @@ class TestEveryMethod:
 
     def test_loss_falls(self, name: str, tmp_path: Path) -> None:
         """The served models fit their clients' own training rows better after six rounds than before."""
-        settings = {"sampling": Sampling(rounds=6), "plan": Plan(steps=8, batch_size=5)}
+        settings = {"sampling": Sampling(rounds=6), "plan": LocalWork(steps=8, batch_size=5)}
         f = tiny.federation(TABLE[name].method, tmp_path, **settings)
-        engine, everybody = f.engine(Watch()), [0, 1, 2, 3]
+        engine, everybody = f.engine(Callback()), [0, 1, 2, 3]
 
-        def loss(server: Server) -> float:
+        def loss(server: ServerState) -> float:
             found = scores(f, served(f, engine, server, everybody, "personal"), everybody, "train", 4)
             return sum(s["loss"] for s in found.values()) / 4
 
         f.run()
-        before, after = loss(f.method.init(f.scene)), loss(Server(*f.store.load_server()))
+        before, after = loss(f.method.init(f.context)), loss(ServerState(*f.store.load_server()))
         assert after < before - 0.01, (before, after)
 
     def test_personal_leaves_are_personal(self, name: str, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ class TestEveryMethod:
             return
         sampled = {c.id for c in f.cohort(0)}
         kept = {id: f.store.load_client(id, 1) for id in f.data.ids}
-        has_private = bool(f.method.keep(f.scene, f.client(0)))
+        has_private = bool(f.method.keep(f.context, f.client(0)))
         assert {id for id, p in kept.items() if p} == (sampled if has_private else set())
         mine = [p for p in kept.values() if p]
         for a, b in itertools.pairwise(mine):
@@ -241,8 +241,8 @@ class TestEveryMethod:
             f = tiny.federation(dataclasses.replace(m, rank=64), tmp_path)
             with pytest.raises(FedloraError, match=r"rank 64 exceeds the layer .*16 x 16"):
                 m_big = f.method
-                m_big.keep(f.scene, f.client(0))
-                m_big.init(f.scene)
+                m_big.keep(f.context, f.client(0))
+                m_big.init(f.context)
 
     def test_is_printable_and_hashable(self, name: str, tmp_path: Path) -> None:
         m = TABLE[name].method

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cli import fedlora, model_folder
 
-from fedlora.cost import costs
+from fedlora.bench.cost import costs
 from fedlora.methods import METHODS
 
 

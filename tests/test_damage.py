@@ -22,23 +22,24 @@ import pytest
 import torch
 from torch import nn
 
-from fedlora import inputs, sealed, summary
-from fedlora.data.batches import Plan
+from fedlora.data.batches import LocalWork
 from fedlora.data.examples import Arrays, Rows, Tokens, Words
 from fedlora.data.federated import FederatedData
 from fedlora.errors import StateError
-from fedlora.federation import Federation
-from fedlora.method import Method
+from fedlora.federation import inputs, summary
+from fedlora.federation.callbacks import Callback
+from fedlora.federation.records import EvalLine, Line, parse
+from fedlora.federation.run import Federation
+from fedlora.federation.setting import Evaluation, Sampling
+from fedlora.federation.store import Store
+from fedlora.federation.summary import chosen_round
+from fedlora.files import sealed
 from fedlora.methods import METHODS
-from fedlora.model import Adapted
-from fedlora.optim import SGD
-from fedlora.records import EvalLine, Line, parse
-from fedlora.setting import Evaluation, Sampling
-from fedlora.store import Store
-from fedlora.summary import chosen_round
-from fedlora.tasks.classification import Classification
+from fedlora.methods.contract import Method
+from fedlora.model.adapted import Adapted
+from fedlora.training.optimizers import SGD
+from fedlora.training.tasks.classification import Classification
 from fedlora.tree import Key, Params
-from fedlora.watch import Watch
 
 RECIPE = {"method": {"name": "x"}, "run": {"seed": 0}}
 
@@ -82,11 +83,11 @@ def federation(folder: Path, method: str = "fedsa", labels: int = 0, **more: Any
     model = Adapted(Net(), {"target": ["first", "second"]}, call=lambda net, batch: net(batch["x"]))
     made: Method = METHODS[method](rank=4, optimizer=SGD(0.2), head="frozen")
     settings: dict[str, Any] = {"sampling": Sampling(rounds=3, clients_per_round=2), "seed": 3, "block": 3}
-    return Federation(model, Classification(2), data, made, folder, plan=Plan(1, None, 2), evaluation=Evaluation(every=3),
+    return Federation(model, Classification(2), data, made, folder, plan=LocalWork(1, None, 2), evaluation=Evaluation(every=3),
                       recipe=RECIPE, recipe_hash="0123456789ab", **settings | more)  # fmt: skip
 
 
-class Stop(Watch):
+class Stop(Callback):
     """Ends a run in the middle of a round (1-based)."""
 
     def __init__(self, round: int):

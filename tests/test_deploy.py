@@ -12,15 +12,15 @@ import tiny
 import torch
 from test_contract import TABLE
 
-from fedlora import wire
 from fedlora.data.federated import roster
 from fedlora.deploy.packets import Packet
 from fedlora.deploy.remote import Remote, Terms
 from fedlora.deploy.site import Site
 from fedlora.errors import TrainingError
-from fedlora.federation import Federation
-from fedlora.method import Method
-from fedlora.setting import Evaluation, Sampling
+from fedlora.federation import wire
+from fedlora.federation.run import Federation
+from fedlora.federation.setting import Evaluation, Sampling
+from fedlora.methods.contract import Method
 from fedlora.tree import Key, Params
 
 RECIPE = {"data": {}, "deployment": {}}
@@ -160,8 +160,9 @@ FAULTS = {
     "another round": (header(round=17), "round 17"),
     "another kind": (lambda reply: Packet("evaluate", reply.header, reply.parts), "kind 'evaluate'"),
     "another version": (header(protocol=99), "protocol 99"),
-    "no clients": (header(clients=None), "nothing of its clients"),
-    "an error": (header(error="out of paper"), "out of paper"),
+    "no clients": (header(clients=None), "clients is None"),
+    "an error": (header(error={"code": "paper", "field": None, "text": "out of paper"}), "out of paper (paper)"),
+    "an error of the old form": (header(error="out of paper"), "in an old form"),
     "Flower's error": (lambda reply: "node unavailable", "node unavailable"),
     "too large a step": (uploads_of(at(A_SITE, lambda v: v * 1e9)), "exceeds the bound"),
 }
@@ -246,11 +247,11 @@ def test_server_killed_and_started_again(when: str, tmp_path: Path, monkeypatch:
     elif when == "during aggregation":
         original = type(METHOD).aggregate
 
-        def half(self: Method, scene: Any, s: Any, uploads: Any) -> Any:
+        def half(self: Method, context: Any, s: Any, uploads: Any) -> Any:
             if s.round == 1:
                 next(iter(uploads))
                 boom()
-            return original(self, scene, s, uploads)
+            return original(self, context, s, uploads)
 
         monkeypatch.setattr(type(METHOD), "aggregate", half)
     else:

@@ -30,7 +30,7 @@ def commands(mark: str, port: int, **names: str) -> list[list[str]]:
     for old, new in names.items():
         text = text.replace(old, new)
     out = []
-    for line in text.splitlines():
+    for line in text.replace("\\\n", " ").splitlines():
         command, *arguments = shlex.split(line, comments=True)
         assert command == "fedlora"
         out.append(arguments)

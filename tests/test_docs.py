@@ -97,33 +97,91 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), target
 
 
-def passes_with_example(folder: Path, file: str, row: str, tests: list[str], least: int) -> None:
-    """The worked example, put where CONTRIBUTING says, passes these tests; nothing else is touched."""
-    for name in ("src", "tests"):
+def passes_with_example(folder: Path, examples: dict[str, str], tests: list[str], least: int) -> None:
+    """The worked example, put where CONTRIBUTING says, passes these tests and those of the registries; nothing else is
+    touched, and `make docs` is run.
+
+    examples: the example's name in CONTRIBUTING -> "" for a new file of that name, or "FILE: TEXT", after which it stands.
+    """
+    for name in ("src", "tests", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    (folder / file).write_text(block(CONTRIBUTING, f"example: {file}"), encoding="utf-8")
-    contract = folder / "tests/test_contract.py"
-    text = contract.read_text(encoding="utf-8")
-    assert text.count("TABLE = {\n") == 1
-    contract.write_text(text.replace("TABLE = {\n", "TABLE = {\n" + block(CONTRIBUTING, row)), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", *tests, "-p", "no:cacheprovider", "-p", "no:xdist"]
+    for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, folder)
+    for name, place in examples.items():
+        text = block(CONTRIBUTING, f"example: {name}")
+        file, _, after = place.partition(": ")
+        if not place:
+            (folder / name).write_text(text, encoding="utf-8")
+        elif after:
+            old = (folder / file).read_text(encoding="utf-8")
+            assert old.count(after) == 1, (file, after)
+            (folder / file).write_text(old.replace(after, after + text), encoding="utf-8")
+        else:
+            patched(folder / file, text)
     own = environment() | {"PYTHONPATH": str(folder / "src")}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=own)
-    assert done.returncode == 0, done.stdout[-3000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed
-    assert int(passed[1]) >= least
+    subprocess.run([sys.executable, "docs/build.py"], cwd=folder, check=True, env=own)
+    registries = [
+        "tests/test_docs.py::test_readme_table_of_methods",
+        "tests/test_docs.py::test_the_page_on_recipes_is_current",
+    ]
+    plain = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    for chosen, count in ((tests, least), (registries, 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *plain, *chosen],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=own,
+        )
+        assert done.returncode == 0, done.stdout[-3000:]
+        passed = re.search(r"(\d+) passed", done.stdout)
+        assert passed
+        assert int(passed[1]) >= count
+
+
+def patched(path: Path, diff: str) -> None:
+    """Apply the lines of one piece of a diff: " " stays, "-" goes, "+" comes."""
+    lines = diff.splitlines()
+    old = "".join(x[1:] + "\n" for x in lines if x[0] != "+")
+    new = "".join(x[1:] + "\n" for x in lines if x[0] != "-")
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1, old
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+TABLE_OF_TESTS = "tests/test_contract.py: TABLE = {\n"
 
 
 def test_contributing_example_is_a_method(tmp_path: Path) -> None:
-    tests = ["tests/test_contract.py", "-k", "even or every_method_has_a_row"]
-    passes_with_example(tmp_path, "src/fedlora/methods/even.py", "example: row", tests, 7)
+    row = next(x for x in README.splitlines(keepends=True) if x.startswith("| `homlora`"))
+    examples = {"src/fedlora/methods/even.py": "", "row": TABLE_OF_TESTS, "row of the README": f"README.md: {row}"}
+    passes_with_example(tmp_path, examples, ["tests/test_contract.py", "-k", "even or every_method_has_a_row"], 7)
 
 
 def test_contributing_example_is_a_delta_form(tmp_path: Path) -> None:
     tests = ["tests/test_contract.py", "tests/test_export.py", "-k", "loudness or every_delta_form_has_a_row"]
-    passes_with_example(tmp_path, "src/fedlora/adapters/loudness.py", "example: row of a form", tests, 10)
+    examples = {"src/fedlora/adapters/loudness.py": "", "row of a form": TABLE_OF_TESTS}
+    passes_with_example(tmp_path, examples, tests, 10)
+
+
+def test_contributing_example_is_a_guard(tmp_path: Path) -> None:
+    tests = ["tests/test_guards.py", "-k", "fedsa-damped or slora-pf2lora-damped or every_guard_has_a_row"]
+    where = "tests/test_guards.py: ROWS: dict[str, Guard] = {\n"
+    passes_with_example(tmp_path, {"src/fedlora/guards/damped.py": "", "row of a guard": where}, tests, 7)
+
+
+def test_contributing_example_is_a_partition(tmp_path: Path) -> None:
+    tests = ["tests/test_partition.py", "-k", "power or every_partition"]
+    where = "tests/test_partition.py: KINDS: dict[str, Partition] = {\n"
+    examples = {"src/fedlora/data/partitions/power.py": "", "row of a partition": where}
+    passes_with_example(tmp_path, examples, tests, 5)
+
+
+def test_contributing_example_is_a_metric(tmp_path: Path) -> None:
+    file = "src/fedlora/tasks/classification.py"
+    examples = {file: file, "row of a metric": "tests/test_metrics.py: ORACLES = {\n"}
+    passes_with_example(tmp_path, examples, ["tests/test_metrics.py"], 6)
 
 
 def test_contributing_example_is_a_task(tmp_path: Path) -> None:

@@ -15,13 +15,13 @@ import torch
 from test_contract import TABLE, state
 from test_export import refusals
 
+from fedlora.checkpoints.merge import merge
+from fedlora.checkpoints.peft import export
 from fedlora.errors import FedloraError
-from fedlora.merge import merge
-from fedlora.method import Server
-from fedlora.peft_io import export
+from fedlora.federation.callbacks import Callback
+from fedlora.federation.views import served
+from fedlora.methods.contract import ServerState
 from fedlora.tree import stack
-from fedlora.views import served
-from fedlora.watch import Watch
 
 FAMILIES = ("roberta", "gpt2", "llama")
 REFUSED = {("bitfit", "llama"): "BitFit: LlamaForSequenceClassification has no biases to train"}
@@ -61,7 +61,7 @@ def test_exports_compute_the_same(name: str, family: str, tmp_path: Path) -> Non
     """Plain transformers (merged) and plain PEFT (folder) give the logits of the adapted model."""
     f = tiny.federation(TABLE[name].method, tmp_path / "run", base(family))
     f.run()
-    [deltas] = served(f, f.engine(Watch()), Server(*f.store.load_server()), [1], "personal")
+    [deltas] = served(f, f.engine(Callback()), ServerState(*f.store.load_server()), [1], "personal")
     batch = f.data.examples.collate(np.arange(6))
     inputs = {n: v for n, v in batch.items() if n != "labels"}
     with torch.no_grad():

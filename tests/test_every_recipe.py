@@ -1,6 +1,6 @@
 """Every method on real weights, as its shipped recipe says, shortened: it runs, resumes bit-exactly, and leaves as PEFT.
 
-MiniLM on SST-2 and a tiny Llama on Shakespeare's speakers. `make test` runs the last of each sweep
+MiniLM on SST-2 and a tiny Llama on the standard library's documentation. `make test` runs the last of each sweep
 (test_recipes_shipped.py); all of them are `make slow`.
 """
 
@@ -10,36 +10,37 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import local
 import numpy as np
 import pytest
 import torch
 
 import fedlora as fl
-from fedlora.build import federation
 from fedlora.errors import ModelError
+from fedlora.federation.callbacks import Callback
 from fedlora.recipe import Recipe, expand
+from fedlora.recipe.build import federation
+from fedlora.recipe.reading import read
+from fedlora.recipe.shipped import FOLDER
 from fedlora.tree import stack
-from fedlora.watch import Watch
 
-ROOT = Path(__file__).parents[1] / "recipes"
 SHORT = ["federation.rounds=3", "train.steps=1", "train.batch_size=4", "evaluation.every=3", "data.limit=400"]
 NO_FACTORS = {"sft", "fft", "bitfit", "houlsby", "pfeiffer"}  # nothing that PEFT's LoRA could hold
 NO_MERGE = {"houlsby", "pfeiffer"}  # layers of their own
 MODELS = {"minilm": "every-method.yaml", "llama": "every-method-llama.yaml"}
-RUNS = {f"{m}:{r.name}": (m, i) for m, file in MODELS.items() for i, r in enumerate(expand(ROOT / file))}
+RUNS = {f"{m}:{r.name}": (m, i) for m, file in MODELS.items() for i, r in enumerate(expand(FOLDER / file))}
 
 
 def recipe_of(which: tuple[str, int], shared: Path) -> Recipe:
     model, i = which
-    where = expand(ROOT / MODELS[model], [*SHORT, "partition.min_size=2"])[i].resolved()
+    file = FOLDER / MODELS[model]
+    where = expand(file, [*SHORT, "partition.min_size=2", *local.overrides(read(file), shared, shared)])[i].resolved()
     if where["method"]["name"] == "slora":
         where["method"]["sparse_rounds"] = 1
-    where["data"]["source"] = str(shared / where["data"]["source"].removeprefix("../shared/"))
-    where["model"]["name"] = where["model"]["name"].replace("../shared", str(shared))
     return Recipe.from_dict(where)
 
 
-class Crash(Watch):
+class Crash(Callback):
     def round_start(self, round: int, clients: int) -> None:
         if round == 3:
             raise KeyboardInterrupt

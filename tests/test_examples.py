@@ -1,37 +1,40 @@
-"""PF2LoRA's synthetic example shows what the paper says: one rank is wrong for somebody, a common and a personal one are not."""
+"""The example that trains by hand and with fedlora gives the same numbers, and its training is no idle one."""
 
 from __future__ import annotations
 
-import json
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from cli import fedlora
+import pytest
 
-from fedlora import examples
-
-
-def test_the_truth_has_the_stated_ranks_and_common_directions() -> None:
-    a, b = examples.truth(3).values()
-    assert [np.linalg.matrix_rank(w) for w in (a, b)] == list(examples.RANKS)
-    np.testing.assert_allclose(np.linalg.svd(b)[1][:5], examples.SINGULAR)
-    assert np.linalg.matrix_rank(b - a) == 2  # they differ by two directions only
+ROOT = Path(__file__).parents[1]
 
 
-def test_personal_ranks_fit_both_clients_and_a_common_rank_does_not() -> None:
-    pf2 = examples.course("PF2LoRA, 4 + 1", rounds=400, points=1)
-    hom = examples.course("HomLoRA, rank 5", rounds=100, points=1)
-    assert max(e[-1] for e in pf2.errors.values()) < 0.02
-    assert pf2.ranks == {"a": 3, "b": 5}
-    assert min(e[-1] for e in hom.errors.values()) > 0.1
-    assert hom.rounds[-1] == 100
+@pytest.fixture(scope="module")
+def example() -> Any:
+    spec = spec_from_file_location("fedavg_by_hand", ROOT / "examples/fedavg_by_hand.py")
+    assert spec
+    assert spec.loader
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_command_writes_a_page(tmp_path: Path) -> None:
-    done = fedlora("example", "--rounds", 3, "--output", tmp_path / "page.html")
-    assert "HetLoRA, ranks 3 and 5" in done.stdout
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "true rank 5" in page and "http" not in page.split("</style>")[0].replace("http://www.w3.org", "")
-    done = fedlora("example", "--rounds", 2, "--json", "--output", tmp_path / "page.html")
-    assert {c["label"] for c in json.loads(done.stdout)} == set(examples.SETTINGS)
-    fedlora("example", "--rounds", 0, code=2)
+def test_fedavg_by_hand_and_with_fedlora_are_equal(example: Any, tmp_path: Path) -> None:
+    mine, losses, furthest = example.compare(tmp_path / "run")
+    assert len(mine) == example.ROUNDS
+    np.testing.assert_allclose(losses, mine, rtol=1e-5)
+    assert furthest < 1e-5
+    assert mine[-1] < mine[0] - 0.01
+
+
+def test_the_clients_of_the_example_differ(example: Any) -> None:
+    """In size, so that the weights of the average matter, and in their classes."""
+    data = example.some_data()
+    assert len(set(data.splits["train"].sizes.tolist())) > 1
+    shares = [np.bincount(data.examples.labels[data.splits["train"][k]], minlength=3) for k in range(example.CLIENTS)]
+    assert max(s.max() / s.sum() for s in shares) > 0.5

@@ -13,13 +13,13 @@ import torch
 from test_contract import TABLE
 
 from fedlora.adapters import at_layers, form_of
+from fedlora.checkpoints.merge import merge
+from fedlora.checkpoints.peft import export
 from fedlora.errors import ModelError
-from fedlora.merge import merge
+from fedlora.federation.callbacks import Callback
+from fedlora.federation.views import served
 from fedlora.methods import METHODS
-from fedlora.peft_io import export
 from fedlora.tree import Params, stack, unstack
-from fedlora.views import served
-from fedlora.watch import Watch
 
 
 def refusals(deltas: Params) -> tuple[str, str]:
@@ -36,9 +36,9 @@ def trained(name: str, folder: Path, base: Any = None) -> tuple[Any, Params, Any
     f.run()
     loaded = f.store.load_server()
     assert loaded is not None
-    from fedlora.method import Server
+    from fedlora.methods.contract import ServerState
 
-    [deltas] = served(f, f.engine(Watch()), Server(*loaded), [1], "personal")
+    [deltas] = served(f, f.engine(Callback()), ServerState(*loaded), [1], "personal")
     batch = f.data.examples.collate(np.arange(6))
     with torch.no_grad():
         logits = f.model.forward(stack([deltas]), {n: v[None] for n, v in batch.items()})[0]
@@ -88,7 +88,7 @@ def test_conv1d_and_tied_tables(tmp_path: Path) -> None:
         f.run()
         loaded = f.store.load_server()
         assert loaded is not None
-        [deltas] = unstack(method.personal(f.scene, stack([loaded[1]]), {}), 1)
+        [deltas] = unstack(method.personal(f.context, stack([loaded[1]]), {}), 1)
         batch = tiny.tokens(labels=False).collate(np.arange(4))
         with torch.no_grad():
             want = f.model.forward(stack([deltas]), {n: v[None] for n, v in batch.items()})[0]

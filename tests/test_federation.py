@@ -16,18 +16,18 @@ import pytest
 import tiny
 import torch
 
-from fedlora.data.batches import Plan, batch_of, order, train_batches
+from fedlora.data.batches import LocalWork, batch_of, order, train_batches
 from fedlora.errors import ConfigError, TrainingError
-from fedlora.evaluate import predict
-from fedlora.federation import Federation
+from fedlora.evaluation.predictions import predict
+from fedlora.federation.callbacks import Callback
+from fedlora.federation.records import EvalLine
+from fedlora.federation.run import Federation
+from fedlora.federation.setting import Evaluation, Sampling
+from fedlora.federation.summary import chosen_round
 from fedlora.methods import METHODS
-from fedlora.optim import SGD, AdamW
-from fedlora.records import EvalLine
 from fedlora.seeds import np_rng
-from fedlora.setting import Evaluation, Sampling
-from fedlora.summary import chosen_round
+from fedlora.training.optimizers import SGD, AdamW
 from fedlora.tree import Params, stack
-from fedlora.watch import Watch
 
 
 def lines(f: Federation) -> list[dict[str, Any]]:
@@ -97,8 +97,8 @@ def test_concept_shift_reaches_training_and_evaluation() -> None:
         rows = data.splits["train"][k]
         seen = batch_of(shifted, np.full(len(rows), k), rows)["labels"].numpy()
         assert np.array_equal(seen, maps[k][data.examples.labels[rows]])
-    [batch, *_] = train_batches(shifted, 0, Plan(1, None, 50), 1, "p")
-    [plain, *_] = train_batches(data, 0, Plan(1, None, 50), 1, "p")
+    [batch, *_] = train_batches(shifted, 0, LocalWork(1, None, 50), 1, "p")
+    [plain, *_] = train_batches(data, 0, LocalWork(1, None, 50), 1, "p")
     assert torch.equal(batch["labels"], torch.from_numpy(maps[0])[plain["labels"]])
 
 
@@ -121,9 +121,9 @@ def test_predictions_in_blocks_equal_one_row_at_a_time(tmp_path: Path) -> None:
     f = tiny.federation(METHODS["homlora"](rank=2), tmp_path)
     g = torch.Generator().manual_seed(0)
     models: list[Params] = [
-        {k: torch.randn(v.shape, generator=g) for k, v in f.method.init(f.scene).params.items()} for _ in range(3)
+        {k: torch.randn(v.shape, generator=g) for k, v in f.method.init(f.context).params.items()} for _ in range(3)
     ]
-    ready = [f.method.personal(f.scene, stack([p]), {}) for p in models]
+    ready = [f.method.personal(f.context, stack([p]), {}) for p in models]
     served = [{k: v[0] for k, v in p.items()} for p in ready]
     params = [served[0], served[1], served[0], served[2], served[1]]
     clients = [0, 1, 2, 3, 0]
@@ -219,11 +219,11 @@ def test_a_client_that_explodes_is_refused_and_the_round_goes_on(tmp_path: Path)
 
 def test_a_resumed_run_keeps_its_block_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where memory has become scarce: other blocks would give other last bits."""
-    from fedlora import federation as module
+    from fedlora.federation import run as module
 
     f = tiny.federation(METHODS["homlora"](rank=2), tmp_path, block="auto")
 
-    class Stop(Watch):
+    class Stop(Callback):
         def round_done(self, round: int, facts: dict[str, Any]) -> None:
             raise KeyboardInterrupt
 

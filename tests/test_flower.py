@@ -26,18 +26,17 @@ from test_deploy import METHOD, lines, state
 pytest.importorskip("flwr")
 
 import fedlora.flower  # noqa: F401  (switches Flower's telemetry off)
-from fedlora import build
 from fedlora.data.examples import Rows, Tokens
 from fedlora.data.federated import FederatedData
-from fedlora.deploy import remote
+from fedlora.deploy import schema
 from fedlora.deploy.packets import Packet
 from fedlora.deploy.site import Holding
 from fedlora.errors import ConfigError
-from fedlora.federation import Federation
+from fedlora.federation.callbacks import Callback
+from fedlora.federation.run import Federation
 from fedlora.flower import client, keys, records, server, superlink
-from fedlora.recipe import Recipe
+from fedlora.recipe import Recipe, build
 from fedlora.tree import Key
-from fedlora.watch import Watch
 
 SST2 = Path(os.environ.get("FEDLORA_SHARED", Path(__file__).parents[2] / "shared")) / "data/sst2/train.parquet"
 IDS = ("a", "b", "c")
@@ -97,7 +96,7 @@ class Place:
     ) -> tuple[Federation, dict[str, Any]]:
         k = self.root / "keys"
         tls, known = server.security(k / "server.pem", k / "server.key", k / "clients", False)
-        return server.run(recipe, self.root / name, "127.0.0.1", self.port, tls, known, Watch(), say)
+        return server.run(recipe, self.root / name, "127.0.0.1", self.port, tls, known, Callback(), say)
 
     def site(self, id: str, trouble: str = "", folder: str = "state", keys_of: str = "keys") -> subprocess.Popen[str]:
         script = Path(__file__).with_name("flower_site.py")
@@ -246,7 +245,7 @@ def test_a_site_in_trouble_does_not_stop_the_others(trouble: str, alone: Place) 
         for p in processes:
             end(p)
     train = [x for x in lines(there) if x["kind"] == "train"]
-    reason = {"nan": "non-finite", "die": "no reply from node", "half": "late", "slow": "late"}[trouble]
+    reason = {"nan": "non-finite", "die": "no reply", "half": "late", "slow": "late"}[trouble]
     wrong = [x["refused"] for x in train if x["refused"]]
     assert len(wrong) == 1
     assert list(wrong[0]) == ["b"]
@@ -263,7 +262,7 @@ def test_a_site_that_died_comes_back(alone: Place) -> None:
     )
     processes = [alone.site(id, "die" if id == "b" else "", "state-back") for id in IDS]
 
-    class Again(Watch):
+    class Again(Callback):
         def round_done(self, round: int, facts: dict[str, Any]) -> None:
             if round == 2:
                 processes.append(alone.site("b", folder="state-back"))
@@ -384,7 +383,7 @@ def test_a_cut_connection_is_taken_up_again(alone: Place) -> None:
     processes = [(near if id == "b" else alone).site(id, folder="state-cable") for id in IDS]
     cuts = [2, 3]
 
-    class Cutting(Watch):
+    class Cutting(Callback):
         def round_start(self, round: int, clients: int) -> None:
             if round in cuts:
                 cable.cut(0.5)
@@ -410,7 +409,7 @@ def test_no_request_of_ours_is_larger_than_the_server_takes() -> None:
     """The largest site's answer with a large model: Flower cuts leaves into chunks, and what is said of clients is small."""
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-    ids = [f"a-hospital-of-some-length/ward-{i:05d}" for i in range(remote.MOST_CLIENTS)]
+    ids = [f"a-hospital-of-some-length/ward-{i:05d}" for i in range(schema.MOST_CLIENTS)]
     scores = {c: {"loss": 0.123456789012345, "accuracy": 0.123456789012345, "f1": 0.123456789012345} for c in ids}
     lines = [{"view": v, "split": s, "clients": scores} for v in ("personal", "global") for s in ("validation", "test")]
     small = Packet("evaluate", {"lines": lines}, dict.fromkeys(ids, b"x"))
@@ -518,7 +517,7 @@ def test_strategy_refuses_what_is_not_declared_and_goes_on(
 
     logging.getLogger("flwr").propagate = True
     fed = tiny.federation(METHOD, tmp_path)
-    strategy = s.MethodStrategy(METHOD, fed.scene, rounds=3)
+    strategy = s.MethodStrategy(METHOD, fed.context, rounds=3)
     before = dict(strategy.server.params)
     arrays, metrics = strategy.aggregate_train(1, _replies(strategy, 1, {11: INJECTIONS[name]}))
     assert arrays is not None and metrics is not None and metrics["clients"] == 3
@@ -532,7 +531,7 @@ def test_strategy_counts_a_node_once_and_only_if_asked(tmp_path: Path) -> None:
     from fedlora.flower import strategy as s
 
     fed = tiny.federation(METHOD, tmp_path)
-    strategy = s.MethodStrategy(METHOD, fed.scene, rounds=3, min_nodes=2)
+    strategy = s.MethodStrategy(METHOD, fed.context, rounds=3, min_nodes=2)
     replies = _replies(strategy, 1, {})
     _, metrics = strategy.aggregate_train(1, [*replies, replies[0]])
     assert metrics is not None and metrics["clients"] == 4
@@ -545,18 +544,18 @@ def test_strategy_with_guards_equals_engine(precision: Any, tmp_path: Path) -> N
     from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
     from flwr.supercore.task_identity import TaskIdentity
 
-    from fedlora.engine import train_block
+    from fedlora.federation.engine import train_block
+    from fedlora.federation.guards import GUARDS
+    from fedlora.federation.setting import Sampling
     from fedlora.flower import strategy as s
-    from fedlora.guards import GUARDS
-    from fedlora.setting import Sampling
 
     guards = (GUARDS["clip"](norm=0.1), GUARDS["feedback"](form="int4"), GUARDS["trimmed"](share=0.25))
     sampling = Sampling(rounds=2, precision=precision, guards=guards)
     here = tiny.federation(METHOD, tmp_path / "here", block=1, sampling=sampling)
     here.run()
     fed = tiny.federation(METHOD, tmp_path / "fed", block=1, sampling=sampling)
-    engine, channel = fed.engine(Watch()), sampling.channel
-    kept = {k: METHOD.keep(fed.scene, fed.client(k)) for k in range(4)}
+    engine, channel = fed.engine(Callback()), sampling.channel
+    kept = {k: METHOD.keep(fed.context, fed.client(k)) for k in range(4)}
     remembered: dict[int, Any] = {k: {} for k in range(4)}
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 
@@ -564,7 +563,7 @@ def test_strategy_with_guards_equals_engine(precision: Any, tmp_path: Path) -> N
         def get_node_ids(self) -> list[int]:
             return [10, 11, 12, 13]
 
-    strategy = s.MethodStrategy(METHOD, fed.scene, rounds=2, channel=channel)
+    strategy = s.MethodStrategy(METHOD, fed.context, rounds=2, channel=channel)
     strategy.examples = {10 + k: fed.client(k).examples for k in range(4)}
     for round in (1, 2):
         replies = []
@@ -572,7 +571,7 @@ def test_strategy_with_guards_equals_engine(precision: Any, tmp_path: Path) -> N
             k = m.metadata.dst_node_id - 10
             order, client, down = s.order_of(m), fed.client(k), s.received_by(channel, m)
             batches = fed.batches(client, order, METHOD.draws)
-            (done,) = train_block(METHOD, fed.scene, fed.loss, order, [down], [kept[k]], [batches], engine.pace)
+            (done,) = train_block(METHOD, fed.context, fed.loss, order, [down], [kept[k]], [batches], engine.pace)
             kept[k] = done.kept
             arrays, remembered[k] = s.reply_by(channel, done.upload, down, remembered[k], order, client)
             metrics = MetricRecord({"num-examples": client.examples, "loss": done.metrics["loss"]})
@@ -589,21 +588,21 @@ def test_strategy_equals_engine(tmp_path: Path) -> None:
     from flwr.app import Message, MetricRecord, RecordDict
     from flwr.supercore.task_identity import TaskIdentity
 
-    from fedlora.engine import train_block
+    from fedlora.federation.engine import train_block
     from fedlora.flower import strategy as s
 
     here = tiny.federation(METHOD, tmp_path / "here", block=1)
     here.run()
     fed = tiny.federation(METHOD, tmp_path / "fed", block=1)
-    engine = fed.engine(Watch())
-    kept = {k: METHOD.keep(fed.scene, fed.client(k)) for k in range(4)}
+    engine = fed.engine(Callback())
+    kept = {k: METHOD.keep(fed.context, fed.client(k)) for k in range(4)}
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 
     class Nodes:
         def get_node_ids(self) -> list[int]:
             return [10, 11, 12, 13]
 
-    sent = s.MethodStrategy(METHOD, fed.scene, rounds=3)
+    sent = s.MethodStrategy(METHOD, fed.context, rounds=3)
     arrays = sent.initial_arrays()
     sent.examples = {10 + k: fed.client(k).examples for k in range(4)}
     from flwr.app import ConfigRecord
@@ -616,7 +615,7 @@ def test_strategy_equals_engine(tmp_path: Path) -> None:
             (found,) = m.content.array_records.values()
             batches = fed.batches(fed.client(k), order, METHOD.draws)
             (done,) = train_block(
-                METHOD, fed.scene, fed.loss, order, [s.params_of(found)], [kept[k]], [batches], engine.pace
+                METHOD, fed.context, fed.loss, order, [s.params_of(found)], [kept[k]], [batches], engine.pace
             )
             kept[k] = done.kept
             metrics = MetricRecord({"num-examples": fed.client(k).examples, "loss": done.metrics["loss"]})

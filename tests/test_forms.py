@@ -14,14 +14,14 @@ from test_export import plain
 from torch import Tensor, nn
 
 from fedlora import adapters
-from fedlora.engine import Schedule, train_block
+from fedlora.checkpoints.merge import merge
+from fedlora.checkpoints.peft import export
 from fedlora.errors import ConfigError, ModelError
-from fedlora.layer import Site, base_weight
-from fedlora.merge import merge
-from fedlora.method import Order, Scene
+from fedlora.federation.engine import Schedule, train_block
+from fedlora.layers import Layer, base_weight
 from fedlora.methods import METHODS
-from fedlora.optim import SGD, AdamW
-from fedlora.peft_io import export
+from fedlora.methods.contract import Context, RoundInfo
+from fedlora.training.optimizers import SGD, AdamW
 from fedlora.tree import Key, Params, stack
 
 PLACES = {  # family -> (all places, those whose input is scaled), from section 3.3 of the paper
@@ -45,10 +45,10 @@ def one_client(m: Any, name: str, folder: Path) -> tuple[Any, list[Any], Any]:
     """(federation, the client's batches, what it uploads) after one round of local training."""
     model = tiny.adapt(family(name), needs=m.groups, dropout=False)
     f = tiny.federation(m, folder, model=model)
-    client, order = f.client(2), Order(0, 1)
-    batches = f.batches(client, order, 1)
-    down = m.broadcast(f.scene, m.init(f.scene), client)
-    [done] = train_block(m, f.scene, f.loss, order, [down], [{}], [batches], Schedule())
+    client, info = f.client(2), RoundInfo(0, 1)
+    batches = f.batches(client, info, 1)
+    down = m.broadcast(f.context, m.init(f.context), client)
+    [done] = train_block(m, f.context, f.loss, info, [down], [{}], [batches], Schedule())
     return f, batches, done.upload
 
 
@@ -72,7 +72,7 @@ def logits(f: Any, deltas: Params) -> Tensor:
 
 
 def ready(f: Any, p: Params) -> Params:
-    return f.method.form.view(p | f.method.fixed(f.scene))
+    return f.method.form.view(p | f.method.fixed(f.context))
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -89,9 +89,9 @@ def test_ia3_is_pefts(name: str, optimizer: Any, tmp_path: Path) -> None:
     config = IA3Config(target_modules=everywhere, feedforward_modules=inputs, fan_in_fan_out=name == "gpt2")
     theirs = inject_adapter_in_model(config, theirs)
     layers = {n: x for n, x in theirs.named_modules() if hasattr(x, "ia3_l")}
-    assert {k.site for k in up} == layers.keys()
-    assert {k.site for k in up if k.part == "l_in"} == {n for n, x in layers.items() if x.is_feedforward}
-    mine = {k: layers[k.site].ia3_l["default"] for k in up}
+    assert {k.layer for k in up} == layers.keys()
+    assert {k.layer for k in up if k.part == "l_in"} == {n for n, x in layers.items() if x.is_feedforward}
+    mine = {k: layers[k.layer].ia3_l["default"] for k in up}
     train(theirs, list(mine.values()), optimizer, batches)
     for k, p in mine.items():
         torch.testing.assert_close(up[k], p.detach().flatten() - 1, rtol=5e-4, atol=5e-6)
@@ -163,7 +163,7 @@ def test_pissa_starts_at_the_best_part_of_the_weight() -> None:
 
 def test_pissa_without_a_base_is_refused() -> None:
     with pytest.raises(ModelError, match="layer 'w': its delta starts from the base's weight"):
-        METHODS["homlora"](rank=2, adapter="pissa").fixed(Scene({"target": [Site("w", 5, 4)]}, 0))
+        METHODS["homlora"](rank=2, adapter="pissa").fixed(Context({"target": [Layer("w", 5, 4)]}, 0))
 
 
 def test_decay_pulls_a_form_to_the_base(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_decay_pulls_a_form_to_the_base(tmp_path: Path) -> None:
     for name in ("ia3", "pissa"):
         m = METHODS["homlora"](rank=2, adapter=name)
         f = tiny.federation(m, tmp_path / name)
-        assert all(float(v.abs().max()) == 0 for k, v in m.start(f.scene).items())
+        assert all(float(v.abs().max()) == 0 for k, v in m.start(f.context).items())
 
 
 # the registry -----------------------------------------------------------------------------------------------------

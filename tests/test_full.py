@@ -11,13 +11,13 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from fedlora.engine import Schedule, train_block
+from fedlora.checkpoints.merge import merge
 from fedlora.errors import ModelError
-from fedlora.merge import merge
-from fedlora.method import Order
+from fedlora.federation.engine import Schedule, train_block
 from fedlora.methods import METHODS
-from fedlora.model import Adapted
-from fedlora.optim import SGD
+from fedlora.methods.contract import RoundInfo
+from fedlora.model.adapted import Adapted
+from fedlora.training.optimizers import SGD
 from fedlora.tree import Key, Params, stack
 
 FAMILIES = tiny.seq2seq() | {n: tiny.families()[n] for n in ("deberta-v2", "deberta-v3")}
@@ -36,7 +36,7 @@ def data(family: str) -> Any:
 
 def part_of(parameters: dict[str, Tensor], k: Key) -> Tensor:
     """The base's own parameter behind a leaf, as torch names it."""
-    return parameters[f"{k.site}.{'bias' if k.part == 'bias' else 'weight'}"]
+    return parameters[f"{k.layer}.{'bias' if k.part == 'bias' else 'weight'}"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -45,10 +45,10 @@ def test_full_fine_tuning_is_torchs(family: str, tmp_path: Path) -> None:
     m = METHODS["fft"](optimizer=SGD(0.1))
     model = tiny.adapt(base(family), needs=m.groups, dropout=False)
     f = tiny.federation(m, tmp_path / "run", model=model, data=data(family), block=1)
-    client, order = f.client(2), Order(0, 1)
-    batches = f.batches(client, order, 1)
-    down = m.broadcast(f.scene, m.init(f.scene), client)
-    [done] = train_block(m, f.scene, f.loss, order, [down], [{}], [batches], Schedule())
+    client, info = f.client(2), RoundInfo(0, 1)
+    batches = f.batches(client, info, 1)
+    down = m.broadcast(f.context, m.init(f.context), client)
+    [done] = train_block(m, f.context, f.loss, info, [down], [{}], [batches], Schedule())
 
     theirs, fresh = base(family), base(family)
     own = dict(theirs.named_parameters())  # a shared parameter comes once

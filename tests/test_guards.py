@@ -15,17 +15,17 @@ from test_contract import TABLE, state
 from test_deploy import server as loop_server
 from test_deploy import sites
 
-from fedlora import wire
-from fedlora.channel import Channel
-from fedlora.data.batches import Plan
+from fedlora.data.batches import LocalWork
 from fedlora.errors import ConfigError, UploadError
-from fedlora.federation import Federation
-from fedlora.guards import GUARDS
-from fedlora.guards.guard import Guard
-from fedlora.method import Client, Order, Server, Upload
+from fedlora.federation import wire
+from fedlora.federation.channel import Channel
+from fedlora.federation.guards import GUARDS
+from fedlora.federation.guards.guard import Guard
+from fedlora.federation.run import Federation
+from fedlora.federation.setting import Evaluation, Sampling
+from fedlora.federation.summary import plan
 from fedlora.methods import METHODS
-from fedlora.setting import Evaluation, Sampling
-from fedlora.summary import plan
+from fedlora.methods.contract import Client, RoundInfo, ServerState, Upload
 from fedlora.tree import GUARD, Key, Params, mean
 
 ROWS: dict[str, Guard] = {
@@ -36,7 +36,7 @@ ROWS: dict[str, Guard] = {
 }
 SERVED = [(m, g) for m, row in TABLE.items() for g, guard in ROWS.items() if guard.cannot(row.method) is None]
 SHORT: dict[str, Any] = {
-    "plan": Plan(steps=2, batch_size=4),
+    "plan": LocalWork(steps=2, batch_size=4),
     "evaluation": Evaluation(every=9, views=("personal",)),
     "sampling": Sampling(rounds=2),
 }
@@ -132,7 +132,7 @@ def test_check_announces_what_a_run_sends(method: str, precision: Any, guards: A
 
 # laws ---------------------------------------------------------------------------------------------------------------
 A, B, R, N = Key("lora", "l", "A"), Key("lora", "l", "B"), Key("lora", "l", "rank"), Key("lora", "", "norm")
-ORDER = Order(0, 3)
+ORDER = RoundInfo(0, 3)
 
 
 def leaves(seed: int, r: int = 4) -> Params:
@@ -169,19 +169,19 @@ def test_trimmed_is_scipys() -> None:
         for i in range(10)
     ]
     for share in (0.0, 0.1, 0.3, 0.45):
-        seen = list(GUARDS["trimmed"](share=share).arrive(iter(ups), Server(0, {})))
+        seen = list(GUARDS["trimmed"](share=share).arrive(iter(ups), ServerState(0, {})))
         got = mean((u.params, METHODS["homlora"]().weight(u)) for u in seen)[A]
         want = trim_mean(np.stack([u.params[A].double().numpy() for u in ups]), share, axis=0)
         np.testing.assert_allclose(got.numpy(), want, rtol=1e-4, atol=1e-6)
     ninety = [Upload(Client(str(i), 1), {A: torch.full((1, 1), float(i))}) for i in range(90)]
-    [got, *_] = GUARDS["trimmed"](share=0.35).arrive(ninety, Server(0, {}))
+    [got, *_] = GUARDS["trimmed"](share=0.35).arrive(ninety, ServerState(0, {}))
     assert float(got.params[A]) == pytest.approx(np.mean(range(31, 59)))  # floor(0.35 * 90) = 31 go on each side
 
 
 def test_one_attacker_cannot_move_a_trimmed_mean_beyond_the_honest() -> None:
     honest = [Upload(Client(f"c{i}", 1), {A: torch.full((2, 2), float(i))}) for i in range(4)]
     bad = Upload(Client("x", 2**40), {A: torch.full((2, 2), 1e30)})
-    seen = list(GUARDS["trimmed"](share=0.2).arrive([*honest, bad], Server(0, {})))
+    seen = list(GUARDS["trimmed"](share=0.2).arrive([*honest, bad], ServerState(0, {})))
     assert all(float(u.params[A].max()) <= 3 and float(u.params[A].min()) >= 0 for u in seen)
 
 
@@ -282,7 +282,7 @@ class Momentum(Guard):
 
     name, title = "momentum", "Server momentum"
 
-    def settle(self, new: Server, old: Server, state: Params) -> tuple[Server, Params]:
+    def settle(self, new: ServerState, old: ServerState, state: Params) -> tuple[ServerState, Params]:
         m = {k: 0.9 * state.get(k, torch.zeros_like(v)) + v - old.params[k] for k, v in new.params.items()}
         return replace(new, params={k: old.params[k] + v for k, v in m.items()}), m
 
@@ -298,9 +298,9 @@ def test_the_servers_guards_resume_and_no_method_or_client_sees_their_state(tmp_
     a, b = (f.store.load_server() for f in (whole, broken))
     assert a is not None and b is not None
     tiny.close(a[1], b[1], 0.0)
-    server = Server.restored(*a)
+    server = ServerState.restored(*a)
     assert server.guards and not any(GUARD in k.adapter for k in server.params)
-    down = whole.method.broadcast(whole.scene, server, whole.client(0))
+    down = whole.method.broadcast(whole.context, server, whole.client(0))
     assert not any(GUARD in k.adapter for k in down)
     plain = tiny.federation(TABLE["fedsa"].method, tmp_path / "c", **SHORT | {"sampling": Sampling(rounds=3)})
     plain.run()

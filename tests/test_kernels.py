@@ -14,16 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from fedlora import cache, kernels
-from fedlora.batching import packed
-from fedlora.dropout import ClientDropout, keep_mask
+from fedlora import kernels
+from fedlora.federation.summary import operators
+from fedlora.files import cache
 from fedlora.kernels import attention, library
 from fedlora.kernels.dropout import Drop, dropped
-from fedlora.loss import Loss
-from fedlora.model import Adapted
-from fedlora.summary import operators
-from fedlora.tasks.causal_lm import CausalLM
-from fedlora.tasks.classification import Classification
+from fedlora.model.adapted import Adapted
+from fedlora.model.dropout import ClientDropout, keep_mask
+from fedlora.training.batching import packed
+from fedlora.training.loss import Loss
+from fedlora.training.tasks.causal_lm import CausalLM
+from fedlora.training.tasks.classification import Classification
 from fedlora.tree import Key, Params
 
 needs_kernels = pytest.mark.skipif(kernels.unavailable() is not None, reason=f"kernels: {kernels.unavailable()}")
@@ -334,7 +335,7 @@ def test_a_layer_of_another_dtype_gets_its_delta_from_the_hook() -> None:
 
     model = Adapted(tiny.seeded(Mixed), {"target": ["low", "high"]})
     a, b = torch.ones(2, 4, 16), torch.ones(2, 16, 4)
-    p = {Key("lora", site, part): v for site in ("low", "high") for part, v in (("A", a), ("B", b))}
+    p = {Key("lora", layer, part): v for layer in ("low", "high") for part, v in (("A", a), ("B", b))}
     x = draw(2, 3, 16).float()
     found = model.forward(p, {"x": x})
     model.bind({})

@@ -13,12 +13,14 @@ import tiny
 import torch
 from torch import Tensor
 
-from fedlora.batching import stack_batches
-from fedlora.data.batches import Plan, train_batches
+from fedlora.data.batches import LocalWork, train_batches
 from fedlora.errors import ConfigError
-from fedlora.loss import Loss
-from fedlora.method import Client, Method, Order, Scene, Server, Upload
+from fedlora.federation.callbacks import Callback
+from fedlora.federation.setting import Sampling
+from fedlora.federation.views import served
+from fedlora.layers import Layer
 from fedlora.methods.average import HomLoRA
+from fedlora.methods.contract import Client, Context, Method, RoundInfo, ServerState, Upload
 from fedlora.methods.feddpa import FedDPAF, FedDPAT
 from fedlora.methods.fedprox import FedProx
 from fedlora.methods.flexlora import FlexLoRA
@@ -26,16 +28,16 @@ from fedlora.methods.hetlora import HetLoRA
 from fedlora.methods.perfedavg import PerFedAvg
 from fedlora.methods.pf2lora import PF2LoRA
 from fedlora.methods.slora import SLoRA
-from fedlora.model import Site
-from fedlora.optim import SGD
-from fedlora.setting import Sampling
-from fedlora.tasks.classification import Classification
+from fedlora.training.batching import stack_batches
+from fedlora.training.loss import Loss
+from fedlora.training.optimizers import SGD
+from fedlora.training.tasks.classification import Classification
 from fedlora.tree import Key, Params, select, stack
-from fedlora.views import served
-from fedlora.watch import Watch
 
 ONE = torch.ones(1, dtype=torch.float64)
-SCENE = Scene({"target": [Site("w", 12, 10, True), Site("v", 9, 14, True)], "head": [Site("head", 3, 12, True)]}, 7)
+CONTEXT = Context(
+    {"target": [Layer("w", 12, 10, True), Layer("v", 9, 14, True)], "head": [Layer("head", 3, 12, True)]}, 7
+)
 
 
 # FlexLoRA ---------------------------------------------------------------------------------------------------------------
@@ -44,7 +46,7 @@ def uploads(ranks: list[int], examples: list[int]) -> list[Upload]:
     out = []
     for j, (r, n) in enumerate(zip(ranks, examples, strict=True)):
         p: Params = {Key("lora", "", "rank"): torch.tensor(r)}
-        for s in SCENE.groups["target"]:
+        for s in CONTEXT.groups["target"]:
             p[Key("lora", s.name, "A")] = torch.randn(r, s.in_, generator=g, dtype=torch.float64)
             p[Key("lora", s.name, "B")] = torch.randn(s.out, r, generator=g, dtype=torch.float64)
         p[Key("head", "head", "weight")] = torch.randn(3, 12, generator=g, dtype=torch.float64)
@@ -57,21 +59,21 @@ def best(dw: Tensor, r: int) -> Tensor:
     return u[:, :r] @ torch.diag(s[:r]) @ vh[:r]
 
 
-def start(m: Method) -> Server:
-    s = m.init(SCENE)
-    return Server(0, {k: v.double() for k, v in s.params.items()}, s.notes)
+def start(m: Method) -> ServerState:
+    s = m.init(CONTEXT)
+    return ServerState(0, {k: v.double() for k, v in s.params.items()}, s.notes)
 
 
 @pytest.mark.parametrize("split", ["B", "sqrt"])
 def test_flexlora_is_the_svd_of_the_dense_mean_product(split: Any) -> None:
     m = FlexLoRA(rank=4, rank_min=2, split=split, plan="explicit", ranks=(("c0", 2), ("c1", 3), ("c2", 4)))
     ups = uploads([2, 3, 4], [5, 1, 2])
-    server = m.aggregate(SCENE, start(m), iter(ups))
-    for s in SCENE.groups["target"]:
+    server = m.aggregate(CONTEXT, start(m), iter(ups))
+    for s in CONTEXT.groups["target"]:
         a, b = Key("lora", s.name, "A"), Key("lora", s.name, "B")
         dense = sum(u.client.examples / 8 * u.params[b] @ u.params[a] for u in ups)
         torch.testing.assert_close(server.params[b] @ server.params[a], best(dense, 4))
-        down = m.broadcast(SCENE, server, Client("c0", 5))  # rank 2
+        down = m.broadcast(CONTEXT, server, Client("c0", 5))  # rank 2
         torch.testing.assert_close(down[b] @ down[a], best(dense, 2))
         sides = [torch.linalg.svdvals(server.params[k]) for k in (b, a)]
         if split == "B":
@@ -87,8 +89,8 @@ def test_flexlora_with_few_components_is_exact_and_stays_trainable() -> None:
     m = FlexLoRA(rank=6, rank_min=2)
     [one] = uploads([2], [3])
     before = start(m)
-    server = m.aggregate(SCENE, before, iter([one]))
-    for s in SCENE.groups["target"]:
+    server = m.aggregate(CONTEXT, before, iter([one]))
+    for s in CONTEXT.groups["target"]:
         a, b = Key("lora", s.name, "A"), Key("lora", s.name, "B")
         torch.testing.assert_close(server.params[b] @ server.params[a], one.params[b] @ one.params[a])
         assert not server.params[b][:, 2:].any()
@@ -100,10 +102,10 @@ def test_flexlora_equals_homlora_when_clients_agree_on_a() -> None:
     ups = uploads([4, 4], [1, 3])
     same = [Upload(u.client, u.params | {k: ups[0].params[k] for k in u.params if k.part == "A"}) for u in ups]
     flex, hom = FlexLoRA(rank=4, rank_min=4), HomLoRA(rank=4)
-    x = flex.aggregate(SCENE, start(flex), iter(same)).params
+    x = flex.aggregate(CONTEXT, start(flex), iter(same)).params
     plain = [Upload(u.client, select(u.params, lambda k: k.part != "rank")) for u in same]
-    y = hom.aggregate(SCENE, start(hom), iter(plain)).params
-    for s in SCENE.groups["target"]:
+    y = hom.aggregate(CONTEXT, start(hom), iter(plain)).params
+    for s in CONTEXT.groups["target"]:
         a, b = Key("lora", s.name, "A"), Key("lora", s.name, "B")
         torch.testing.assert_close(x[b] @ x[a], y[b] @ y[a])
 
@@ -112,15 +114,15 @@ def test_flexlora_equals_homlora_when_clients_agree_on_a() -> None:
 def setting(m: Any) -> tuple[Loss, dict[str, Params], Params, list[dict[str, Tensor]]]:
     """(loss, work of one client, its leaves, three batches)."""
     model = tiny.adapt(tiny.bert().double())
-    scene, data = Scene(model.groups, 7), tiny.data()
+    context, data = Context(model.groups, 7), tiny.data()
     client, g = Client("c0", 10), torch.Generator().manual_seed(1)
     noisy = lambda p: {k: (v + 0.3 * torch.randn(v.shape, generator=g)).double() for k, v in p.items()}  # noqa: E731
-    down, kept = noisy(stack([m.broadcast(scene, m.init(scene), client)])), noisy(stack([m.keep(scene, client)]))
+    down, kept = noisy(stack([m.broadcast(context, m.init(context), client)])), noisy(stack([m.keep(context, client)]))
     rows = data.splits["train"][3]
     batches = [stack_batches([data.examples.collate(rows[i * 4 : i * 4 + 4])]) for i in range(3)]
     for b in batches:
         b["weight"] = b["weight"].double()
-    work = m.begin(scene, Order(0, 1), down, kept)
+    work = m.begin(context, RoundInfo(0, 1), down, kept)
     return Loss(model, Classification(tiny.CLASSES)), work, down | kept, batches
 
 
@@ -180,9 +182,9 @@ def test_per_fedavg_serves_after_one_plain_step(tmp_path: Path) -> None:
     m = PerFedAvg(rank=4, lr_personal=0.1)
     f = tiny.federation(m, tmp_path, sampling=Sampling(rounds=1))
     f.run()
-    server = Server(*f.store.load_server())
-    [mine] = served(f, f.engine(Watch()), server, [3], "personal")
-    [batch] = train_batches(f.data, 3, Plan(1, None, f.plan.batch_size), 1, f.seed, "tune", 1, f.data.ids[3])
+    server = ServerState(*f.store.load_server())
+    [mine] = served(f, f.engine(Callback()), server, [3], "personal")
+    [batch] = train_batches(f.data, 3, LocalWork(1, None, f.plan.batch_size), 1, f.seed, "tune", 1, f.data.ids[3])
     x = stack([server.params])
     g = gradient(f.loss, x, stack_batches([batch]), 4.0)
     expected = lora(moved(x, g, 0.1), 4.0)
@@ -229,8 +231,8 @@ def test_feddpa_f_tunes_a_copy_of_the_global_adapter(tmp_path: Path) -> None:
         m = FedDPAF(rank=4, tune=2, mix=mix, optimizer=SGD(0.3))
         f = tiny.federation(m, tmp_path / str(mix), sampling=Sampling(rounds=1))
         f.run()
-        server = Server(*f.store.load_server())
-        found[mix] = served(f, f.engine(Watch()), server, [3], "personal")[0], server.params
+        server = ServerState(*f.store.load_server())
+        found[mix] = served(f, f.engine(Callback()), server, [3], "personal")[0], server.params
     key = next(k for k in found[1.0][1] if k.part == "B")
 
     def delta(mix: float) -> Tensor:
@@ -297,13 +299,13 @@ def test_refused(make: Any, message: str) -> None:
 
 def test_tuning_ignores_the_schedule_and_old_moments(tmp_path: Path) -> None:
     """A learning rate that has decayed to nothing must not leave local fine-tuning without effect."""
-    from fedlora.engine import Schedule
+    from fedlora.federation.engine import Schedule
     from fedlora.methods.average import FineTunedLoRA
 
     m = FineTunedLoRA(rank=4, tune=2, moments="keep")
     f = tiny.federation(m, tmp_path, sampling=Sampling(rounds=2))
     f.run()
-    server, engine = Server(*f.store.load_server()), f.engine(Watch())
+    server, engine = ServerState(*f.store.load_server()), f.engine(Callback())
     a = served(f, engine, server, [0, 1], "personal")
     b = served(dataclasses.replace(f, schedule=Schedule("linear")), engine, server, [0, 1], "personal")
     for p, q in zip(a, b, strict=True):

@@ -10,18 +10,18 @@ import pytest
 import tiny
 import torch
 
-from fedlora.batching import stack_batches
 from fedlora.errors import ConfigError, ModelError
-from fedlora.loss import Loss
-from fedlora.method import Client, Order, Scene
 from fedlora.methods import METHODS
 from fedlora.methods.average import FedSALoRA, HomLoRA
+from fedlora.methods.contract import Client, Context, RoundInfo
 from fedlora.methods.hetlora import HetLoRA
 from fedlora.methods.pf2hetlora import PF2HetLoRA
 from fedlora.methods.pf2lora import PF2LoRA
 from fedlora.methods.slora import SLoRA
-from fedlora.optim import SGD
-from fedlora.tasks.classification import Classification
+from fedlora.training.batching import stack_batches
+from fedlora.training.loss import Loss
+from fedlora.training.optimizers import SGD
+from fedlora.training.tasks.classification import Classification
 from fedlora.tree import Key, Params, rank, select, stack
 
 ONE = torch.ones(1, dtype=torch.float64)
@@ -30,7 +30,7 @@ ONE = torch.ones(1, dtype=torch.float64)
 def setting(m: Any) -> tuple[Loss, dict[str, Params], Params, list[dict[str, torch.Tensor]]]:
     """(loss, work of one client, its leaves, four batches), float64."""
     model = tiny.adapt(tiny.bert().double())
-    scene, data = Scene(model.groups, 7), tiny.data()
+    context, data = Context(model.groups, 7), tiny.data()
     client, g = Client("c0", 10), torch.Generator().manual_seed(1)
 
     def noisy(p: Params) -> Params:
@@ -38,12 +38,12 @@ def setting(m: Any) -> tuple[Loss, dict[str, Params], Params, list[dict[str, tor
             k: v if k.part == "rank" else (v + 0.3 * torch.randn(v.shape, generator=g)).double() for k, v in p.items()
         }
 
-    down, kept = noisy(stack([m.broadcast(scene, m.init(scene), client)])), noisy(stack([m.keep(scene, client)]))
+    down, kept = noisy(stack([m.broadcast(context, m.init(context), client)])), noisy(stack([m.keep(context, client)]))
     rows = data.splits["train"][3]
     batches = [stack_batches([data.examples.collate(rows[i * 4 : i * 4 + 4])]) for i in range(4)]
     for b in batches:
         b["weight"] = b["weight"].double()
-    work = m.begin(scene, Order(0, 1), down, kept)
+    work = m.begin(context, RoundInfo(0, 1), down, kept)
     return Loss(model, Classification(tiny.CLASSES)), work, down | kept, batches
 
 
@@ -106,19 +106,19 @@ def test_rank_patterns_are_pefts(tmp_path: Path) -> None:
 
     m = HomLoRA(rank=4, alpha=8.0, rank_pattern=(("query", 2), (r"layer\.1\..*value", 3)))
     model = tiny.adapt(tiny.bert())
-    scene = Scene(model.groups, 7)
+    context = Context(model.groups, 7)
     peft = get_peft_model(
         tiny.bert(),
         LoraConfig(
             r=4,
             lora_alpha=8,
             rank_pattern=dict(m.rank_pattern),
-            target_modules=[s.name for s in scene.groups["target"]],
+            target_modules=[s.name for s in context.groups["target"]],
         ),
     )
     layers = {n.removeprefix("base_model.model."): x for n, x in peft.named_modules() if hasattr(x, "lora_A")}
-    p = m.init(scene).params
-    for s in scene.groups["target"]:
+    p = m.init(context).params
+    for s in context.groups["target"]:
         a, b = p[Key("lora", s.name, "A")], p[Key("lora", s.name, "B")]
         assert a.shape == layers[s.name].lora_A["default"].weight.shape
         assert b.shape == layers[s.name].lora_B["default"].weight.shape
@@ -133,27 +133,27 @@ def test_personal_rank_patterns(tmp_path: Path) -> None:
     f = tiny.federation(m, tmp_path)
     f.run()
     kept = f.store.load_client("c1", 3)
-    assert {len(v) for k, v in kept.items() if k.part == "A" and k.site.endswith("query")} == {1}
-    assert {len(v) for k, v in kept.items() if k.part == "A" and k.site.endswith("value")} == {2}
+    assert {len(v) for k, v in kept.items() if k.part == "A" and k.layer.endswith("query")} == {1}
+    assert {len(v) for k, v in kept.items() if k.part == "A" and k.layer.endswith("value")} == {2}
     server = f.store.load_server()[1]
-    assert {len(v) for k, v in server.items() if k.part == "A" and k.site.endswith("query")} == {3}
+    assert {len(v) for k, v in server.items() if k.part == "A" and k.layer.endswith("query")} == {3}
 
 
 def test_priming_with_rank_patterns_keeps_every_logit(tmp_path: Path) -> None:
     """base="keep" changes no logit at the hand-over, whatever the ranks of the layers."""
-    from fedlora.method import Server
-    from fedlora.views import served
-    from fedlora.watch import Watch
+    from fedlora.federation.callbacks import Callback
+    from fedlora.federation.views import served
+    from fedlora.methods.contract import ServerState
 
     m = SLoRA(rank=4, density=0.2, sparse_rounds=1, base="keep", rank_pattern=(("query", 2),))
     f = tiny.federation(m, tmp_path)
-    engine = f.engine(Watch())
-    before, _ = engine.round(m.init(f.scene), 3, [f.client(0), f.client(1)])
-    after = m.advance(f.scene, before)
+    engine = f.engine(Callback())
+    before, _ = engine.round(m.init(f.context), 3, [f.client(0), f.client(1)])
+    after = m.advance(f.context, before)
     assert {k.adapter for k in before.params} != {k.adapter for k in after.params}
     batch = {n: v[None] for n, v in f.data.examples.collate(f.data.splits["train"][0]).items()}
     logits = [
-        f.model.forward(stack(served(f, engine, Server(1, s.params, s.notes), [0], "global")), batch)
+        f.model.forward(stack(served(f, engine, ServerState(1, s.params, s.notes), [0], "global")), batch)
         for s in (before, after)
     ]
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
@@ -199,10 +199,10 @@ def test_a_pattern_that_matches_nothing_is_refused() -> None:
     model = tiny.adapt(tiny.bert())
     m = dataclasses.replace(HomLoRA(rank=4), rank_pattern=(("q_proj", 2),))
     with pytest.raises(ModelError, match=r"'q_proj' matches none of the 4 target layers"):
-        m.init(Scene(model.groups, 0))
+        m.init(Context(model.groups, 0))
     own = PF2LoRA(rank=4, rank_pattern_personal=(("k_proj", 2),))
     with pytest.raises(ModelError, match=r"method.rank_pattern_personal: 'k_proj' matches none"):
-        own.keep(Scene(model.groups, 0), Client("a", 1))
+        own.keep(Context(model.groups, 0), Client("a", 1))
 
 
 def test_a_pattern_that_is_no_map_says_how_to_write_one() -> None:

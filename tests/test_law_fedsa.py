@@ -11,29 +11,29 @@ import tiny
 import torch
 from torch import nn
 
-from fedlora import wire
-from fedlora.analysis import product_error
 from fedlora.data.federated import FederatedData
-from fedlora.evaluate import predict
-from fedlora.method import Client, Scene, Server, Upload
+from fedlora.evaluation.analyses import product_error
+from fedlora.evaluation.predictions import predict
+from fedlora.federation import wire
+from fedlora.federation.callbacks import Callback
+from fedlora.federation.setting import Sampling
+from fedlora.federation.views import served
 from fedlora.methods.average import FedSALoRA, FFALoRA, HomLoRA
-from fedlora.optim import SGD, AdamW
-from fedlora.setting import Sampling
+from fedlora.methods.contract import Client, Context, ServerState, Upload
+from fedlora.training.optimizers import SGD, AdamW
 from fedlora.tree import Key, Params, stack, unstack
-from fedlora.views import served
-from fedlora.watch import Watch
 
 
 def test_only_a_is_on_the_wire(tmp_path: Path) -> None:
     m = FedSALoRA(rank=4, head="personal", optimizer=AdamW(1e-2))
     f = tiny.federation(m, tmp_path)
-    server = m.init(f.scene)
+    server = m.init(f.context)
     seen: list[Upload] = []
-    f.engine(Watch()).round(server, 1, f.cohort(0), seen.append)
+    f.engine(Callback()).round(server, 1, f.cohort(0), seen.append)
     for u in seen:
         text = wire.encode(u.params)
         assert b"/A" in text and b"/B" not in text and b"head" not in text
-    assert {k.part for k in m.broadcast(f.scene, server, f.client(0))} == {"A"}
+    assert {k.part for k in m.broadcast(f.context, server, f.client(0))} == {"A"}
 
 
 def test_the_average_is_the_average_of_all_clients() -> None:
@@ -42,7 +42,7 @@ def test_the_average_is_the_average_of_all_clients() -> None:
     uploads = [Upload(Client(str(i), n), {k: torch.full((2, 2), float(i + 1))}) for i, n in enumerate((1, 1, 2))]
     for weights, want in (("examples", 2.25), ("uniform", 2.0)):
         for m in (HomLoRA(weights=weights), FedSALoRA(weights=weights)):
-            got = m.aggregate(Scene({}, 0), Server(0, {k: torch.zeros(2, 2)}), iter(uploads))
+            got = m.aggregate(Context({}, 0), ServerState(0, {k: torch.zeros(2, 2)}), iter(uploads))
             assert torch.equal(got.params[k], torch.full((2, 2), want))
             assert got.round == 1
 
@@ -51,9 +51,9 @@ def test_personal_leaves_differ_and_the_unsampled_keep_theirs(tmp_path: Path) ->
     """After round 1 with everybody, a round without c3 leaves c3's personal leaves bit for bit."""
     m = FedSALoRA(rank=4, head="personal", optimizer=AdamW(1e-2))
     f = tiny.federation(m, tmp_path)
-    engine = f.engine(Watch())
+    engine = f.engine(Callback())
     everybody = f.cohort(0)
-    server, _ = engine.round(m.init(f.scene), 2, everybody)
+    server, _ = engine.round(m.init(f.context), 2, everybody)
     before = {c.id: f.store.load_client(c.id, 1) for c in everybody}
     for a, b in itertools.pairwise(everybody):
         for k in before[a.id]:
@@ -68,13 +68,13 @@ def test_a_clients_start_is_its_own_end(tmp_path: Path) -> None:
     """Round 2 alone, from the stored leaves, by a fresh federation == round 2 of the running one: no hidden hand-over."""
     m = FedSALoRA(rank=4, head="personal", optimizer=SGD(0.1))
     f = tiny.federation(m, tmp_path / "a", block=1)
-    engine = f.engine(Watch())
-    server, _ = engine.round(m.init(f.scene), 2, f.cohort(0))
+    engine = f.engine(Callback())
+    server, _ = engine.round(m.init(f.context), 2, f.cohort(0))
     kept = {c.id: f.store.load_client(c.id, 1) for c in f.cohort(0)}
     engine.round(server, 2, f.cohort(1))
     alone = tiny.federation(m, tmp_path / "b", block=1)
     alone.store.save_client("c2", 0, kept["c2"])
-    alone.engine(Watch()).round(server, 2, [f.client(2)])
+    alone.engine(Callback()).round(server, 2, [f.client(2)])
     tiny.close(alone.store.load_client("c2", 2), f.store.load_client("c2", 2), 0.0)
 
 
@@ -90,7 +90,7 @@ def test_one_class_clients_disagree_early(tmp_path: Path) -> None:
     m = FedSALoRA(rank=4, head="personal", optimizer=SGD(0.5))
     f = tiny.federation(m, tmp_path, data=data, sampling=Sampling(rounds=1))
     f.run()
-    engine, server = f.engine(Watch()), Server(*f.store.load_server())
+    engine, server = f.engine(Callback()), ServerState(*f.store.load_server())
     params = served(f, engine, server, [0, 1, 2], "personal")
     everything = [splits["test"].rows] * 3
     said = predict(f.model, f.task, data, params, [0, 1, 2], everything)
@@ -114,10 +114,10 @@ def test_ffa_halves_the_traffic(tmp_path: Path) -> None:
     """A is derived from the seed on both sides: only B travels, and both sides have the same A."""
     m, whole = FFALoRA(rank=4, head="frozen"), HomLoRA(rank=4, head="frozen")
     f = tiny.federation(m, tmp_path)
-    size = lambda x: wire.measure(p := x.broadcast(f.scene, x.init(f.scene), f.client(0)), wire.size(p)).adapter  # noqa: E731
+    size = lambda x: wire.measure(p := x.broadcast(f.context, x.init(f.context), f.client(0)), wire.size(p)).adapter  # noqa: E731
     assert size(m) * 2 == size(whole)
-    a = m.fixed(f.scene)
-    assert all(torch.equal(a[k], whole.init(f.scene).params[k]) for k in a) and {k.part for k in a} == {"A"}
+    a = m.fixed(f.context)
+    assert all(torch.equal(a[k], whole.init(f.context).params[k]) for k in a) and {k.part for k in a} == {"A"}
 
 
 @pytest.mark.parametrize("adapter", ["vera"])
@@ -129,7 +129,7 @@ def test_vera_shares_d_and_keeps_b(adapter: str, tmp_path: Path) -> None:
     assert {k.part for k in server} == {"d"}
     kept = f.store.load_client("c0", round)
     assert {k.part for k in kept} == {"b"} and any(v.abs().max() > 0 for v in kept.values())
-    assert {k.part for k in m.fixed(f.scene)} == {"A", "B"}
+    assert {k.part for k in m.fixed(f.context)} == {"A", "B"}
 
 
 def test_vera_equals_peft(tmp_path: Path) -> None:
@@ -138,17 +138,17 @@ def test_vera_equals_peft(tmp_path: Path) -> None:
 
     m = FedSALoRA(rank=16, adapter="vera", head="frozen")
     model = tiny.adapt(tiny.bert())
-    scene = Scene(model.groups, 0)
+    context = Context(model.groups, 0)
     g = torch.Generator().manual_seed(0)
-    p: Params = {k: torch.randn(v.shape, generator=g) for k, v in m.start(scene).items()}
+    p: Params = {k: torch.randn(v.shape, generator=g) for k, v in m.start(context).items()}
     batch = {n: v[None] for n, v in tiny.tokens().collate(np.arange(6)).items()}
-    ours = model.forward(m.personal(scene, stack([p]), {}), batch)[0]
-    sites = [s.name for s in scene.sites("target")]
-    theirs = get_peft_model(tiny.bert(), VeraConfig(r=16, target_modules=sites, save_projection=True)).base_model.model
-    fixed = m.fixed(scene)
+    ours = model.forward(m.personal(context, stack([p]), {}), batch)[0]
+    layers = [s.name for s in context.layers("target")]
+    theirs = get_peft_model(tiny.bert(), VeraConfig(r=16, target_modules=layers, save_projection=True)).base_model.model
+    fixed = m.fixed(context)
     with torch.no_grad():
         for name, layer in theirs.named_modules():
-            if hasattr(layer, "vera_lambda_d") and name in sites:
+            if hasattr(layer, "vera_lambda_d") and name in layers:
                 layer.vera_A["default"].copy_(fixed[Key("lora", name, "A")])
                 layer.vera_B["default"].copy_(fixed[Key("lora", name, "B")])
                 layer.vera_lambda_d["default"].copy_(p[Key("lora", name, "d")])
@@ -163,8 +163,8 @@ def test_block_of_personal_models_is_each_alone(tmp_path: Path) -> None:
     m = FedSALoRA(rank=4, head="personal", optimizer=AdamW(5e-2))
     f = tiny.federation(m, tmp_path)
     f.run()
-    server = Server(*f.store.load_server())
-    params = served(f, f.engine(Watch()), server, [0, 1, 2, 3], "personal")
+    server = ServerState(*f.store.load_server())
+    params = served(f, f.engine(Callback()), server, [0, 1, 2, 3], "personal")
     rows = [f.data.splits["test"][k] for k in range(4)]
     together = predict(f.model, f.task, f.data, params, range(4), rows, batch_size=8, block=4)
     for k in range(4):

@@ -12,15 +12,15 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from fedlora.batching import stack_batches
 from fedlora.errors import ConfigError
-from fedlora.loss import Loss
-from fedlora.method import Order, Scene
 from fedlora.methods.average import HomLoRA
+from fedlora.methods.contract import Context, RoundInfo
 from fedlora.methods.pf2lora import PF2LoRA
-from fedlora.model import Adapted
-from fedlora.optim import SGD, AdamW
-from fedlora.tasks.classification import Classification
+from fedlora.model.adapted import Adapted
+from fedlora.training.batching import stack_batches
+from fedlora.training.loss import Loss
+from fedlora.training.optimizers import SGD, AdamW
+from fedlora.training.tasks.classification import Classification
 from fedlora.tree import Key, Params, stack
 
 A = 30.0  # a large lower step, so that second-order terms are far above the error of a finite difference
@@ -47,17 +47,17 @@ def setting(**more: Any) -> tuple[PF2LoRA, Loss, dict[str, Params], Params, Para
             **more,
         }
     )
-    scene, data = Scene(model.groups, 7), tiny.data()
-    from fedlora.method import Client
+    context, data = Context(model.groups, 7), tiny.data()
+    from fedlora.methods.contract import Client
 
     client = Client("c0", 10)
-    x = noisy(stack([m.broadcast(scene, m.init(scene), client)]))
-    y = noisy(stack([m.keep(scene, client)]))
+    x = noisy(stack([m.broadcast(context, m.init(context), client)]))
+    y = noisy(stack([m.keep(context, client)]))
     rows = data.splits["train"][3]
     batches = [stack_batches([data.examples.collate(rows[i * 4 : i * 4 + 4])]) for i in range(4)]
     for b in batches:
         b["weight"] = b["weight"].double()
-    return m, loss, m.begin(scene, Order(0, 1), x, y), x, y, batches
+    return m, loss, m.begin(context, RoundInfo(0, 1), x, y), x, y, batches
 
 
 def f(m: PF2LoRA, loss: Loss, x: Params, y: Params, batch: dict[str, Tensor]) -> Tensor:
@@ -130,18 +130,18 @@ def test_algorithm_1_transcribed_with_dense_jacobians() -> None:
     m = PF2LoRA(
         rank=2, alpha=2.0, rank_personal=1, alpha_personal=1.0, lr_personal=0.7, head="frozen", optimizer=SGD(0.3)
     )
-    scene = Scene(model.groups, 0)
+    context = Context(model.groups, 0)
     loss = Loss(model, Classification(3))
-    from fedlora.method import Client
+    from fedlora.methods.contract import Client
 
     clients = [Client("a", 1), Client("b", 1)]
     g = torch.Generator().manual_seed(3)
-    down = [noisy(m.broadcast(scene, m.init(scene), c)) for c in clients]
-    kept = [noisy(m.keep(scene, c)) for c in clients]
+    down = [noisy(m.broadcast(context, m.init(context), c)) for c in clients]
+    kept = [noisy(m.keep(context, c)) for c in clients]
     draw = lambda: {"x": torch.randn(2, 5, 4, generator=g, dtype=torch.float64),  # noqa: E731
                     "labels": torch.randint(0, 3, (2, 5), generator=g), "weight": torch.ones(2, 5, dtype=torch.float64)}  # fmt: skip
     steps = [[draw() for _ in range(4)] for _ in range(3)]
-    work = m.begin(scene, Order(0, 1), stack(down), stack(kept))
+    work = m.begin(context, RoundInfo(0, 1), stack(down), stack(kept))
     for batches in steps:
         work, _ = m.step(work, loss, torch.ones(2, dtype=torch.float64), *batches)
 

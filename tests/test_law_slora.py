@@ -18,28 +18,28 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from fedlora import wire
-from fedlora.data.batches import Plan
-from fedlora.engine import Schedule, train_block
+from fedlora.checkpoints.merge import merge
+from fedlora.data.batches import LocalWork
 from fedlora.errors import ConfigError, ModelError
-from fedlora.federation import Federation
-from fedlora.merge import merge
-from fedlora.method import Client, Order, Server
+from fedlora.federation import wire
+from fedlora.federation.engine import Schedule, train_block
+from fedlora.federation.run import Federation
+from fedlora.federation.setting import Evaluation, Sampling
 from fedlora.methods import METHODS
-from fedlora.optim import AdamW
-from fedlora.setting import Evaluation, Sampling
+from fedlora.methods.contract import Client, RoundInfo, ServerState
+from fedlora.training.optimizers import AdamW
 from fedlora.tree import Key, Params, stack, unstack
 
 SFT, SLORA = METHODS["sft"], METHODS["slora"]
 
 
-def local(f: Federation, k: int, round: int = 0, server: Server | None = None) -> Any:
+def local(f: Federation, k: int, round: int = 0, server: ServerState | None = None) -> Any:
     """One client's local training of one round."""
-    m, c, order = f.method, f.client(k), Order(round, 10)
-    server = server or m.init(f.scene)
-    down, kept = m.broadcast(f.scene, server, c), m.keep(f.scene, c)
+    m, c, info = f.method, f.client(k), RoundInfo(round, 10)
+    server = server or m.init(f.context)
+    down, kept = m.broadcast(f.context, server, c), m.keep(f.context, c)
     [done] = train_block(
-        m, f.scene, f.loss, order, [down], [kept], [f.batches(c, order, m.draws)], f.schedule, serve=True
+        m, f.context, f.loss, info, [down], [kept], [f.batches(c, info, m.draws)], f.schedule, serve=True
     )
     return done
 
@@ -57,13 +57,13 @@ def logits(f: Federation, deltas: Params) -> Tensor:
 def test_weights_outside_the_mask_never_move(layers: str, tmp_path: Path) -> None:
     """Bit for bit, with weight decay on; inside it, they do; the density is the stated one, layer by layer."""
     f = tiny.federation(
-        SFT(density=0.1, layers=layers, optimizer=AdamW(1e-2, weight_decay=0.5)), tmp_path, plan=Plan(8, None, 5)
+        SFT(density=0.1, layers=layers, optimizer=AdamW(1e-2, weight_decay=0.5)), tmp_path, plan=LocalWork(8, None, 5)
     )
     done = local(f, 3)
     before = dict(tiny.bert().named_parameters())
     after = dict(merge(tiny.bert(), done.served).named_parameters())
-    index = f.method.fixed(f.scene)  # type: ignore[attr-defined]
-    names = {f"{s.name}.weight" for s in f.method.layers_of(f.scene)}  # type: ignore[attr-defined]
+    index = f.method.fixed(f.context)  # type: ignore[attr-defined]
+    names = {f"{s.name}.weight" for s in f.method.layers_of(f.context)}  # type: ignore[attr-defined]
     assert len(names) == (4 if layers == "target" else 13)
     for name, was in before.items():
         moved = (after[name] != was).flatten()
@@ -82,25 +82,25 @@ def test_densities_by_layer(tmp_path: Path) -> None:
     m = SLORA(rank=3, density=0.1, density_pattern=(("query", 0.5), (r"layer\.0\..*value", 1.0)), sparse_rounds=2)
     f, server = stage_one(m, tmp_path)
     want = {"query": 0.5, "value": 0.1}
-    for s in f.scene.sites("target"):
+    for s in f.context.layers("target"):
         density = 1.0 if ".0." in s.name and s.name.endswith("value") else want[s.name.rsplit(".", 1)[-1]]
         n = round(density * 16 * 16)
         assert len(server.params[Key("sparse", s.name, "values")]) == n
-        assert len(f.method.fixed(f.scene)[Key("sparse", s.name, "index")].unique()) == n  # type: ignore[attr-defined]
-    handed = m.hand_over(f.scene, server)
-    assert all(handed.params[Key("lora", s.name, "A")].shape == (3, 16) for s in f.scene.sites("target"))
+        assert len(f.method.fixed(f.context)[Key("sparse", s.name, "index")].unique()) == n  # type: ignore[attr-defined]
+    handed = m.hand_over(f.context, server)
+    assert all(handed.params[Key("lora", s.name, "A")].shape == (3, 16) for s in f.context.layers("target"))
     with pytest.raises(ConfigError, match=r"density_pattern: got 'query: 2.0', expected densities in \(0, 1\]"):
         SFT(density_pattern=(("query", 2.0),))
     with pytest.raises(ModelError, match=r"density_pattern: 'q_proj' matches none of the 4 target layers"):
-        SFT(density_pattern=(("q_proj", 0.5),)).init(f.scene)
+        SFT(density_pattern=(("q_proj", 0.5),)).init(f.context)
 
 
 def test_both_sides_draw_the_same_mask() -> None:
     """In processes of their own, in every round; another seed draws another one."""
     code = (
-        "import sys, hashlib, torch\nfrom fedlora.methods import METHODS\nfrom fedlora.method import Scene\nfrom fedlora.model import Site\n"
-        "scene = Scene({'target': (Site('a', 30, 20), Site('b', 30, 20))}, int(sys.argv[1]))\n"
-        "p = METHODS['sft'](density=0.2).fixed(scene)\n"
+        "import sys, hashlib, torch\nfrom fedlora.methods import METHODS\nfrom fedlora.methods.contract import Context\nfrom fedlora.layers import Layer\n"
+        "context = Context({'target': (Layer('a', 30, 20), Layer('b', 30, 20))}, int(sys.argv[1]))\n"
+        "p = METHODS['sft'](density=0.2).fixed(context)\n"
         "print([hashlib.sha256(v.numpy().tobytes()).hexdigest() for k, v in sorted(p.items())])"
     )
     said = [
@@ -127,48 +127,48 @@ def test_values_alone_travel(tmp_path: Path) -> None:
 
 def test_sparse_training_is_masked_dense_training(tmp_path: Path) -> None:
     """torch.optim.AdamW on a dense copy whose gradient is masked, its decay applied to the change and not to the weight."""
-    f = tiny.federation(SFT(density=0.2, head="frozen", optimizer=AdamW(1e-2)), tmp_path, plan=Plan(5, None, 6))
+    f = tiny.federation(SFT(density=0.2, head="frozen", optimizer=AdamW(1e-2)), tmp_path, plan=LocalWork(5, None, 6))
     done = local(f, 2)
     base = tiny.bert()
-    index = f.method.fixed(f.scene)  # type: ignore[attr-defined]
-    sites = {k.site: v for k, v in index.items()}
+    index = f.method.fixed(f.context)  # type: ignore[attr-defined]
+    layers = {k.layer: v for k, v in index.items()}
     modules = dict(base.named_modules())
-    weights = {s: modules[s].weight for s in sites}
+    weights = {s: modules[s].weight for s in layers}
     base.requires_grad_(False)
     for w in weights.values():
         w.requires_grad_(True)
     start = {s: w.detach().clone() for s, w in weights.items()}
     optimizer = torch.optim.AdamW(list(weights.values()), 1e-2, weight_decay=0.0)
-    for batch in f.batches(f.client(2), Order(0, 10), 1):
+    for batch in f.batches(f.client(2), RoundInfo(0, 10), 1):
         out = base(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         optimizer.zero_grad()
         nn.functional.cross_entropy(out, batch["labels"]).backward()
         for s, w in weights.items():
-            mask = torch.zeros(w.numel()).index_fill_(0, sites[s], 1.0).view_as(w)
+            mask = torch.zeros(w.numel()).index_fill_(0, layers[s], 1.0).view_as(w)
             assert w.grad is not None
             w.grad *= mask
         optimizer.step()
     for s, w in weights.items():
-        want = (w.detach() - start[s]).flatten()[sites[s]]
+        want = (w.detach() - start[s]).flatten()[layers[s]]
         torch.testing.assert_close(done.upload[Key("sparse", s, "values")], want, rtol=2e-3, atol=2e-5)
 
 
 # the hand-over ----------------------------------------------------------------------------------------------------------
 
 
-def stage_one(method: Any, folder: Path) -> tuple[Federation, Server]:
+def stage_one(method: Any, folder: Path) -> tuple[Federation, ServerState]:
     """A server after stage 1 with random values, so that nothing is small."""
     f = tiny.federation(method, folder)
-    server = f.method.init(f.scene)
+    server = f.method.init(f.context)
     g = torch.Generator().manual_seed(1)
     params = {k: torch.randn(v.shape, generator=g) * 0.2 for k, v in server.params.items()}
-    return f, Server(method.sparse_rounds, params, {"losses": [1.0]})
+    return f, ServerState(method.sparse_rounds, params, {"losses": [1.0]})
 
 
-def served(f: Federation, server: Server) -> Params:
+def served(f: Federation, server: ServerState) -> Params:
     c = f.client(0)
-    down, kept = f.method.broadcast(f.scene, server, c), f.method.keep(f.scene, c)
-    return unstack(f.method.personal(f.scene, stack([down]), stack([kept])), 1)[0]
+    down, kept = f.method.broadcast(f.context, server, c), f.method.keep(f.context, c)
+    return unstack(f.method.personal(f.context, stack([down]), stack([kept])), 1)[0]
 
 
 @pytest.mark.parametrize("second", ["homlora", "pf2lora"])
@@ -176,7 +176,7 @@ def test_keep_leaves_every_logit_unchanged(second: str, tmp_path: Path) -> None:
     f, server = stage_one(
         SLORA(rank=3, alpha=12, density=0.3, sparse_rounds=2, base="keep", second=METHODS[second]()), tmp_path
     )
-    new = f.method.advance(f.scene, server)
+    new = f.method.advance(f.context, server)
     assert any(k.part == "A" for k in new.params)
     torch.testing.assert_close(logits(f, served(f, new)), logits(f, served(f, server)), rtol=1e-4, atol=1e-5)
 
@@ -186,10 +186,10 @@ def test_keep_leaves_every_logit_unchanged(second: str, tmp_path: Path) -> None:
 def test_reset_is_the_truncated_svd(split: str, adapter: str, tmp_path: Path) -> None:
     """scale * B A is the best rank-r approximation (numpy, float64); the energy in the notes is what it captures."""
     f, server = stage_one(SLORA(rank=3, alpha=12, density=0.3, sparse_rounds=2, split=split, adapter=adapter), tmp_path)
-    new = f.method.advance(f.scene, server)
-    index = f.method.stages[0].fixed(f.scene)  # type: ignore[attr-defined]
+    new = f.method.advance(f.context, server)
+    index = f.method.stages[0].fixed(f.context)  # type: ignore[attr-defined]
     scale = 12 / 3 if adapter == "lora" else 12 / 3**0.5
-    for s in f.scene.sites("target"):
+    for s in f.context.layers("target"):
         dense = np.zeros(s.out * s.in_)
         dense[index[Key("sparse", s.name, "index")].numpy()] = server.params[Key("sparse", s.name, "values")].numpy()
         u, d, vt = np.linalg.svd(dense.reshape(s.out, s.in_))
@@ -200,7 +200,7 @@ def test_reset_is_the_truncated_svd(split: str, adapter: str, tmp_path: Path) ->
             np.testing.assert_allclose(a @ a.T, np.eye(3), atol=1e-5)
         else:
             np.testing.assert_allclose((a**2).sum(1), (b**2).sum(0), rtol=1e-4)
-    again = f.method.advance(f.scene, server)
+    again = f.method.advance(f.context, server)
     assert all(torch.equal(new.params[k], again.params[k]) for k in new.params)
 
 
@@ -213,7 +213,7 @@ def test_loss_before_and_after_is_recorded(every: int, tmp_path: Path) -> None:
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     [hand] = [x for x in lines if x["kind"] == "handover"]
     assert hand["round"] == 2
-    assert set(hand["energy"]) == {s.name for s in f.scene.sites("target")}
+    assert set(hand["energy"]) == {s.name for s in f.context.layers("target")}
     after = [x for x in lines if x.get("stage") == "handover"]
     assert {(x["view"], x["split"]) for x in after} == {
         (v, s) for v in ("personal", "global") for s in ("validation", "test")
@@ -229,16 +229,16 @@ def test_plateau_by_hand() -> None:
     m = SLORA(stage="plateau", patience=2, tolerance=0.1, sparse_rounds=50)
 
     def due(*losses: float) -> bool:
-        return m.due(Server(len(losses), {}, {"losses": list(losses)}))
+        return m.due(ServerState(len(losses), {}, {"losses": list(losses)}))
 
     assert not due(1.0)
     assert not due(1.0, 0.8)
     assert not due(1.0, 0.8, 0.75)  # 0.75 <= 1.0 * 0.9
     assert due(1.0, 0.8, 0.75, 0.74)
     assert not due(1.0, 0.8, 0.75, 0.6)
-    assert SLORA(sparse_rounds=3).due(Server(3, {}, {"losses": [3.0, 2.0, 1.0]}))
-    assert not SLORA(sparse_rounds=3).due(Server(2, {}, {"losses": [1.0, 1.0]}))
-    assert m.due(Server(50, {}, {"losses": [1 / (i + 1) for i in range(50)]}))
+    assert SLORA(sparse_rounds=3).due(ServerState(3, {}, {"losses": [3.0, 2.0, 1.0]}))
+    assert not SLORA(sparse_rounds=3).due(ServerState(2, {}, {"losses": [1.0, 1.0]}))
+    assert m.due(ServerState(50, {}, {"losses": [1 / (i + 1) for i in range(50)]}))
 
 
 # the classic ways -------------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def test_plateau_by_hand() -> None:
 def torch_steps(f: Federation, model: nn.Module, trained: list[nn.Parameter], lr: float) -> None:
     """The oracle: AdamW without decay on `trained`."""
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
-    for batch in f.batches(f.client(2), Order(0, 10), 1):
+    for batch in f.batches(f.client(2), RoundInfo(0, 10), 1):
         out = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         optimizer.zero_grad()
         nn.functional.cross_entropy(out, batch["labels"]).backward()
@@ -257,7 +257,7 @@ def torch_steps(f: Federation, model: nn.Module, trained: list[nn.Parameter], lr
 @pytest.mark.parametrize("name", ["fft", "bitfit"])
 def test_training_in_place(name: str, tmp_path: Path) -> None:
     """FFT is AdamW on every parameter, BitFit on every bias and the head."""
-    f = tiny.federation(METHODS[name](optimizer=AdamW(2e-3)), tmp_path, plan=Plan(4, None, 6))
+    f = tiny.federation(METHODS[name](optimizer=AdamW(2e-3)), tmp_path, plan=LocalWork(4, None, 6))
     done = local(f, 2)
     model = tiny.bert().train()
     chosen = [
@@ -280,10 +280,10 @@ def test_training_in_place(name: str, tmp_path: Path) -> None:
 class Bottleneck(nn.Module):
     """A layer and behind it an adapter as in the paper: h + U relu(D h + d) + u."""
 
-    def __init__(self, inner: nn.Module, p: Params, site: str):
+    def __init__(self, inner: nn.Module, p: Params, layer: str):
         super().__init__()
         self.inner = inner
-        take = lambda part: nn.Parameter(p[Key("bottleneck", site, part)].clone())  # noqa: E731
+        take = lambda part: nn.Parameter(p[Key("bottleneck", layer, part)].clone())  # noqa: E731
         self.down, self.up, self.d, self.u = take("down"), take("up"), take("down_bias"), take("up_bias")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -296,31 +296,33 @@ class Bottleneck(nn.Module):
 )
 def test_bottlenecks_stand_where_the_papers_put_them(name: str, places: list[str], tmp_path: Path) -> None:
     """After the projection that ends the attention and the feed-forward, before the residual is added."""
-    f = tiny.federation(METHODS[name](rank=4, head="frozen", optimizer=AdamW(5e-3)), tmp_path, plan=Plan(4, None, 6))
+    f = tiny.federation(
+        METHODS[name](rank=4, head="frozen", optimizer=AdamW(5e-3)), tmp_path, plan=LocalWork(4, None, 6)
+    )
     done = local(f, 2)
-    start = f.method.init(f.scene).params
+    start = f.method.init(f.context).params
     model = tiny.bert()
     model.requires_grad_(False)
     adapters = {}
     for i in range(2):
         for place in places:
-            site = f"bert.encoder.layer.{i}.{place}"
-            parent = model.get_submodule(site.rpartition(".")[0])
-            adapters[site] = parent.dense = Bottleneck(parent.dense, start, site)
-    assert {k.site for k in start if k.adapter == "bottleneck"} == set(adapters)
+            layer = f"bert.encoder.layer.{i}.{place}"
+            parent = model.get_submodule(layer.rpartition(".")[0])
+            adapters[layer] = parent.dense = Bottleneck(parent.dense, start, layer)
+    assert {k.layer for k in start if k.adapter == "bottleneck"} == set(adapters)
     torch_steps(f, model, [p for a in adapters.values() for n, p in a.named_parameters() if "inner" not in n], 5e-3)
-    for site, a in adapters.items():
+    for layer, a in adapters.items():
         for part, want in (("down", a.down), ("up", a.up), ("down_bias", a.d), ("up_bias", a.u)):
-            torch.testing.assert_close(done.upload[Key("bottleneck", site, part)], want.detach(), rtol=2e-3, atol=5e-5)
+            torch.testing.assert_close(done.upload[Key("bottleneck", layer, part)], want.detach(), rtol=2e-3, atol=5e-5)
 
 
 def test_the_client_learns_the_stage_from_what_arrives(tmp_path: Path) -> None:
     """Nothing but the message says which stage it is: a client that missed rounds is right as well."""
     f, server = stage_one(SLORA(rank=2, density=0.3, sparse_rounds=2), tmp_path)
-    new = f.method.advance(f.scene, server)
+    new = f.method.advance(f.context, server)
     first = {k.adapter for k in local(f, 1, 0, server).upload}
     second = {k.adapter for k in local(f, 1, 7, new).upload}
     assert first == {"sparse", "head"}
     assert second == {"lora", "head"}
-    assert f.method.broadcast(f.scene, new, Client("late", 3)).keys() == new.params.keys()
+    assert f.method.broadcast(f.context, new, Client("late", 3)).keys() == new.params.keys()
     assert isinstance(f.schedule, Schedule)

@@ -18,15 +18,15 @@ import tiny
 import torch
 from torch import Tensor
 
-from fedlora.engine import out_of_memory
 from fedlora.errors import TrainingError
-from fedlora.memory import MOST, auto_block, client_bytes, forget_peak, peak_memory
-from fedlora.method import Metrics, Work
+from fedlora.federation.callbacks import Callback
+from fedlora.federation.engine import out_of_memory
+from fedlora.federation.memory import MOST, auto_block, client_bytes, forget_peak, peak_memory
+from fedlora.federation.setting import Sampling
 from fedlora.methods.average import HomLoRA
+from fedlora.methods.contract import Metrics, Work
 from fedlora.methods.tuning import FFT
-from fedlora.setting import Sampling
 from fedlora.tree import Params
-from fedlora.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Wide(HomLoRA):
         return super().step(work, loss, lr, *draws)
 
 
-class Heard(Watch):
+class Heard(Callback):
     def __init__(self) -> None:
         self.lower: list[tuple[int, int]] = []
         self.trained = 0
@@ -102,9 +102,9 @@ def test_blocks_are_for_adapters_not_for_whole_models(tmp_path: Path) -> None:
     small = tiny.federation(HomLoRA(rank=2), tmp_path / "b")
     assert auto_block(small) == MOST
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("fedlora.memory.free_bytes", lambda device: 7 * client_bytes(small))
+        m.setattr("fedlora.federation.memory.free_bytes", lambda device: 7 * client_bytes(small))
         assert auto_block(small) == 3
-        m.setattr("fedlora.memory.free_bytes", lambda device: 0)
+        m.setattr("fedlora.federation.memory.free_bytes", lambda device: 0)
         assert auto_block(small) == 1
 
 
@@ -123,7 +123,7 @@ def test_onednn_is_understood() -> None:
 
 FAULTS = """
 import resource, torch
-from fedlora.memory import kept
+from fedlora.federation.run.memory import kept
 torch.set_num_threads(1)
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()

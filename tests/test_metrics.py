@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
+from sklearn import metrics as sk
 
-from fedlora.metrics import Predictions, Scores, summary
-from fedlora.tasks import TASKS
+from fedlora.training.metrics import Predictions, Scores, summary
+from fedlora.training.tasks import TASKS
 
 better = TASKS["classification"].better
 
@@ -28,6 +30,28 @@ def test_classification_by_hand() -> None:
     assert s["accuracy"] == pytest.approx(4 / 6)
     assert s["macro_f1"] == pytest.approx(2 / 3)
     assert s["matthews"] == pytest.approx((2 * 2 - 1 * 1) / math.sqrt(3 * 3 * 3 * 3))
+
+
+ORACLES = {
+    "accuracy": lambda true, said: sk.accuracy_score(true, said),
+    "macro_f1": lambda true, said: sk.f1_score(true, said, average="macro", zero_division=0.0),
+    "matthews": lambda true, said: sk.matthews_corrcoef(true, said),
+}
+
+
+def test_classification_is_as_scikit_learn_has_it() -> None:
+    """Of clients of every size at once, classes missing on either side included."""
+    g = np.random.default_rng(0)
+    clients = []
+    for n in (1, 2, 7, 40):
+        true, said = g.integers(0, 4, (2, n))
+        clients.append(Predictions(np.ones(n), np.ones(n), said, np.where(g.random(n) < 0.5, said, true)))
+    for p, found in zip(clients, TASKS["classification"].of("abcd", {}).scores(clients), strict=True):
+        assert found.keys() == ORACLES.keys() | {"n", "loss"}
+        for name, oracle in ORACLES.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert found[name] == pytest.approx(oracle(p.labels, p.values)), name
 
 
 def test_one_class_is_no_division_by_zero() -> None:

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from fedlora import adapters
-from fedlora.batching import stack_batches
-from fedlora.dropout import keep_mask
-from fedlora.engine import Schedule, train_block
 from fedlora.errors import ModelError
-from fedlora.loss import Loss
-from fedlora.method import Order
+from fedlora.federation.engine import Schedule, train_block
 from fedlora.methods import METHODS
-from fedlora.model import Adapted, matching
-from fedlora.optim import SGD, AdamW
-from fedlora.tasks.classification import Classification
+from fedlora.methods.contract import RoundInfo
+from fedlora.model.adapted import Adapted, matching
+from fedlora.model.dropout import keep_mask
+from fedlora.training.batching import stack_batches
+from fedlora.training.loss import Loss
+from fedlora.training.optimizers import SGD, AdamW
+from fedlora.training.tasks.classification import Classification
 from fedlora.tree import Key, stack
 
 K, B, L, I, O, R = 3, 2, 4, 5, 6, 2  # noqa: E741
@@ -88,7 +88,7 @@ def test_parts_that_form_no_delta_are_refused() -> None:
 
 @pytest.mark.parametrize("family", tiny.families())
 def test_every_architecture_trains_in_a_block_as_alone(family: str, tmp_path: Path) -> None:
-    """fp32 tolerance; every target site is reached. DeBERTa-v3 shares a projection over examples: its block is 1."""
+    """fp32 tolerance; every target layer is reached. DeBERTa-v3 shares a projection over examples: its block is 1."""
     build = tiny.families()[family]
     ran = []
     for block in (1, "auto"):
@@ -145,10 +145,10 @@ def test_local_training_equals_peft(
     head = "frozen" if optimizer.weight_decay else "shared"
     m = METHODS["homlora"](rank=4, alpha=8.0, adapter=adapter, optimizer=optimizer, clip=clip, head=head)
     f = tiny.federation(m, tmp_path, model=tiny.adapt(tiny.seeded(tiny.families()[family]), dropout=False))
-    client, order = f.client(2), Order(0, 1)
-    down = m.broadcast(f.scene, m.init(f.scene), client)
-    batches = f.batches(client, order, 1)
-    [done] = train_block(m, f.scene, f.loss, order, [down], [{}], [batches], Schedule())
+    client, info = f.client(2), RoundInfo(0, 1)
+    down = m.broadcast(f.context, m.init(f.context), client)
+    batches = f.batches(client, info, 1)
+    [done] = train_block(m, f.context, f.loss, info, [down], [{}], [batches], Schedule())
 
     theirs = tiny.seeded(tiny.families()[family]).eval()
     theirs.requires_grad_(False)
@@ -160,7 +160,7 @@ def test_local_training_equals_peft(
     named = dict(theirs.named_parameters())
     part = {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"}
     mine = {
-        k: named[f"{k.site}.{k.part}" if k.adapter == "head" else f"{k.site}.{part[k.part]}.default.weight"]
+        k: named[f"{k.layer}.{k.part}" if k.adapter == "head" else f"{k.layer}.{part[k.part]}.default.weight"]
         for k in down
     }
     start = {}
@@ -291,9 +291,9 @@ def test_hooks_leave_the_base_as_it_was() -> None:
     before = base.eval()(**x).logits
     model = tiny.adapt(base)
     m = METHODS["homlora"](rank=2)
-    from fedlora.method import Scene
+    from fedlora.methods.contract import Context
 
-    p = {k: torch.ones_like(v) for k, v in m.init(Scene(model.groups, 0)).params.items()}
+    p = {k: torch.ones_like(v) for k, v in m.init(Context(model.groups, 0)).params.items()}
     assert not torch.equal(model.forward(stack([p]), {"input_ids": x["input_ids"][None]})[0], before)
     model.close()
     assert torch.equal(base(**x).logits, before)
@@ -331,7 +331,7 @@ def test_t5_classifies_in_blocks(tmp_path: Path) -> None:
         )
         f.run()
         runs.append(f.store.load_server()[1])
-    assert any("EncDecAttention" in k.site for k in runs[0]) and any(k.adapter == "head" for k in runs[0])
+    assert any("EncDecAttention" in k.layer for k in runs[0]) and any(k.adapter == "head" for k in runs[0])
     tiny.close(*runs)
 
 

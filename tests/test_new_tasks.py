@@ -20,13 +20,13 @@ from cli import fedlora, model_folder
 from test_task_contract import setting
 
 import fedlora as fl
-from fedlora.batching import stack_batches
 from fedlora.data.encode import spaced, words
 from fedlora.data.examples import Words
 from fedlora.data.load import tagged
-from fedlora.metrics import Predictions
 from fedlora.seeds import np_rng
-from fedlora.tasks import TASKS
+from fedlora.training.batching import stack_batches
+from fedlora.training.metrics import Predictions
+from fedlora.training.tasks import TASKS
 
 SHOWN = {
     "token-classification": ("the bread soup ball", "O B-FOOD I-FOOD O"),
@@ -160,7 +160,7 @@ def test_the_loss_is_the_formula(task: str, tmp_path: Path) -> None:
     f = setting(task, tmp_path)
     rows = [f.data.splits["train"][k][: 3 + k] for k in range(4)]
     block = stack_batches([f.data.examples.collate(r) for r in rows])
-    leaves = {k: torch.stack([v] * 4) for k, v in f.method.init(f.scene).params.items()}  # they start at the base
+    leaves = {k: torch.stack([v] * 4) for k, v in f.method.init(f.context).params.items()}  # they start at the base
     value, _ = f.loss.gradient(lambda q: q, leaves, block)
     base = f.model.base
     for h in f.model.hooks:

@@ -15,14 +15,14 @@ import tiny
 import torch
 from torch.nn import functional
 
-from fedlora import batching
-from fedlora.batching import fitted, pieces, stack_batches
 from fedlora.data.examples import Tokens
-from fedlora.evaluate import predict
-from fedlora.loss import Loss
-from fedlora.model import Adapted, matching
+from fedlora.evaluation.predictions import predict
+from fedlora.model.adapted import Adapted, matching
 from fedlora.seeds import np_rng
-from fedlora.tasks.classification import Classification
+from fedlora.training import batching
+from fedlora.training.batching import fitted, pieces, stack_batches
+from fedlora.training.loss import Loss
+from fedlora.training.tasks.classification import Classification
 from fedlora.tree import Key
 
 FAMILIES = ("gpt2-eos", "llama-5", "qwen2-49", "roberta-1", "bart-1", "t5-0")

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedlora import places
 from fedlora.deploy.coordinator import told_to_sites
 from fedlora.deploy.site import Holding
 from fedlora.errors import ConfigError, StateError
-from fedlora.recipe import Recipe
+from fedlora.federation.store import Store
+from fedlora.recipe import Recipe, places
 from fedlora.report.page import _shared
-from fedlora.store import Store
 
 RAW = {"model": {"name": "nets/tiny"}, "data": {"source": ["rows.csv", "more-*.csv"], "text": "text", "label": "label"},
        "method": "fedsa", "run": {"output": "run"}}  # fmt: skip

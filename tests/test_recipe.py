@@ -18,10 +18,10 @@ from pydantic import ValidationError
 from fedlora import methods
 from fedlora.errors import ConfigError, DataError, ModelError, Problem
 from fedlora.methods import METHODS
-from fedlora.optim import SGD, AdamW
 from fedlora.recipe import Recipe, Train, expand, expand_dict, folders, schema
 from fedlora.recipe.reading import parse
 from fedlora.recipe.sections import SECTIONS
+from fedlora.training.optimizers import SGD, AdamW
 
 TEXT = {"data": {"source": "a.csv", "text": "sentence", "label": "label"}, "method": {"name": "fedsa"}}
 
@@ -423,7 +423,7 @@ partition: {kind: quantity, clients: 9, alpha: 1.0, share: 0.1, classes: 3, colu
             validation: 0.2, test: 0.1, unseen: 1, permute_labels: true}
 train: {steps: 11, epochs: 1.0, batch_size: 8, optimizer: sgd, lr: 1.0, betas: [0.5, 0.5], weight_decay: 0.1,
         schedule: linear, warmup: 0.1, clip: 1.0, accumulation: 2, dropout: false}
-federation: {rounds: 11, clients_per_round: 4, cohort: fixed, min_clients: 2, precision: int8, norm_bound: 5.0}
+federation: {rounds: 11, clients_per_round: 4, cohort: fixed, min_clients: 2, precision: int8, norm_bound: 5.0, guards: [clip]}
 evaluation: {every: 2, views: [global], cross_clients: 4, batch_size: 32, analyses: [asymmetry], threshold: 0.1, target: 0.5, bandwidth: [5, 1]}
 deployment: {clients: 3, deadline: 10.0, over_selection: 1.5, attempts: 2, histograms: true, same_base: false}
 run: {seed: 1, block: 2, output: elsewhere, tensorboard: true, keep: all, threads: 1}
@@ -578,3 +578,61 @@ def test_what_another_error_says_stands_alone() -> None:
         "data: notes.txt: cannot be read",
     ]
     assert [p.field for p in told] == ["method.rank_pattern", "method", "data"]
+
+
+# methods inside methods, and guards ---------------------------------------------------------------------------------
+def test_a_method_holds_a_method() -> None:
+    """By its name or with its fields; what the method outside sets is not asked again; the whole loads back."""
+    inner = {"name": "pf2lora", "hypergradient": "first_order", "rank_personal": 1}
+    a = recipe(method={"name": "slora", "rank": 4, "second": inner})
+    second: Any = a.method_object().second  # type: ignore[attr-defined]
+    assert (second.name, second.hypergradient, second.rank_personal) == ("pf2lora", "first_order", 1)
+    assert a.resolved()["method"]["second"].items() >= inner.items()
+    assert "rank" not in a.resolved()["method"]["second"]
+    assert Recipe.from_dict(a.resolved()) == a and Recipe.from_dict(a.resolved()).hash == a.hash
+    b = recipe(method={"name": "slora", "rank": 4}).override("method.second=pf2lora", "method.second.rank_personal=1")
+    assert b.override("method.second.hypergradient=first_order").hash == a.hash
+    assert (
+        recipe(method={"name": "slora"}).override("method.second=homlora").hash == recipe(method={"name": "slora"}).hash
+    )
+
+
+def test_all_errors_of_a_method_inside_a_method_at_once() -> None:
+    inner = {"name": "pf2lora", "rank": 3, "rank_personl": 1, "lr_personal": -1, "optimizer": "sgd"}
+    found = {
+        p.field for p in problems(merged({"method": {"name": "slora", "rank": 0, "second": inner}, "train": {"lr": 0}}))
+    }
+    assert found == {
+        "method.second.rank", "method.second.rank_personl", "method.second.optimizer", "method.second.lr_personal",
+        "method.rank", "train.lr",
+    }  # fmt: skip
+
+
+def test_guards_of_a_recipe() -> None:
+    a = recipe(federation={"guards": ["clip", {"feedback": {"form": "int4"}}]})
+    assert [g.name for g in a.guard_objects()] == ["clip", "feedback"]
+    assert a.resolved()["federation"]["guards"] == [
+        {"clip": {"norm": 1.0}},
+        {"feedback": {"form": "int4", "share": 0.1}},
+    ]
+    assert Recipe.from_dict(a.resolved()).hash == a.hash
+    assert recipe(federation={"guards": [{"clip": {"norm": 1.0}}, {"feedback": {"form": "int4"}}]}).hash == a.hash
+    assert recipe(federation={"guards": [{"feedback": {"form": "int4"}}, "clip"]}).hash != a.hash  # their order counts
+    bad = ["clap", {"clip": {"norm": -1, "x": 2}}, {"trimmed": {"share": "a"}}, 3, {"clip": 5}]
+    found = {p.field for p in problems(merged({"federation": {"guards": bad}}))}
+    assert found == {"federation.guards"}  # a number is no guard at all: a list of the wrong type is refused first
+    found = {p.field for p in problems(merged({"federation": {"guards": bad[:3]}}))}
+    assert found == {
+        "federation.guards[0]", "federation.guards[1].clip.x", "federation.guards[1].clip.norm",
+        "federation.guards[2].trimmed.share",
+    }  # fmt: skip
+
+
+def test_the_schema_knows_methods_inside_methods_and_guards() -> None:
+    s = schema()
+    slora = next(m for m in s["$defs"]["MethodSection"]["oneOf"] if m.get("title") == "slora")
+    names = slora["properties"]["second"]["oneOf"][0]["enum"]
+    assert names == ["homlora", "pf2lora"]
+    assert "rank" not in slora["properties"]["second"]["oneOf"][2]["properties"]
+    entries = s["$defs"]["Federation"]["properties"]["guards"]["items"]["oneOf"]
+    assert {"clip", "trimmed", "feedback"} == set(entries[0]["enum"])

@@ -3,46 +3,95 @@
 from __future__ import annotations
 
 import json
+import re
+import zipfile
 from pathlib import Path
 
-import pyarrow.parquet as pq
+import local
 import pytest
+from cli import fedlora
 
 import fedlora as fl
+from fedlora.errors import ConfigError
 from fedlora.recipe import expand
+from fedlora.recipe.reading import read
+from fedlora.recipe.shipped import FOLDER, Shipped, copy, shipped
 
-ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = shipped()
 SHORT = ["federation.rounds=2", "train.epochs=null", "train.steps=1", "train.batch_size=4", "evaluation.every=2"]
 
 
 def test_there_are_recipes() -> None:
-    assert {"sst2", "mnli", "20newsgroups", "huffpost", "e2e"} <= {p.stem for p in RECIPES}
+    names = [r.name for r in RECIPES]
+    assert {"sst2", "mnli", "20newsgroups", "huffpost", "e2e", "pf2lora-sst2"} <= set(names)
+    assert len(set(names)) == len(names) == len(list(FOLDER.rglob("*.yaml")))
 
 
-def head_of(path: str, to: Path) -> str:
-    """The first rows of a file, as a file."""
-    pq.write_table(pq.read_table(path).slice(0, 300), to)
-    return str(to)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
+def test_a_recipe_names_what_its_reader_can_get(recipe: Shipped) -> None:
+    """A hub id or the texts that Python carries, never a path; and its first lines say what it shows and how large it is."""
+    for r in expand(recipe.path):
+        paths = [r.data.source, r.data.test, r.data.validation, r.model.name]
+        assert not [p for p in paths if p and re.search(r"^[./~]|\.(parquet|csv|jsonl?)$", p)]
+        known = (r.data.source, r.data.subset) in local.COPIES
+        assert known or r.data.source == "demo"
+        assert r.model.name == "minilm" or r.model.name in local.MODELS
+        assert r.name.startswith(recipe.name)
+    assert recipe.shows.endswith(".")
+    runs = re.match(r"(one|\d+) runs? of (\d+) rounds", recipe.size)
+    assert runs, recipe.size
+    assert (1 if runs[1] == "one" else int(runs[1])) == len(expand(recipe.path))
+    assert {int(runs[2])} == {r.federation.rounds for r in expand(recipe.path)}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_recipe_runs(path: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
+def test_recipe_runs(recipe: Shipped, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
-    limit = "data.limit=600" if "20news" in path.stem else "data.limit=300"
-    recipes = expand(path, [*SHORT, limit, "partition.min_size=2"])
-    recipe = recipes[-1]
-    where = recipe.resolved()
-    for field in ("source", "test", "validation"):  # the recipes name the data folder as it lies beside the project
-        if where["data"][field]:
-            where["data"][field] = str(shared / where["data"][field].removeprefix("../shared/"))
-            if field != "source" and where["data"][field].endswith(".parquet"):
-                where["data"][field] = head_of(where["data"][field], tmp_path / f"{field}.parquet")
-    where["model"]["name"] = where["model"]["name"].replace("../shared", str(shared))
-    summary = fl.run(where, output=tmp_path / "run")
+    limit = "data.limit=600" if "20news" in recipe.name else "data.limit=300"
+    sets = local.overrides(read(recipe.path), shared, tmp_path)
+    chosen = expand(recipe.path, [*SHORT, limit, "partition.min_size=2", *sets])[-1]
+    summary = fl.run(chosen, output=tmp_path / "run")
     assert summary["rounds"] == 2
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [x["round"] for x in lines if x["kind"] == "train"] == [1, 2]
     assert summary["test"] is not None
     assert summary["bytes"]["up"] > 0 or summary["method"]["name"] == "local"
+
+
+def test_a_copy_is_the_recipe_and_overwrites_nothing(tmp_path: Path) -> None:
+    file = copy("sst2", tmp_path)
+    assert file == tmp_path / "sst2.yaml"
+    assert file.read_text(encoding="utf-8") == (FOLDER / "sst2.yaml").read_text(encoding="utf-8")
+    file.write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"sst2\.yaml', expected a file that is not there yet; move the file away"):
+        copy("sst2", tmp_path)
+    assert file.read_text(encoding="utf-8") == "mine"
+    with pytest.raises(ConfigError, match=r"got 'sst', expected the name of a shipped recipe; did you mean 'sst2'"):
+        copy("sst", tmp_path)
+    with pytest.raises(ConfigError, match=r"mnli\.yaml', expected a file to write .* check its folder"):
+        copy("mnli", tmp_path / "nowhere")
+
+
+def test_the_command_lists_and_copies(tmp_path: Path, shared: Path) -> None:
+    """In a bare folder: the list, a copy, and a check of it, with data of one's own and without a network."""
+    said = fedlora("recipes", cwd=tmp_path).stdout
+    assert all(r.name in said for r in RECIPES)
+    rows = json.loads(fedlora("recipes", "--json", cwd=tmp_path).stdout)
+    assert [(r["name"], r["shows"], r["paper"]) for r in rows] == [(r.name, r.shows, r.paper) for r in RECIPES]
+    assert "sst2.yaml" in fedlora("recipes", "sst2", cwd=tmp_path).stdout
+    source = f"data.source={shared / 'data/sst2/train.parquet'}"
+    assert "2,800 train" in fedlora("check", "sst2.yaml", "--set", source, cwd=tmp_path).stdout
+    failed = fedlora("check", "sst2.yaml", cwd=tmp_path, code=2)
+    assert re.search(r"data\.source: 'nyu-mll/glue' .* --set data\.source=FILE", failed.stderr)
+    assert len(failed.stderr.strip().splitlines()) == 2
+
+
+def test_the_recipes_are_in_the_wheel(tmp_path: Path) -> None:
+    """They are package data, so a copy from an installed wheel is a copy of the same file."""
+    build = pytest.importorskip("hatchling.builders.wheel")
+    root = Path(__file__).parents[1]
+    (wheel,) = build.WheelBuilder(str(root)).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(wheel) as z:
+        for r in RECIPES:
+            inside = f"fedlora/recipes/{r.path.relative_to(FOLDER).as_posix()}"
+            assert z.read(inside) == r.path.read_bytes()

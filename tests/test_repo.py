@@ -225,6 +225,20 @@ def test_wheel_holds_the_package_whole_and_nothing_else(tmp_path: Path) -> None:
     assert "Requires-Python: >=3.11" in metadata
 
 
+# words ----------------------------------------------------------------------------------------------------------------
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/*.md"), *ROOT.glob("examples/**/*.md")]
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_lines_of_pages_are_short(page: Path) -> None:
+    """At most 120 columns, so that pages can be read and compared anywhere. Rows of tables and addresses may run on."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    short = [re.sub(r"https?://\S+", "", x) for x in lines if not x.startswith("|")]
+    assert not [x for x in short if len(x) > 120]
+
+
 # imports -------------------------------------------------------------------------------------------------------------
 def loaded(code: str) -> list[str]:
     """Modules that `code` loads in a fresh interpreter."""
@@ -256,7 +270,7 @@ def asks_for_a_task(code: str) -> list[int]:
     """Lines that ask which task it is: a comparison, a case or a key with a task's name, or isinstance of a task's class."""
     import ast
 
-    from fedlora.tasks import NAMES, TASKS
+    from fedlora.training.tasks import NAMES, TASKS
 
     classes = {c.__name__ for c in TASKS.values()}
     named = lambda node: [n for n in ast.walk(node) if isinstance(n, ast.Constant) and n.value in NAMES]  # noqa: E731

@@ -12,9 +12,10 @@ import pytest
 from cli import write_recipe
 
 import fedlora as fl
-from fedlora import report, sealed
+from fedlora import report
 from fedlora.cli.actions import run_folders
 from fedlora.errors import StateError
+from fedlora.files import sealed
 from fedlora.report import figures
 from fedlora.report.read import records
 

@@ -224,3 +224,88 @@ def test_a_codec_that_is_no_encoding_of_text_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "r.csv")
     with pytest.raises((ConfigError, DataError), match="encoding"):
         read(path, encoding="base64")
+
+
+# the hub --------------------------------------------------------------------------------------------------------------
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request, not the six of `datasets`; then only earlier downloads are read, and the error names the remedy."""
+    datasets = pytest.importorskip("datasets")
+    import httpx
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    from fedlora import hub
+
+    asked = []
+
+    class Dead:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append((url, timeout))
+            raise httpx.ConnectError("no network")
+
+    def load_dataset(*_: object, **__: object) -> None:
+        assert datasets.config.HF_HUB_OFFLINE, "datasets would ask, and ask again"
+        raise ConnectionError("nothing is in the cache")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", Dead)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"it does not answer, and no .*; name a copy .* --set data\.source=FILE") as e:
+        read("nyu-mll/glue", subset="sst2")
+    assert "\n" not in str(e.value)
+    assert asked == [(constants.ENDPOINT, hub.SECONDS)]
+    assert hub.SECONDS <= 5
+    assert datasets.config.HF_HUB_OFFLINE is False  # as it was
+
+
+def test_a_data_set_that_is_a_script_is_read_from_the_hubs_parquet_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(name: str, subset: str | None = None, **options: Any) -> Any:
+        calls.append((name, subset, options))
+        if "revision" not in options:
+            raise RuntimeError(f"Dataset scripts are no longer supported, but found {name}.py")
+        return datasets.Dataset.from_dict(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    same(read("old/script", subset="en"))
+    assert [c[2].get("revision") for c in calls] == [None, "refs/convert/parquet"]
+    assert calls[0][1] == "en"
+    assert calls[1][1] is None
+    assert calls[1][2] == {
+        "data_dir": "en", "split": None, "revision": "refs/convert/parquet", "trust_remote_code": False
+    }  # fmt: skip
+
+
+def test_a_hub_that_answers_is_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it answers; and with HF_HUB_OFFLINE nobody is asked."""
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    from huggingface_hub import constants
+
+    from fedlora.hub import reachable
+
+    asked = []
+
+    class Refuses(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_response(403)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert not reachable()
+        assert asked == []
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        assert reachable()
+        assert len(asked) == 1
+        server.shutdown()

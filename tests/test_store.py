@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from fedlora.errors import StateError
-from fedlora.store import Store
+from fedlora.federation.store import Store
 from fedlora.tree import Key, Params
 
 A = Key("lora", "layer.0", "A")
@@ -234,7 +234,7 @@ def test_no_permission(tmp_path: Path) -> None:
 
 KILLED = """
 import os, sys, torch
-from fedlora.store import Store
+from fedlora.federation.run.store import Store
 from fedlora.tree import Key
 at, count = int(sys.argv[2]), [0]
 def dying(name):

@@ -18,14 +18,14 @@ import torch
 from test_contract import state
 
 import fedlora as fl
-from fedlora.batching import TOKENWISE, stack_batches
-from fedlora.federation import Federation
-from fedlora.method import Method, Server
+from fedlora.federation.callbacks import Callback
+from fedlora.federation.run import Federation
+from fedlora.federation.setting import Sampling
+from fedlora.federation.views import scores, served
+from fedlora.methods.contract import Method, ServerState
 from fedlora.seeds import np_rng
-from fedlora.setting import Sampling
-from fedlora.tasks import NAMES, TASKS, lower_is_better, made
-from fedlora.views import scores, served
-from fedlora.watch import Watch
+from fedlora.training.batching import TOKENWISE, stack_batches
+from fedlora.training.tasks import NAMES, TASKS, lower_is_better, made
 
 OUTPUTS = 4
 
@@ -79,11 +79,11 @@ class TestEveryTask:
         f = setting(name, tmp_path, method, plan=fl.Plan(steps=25, batch_size=20), sampling=Sampling(rounds=2))
         f.run()
 
-        def loss(server: Server) -> float:
-            params = served(f, f.engine(Watch()), server, range(4), "personal")
+        def loss(server: ServerState) -> float:
+            params = served(f, f.engine(Callback()), server, range(4), "personal")
             return sum(s["loss"] for s in scores(f, params, range(4), "train", 4).values()) / 4
 
-        assert loss(Server(*f.store.load_server())) < 0.95 * loss(f.method.init(f.scene))
+        assert loss(ServerState(*f.store.load_server())) < 0.95 * loss(f.method.init(f.context))
 
     def test_the_loss_is_the_mean_over_terms(self, name: str, tmp_path: Path) -> None:
         """In a block, a client's loss is the sum of what its rows give alone by the number of their terms."""
@@ -113,7 +113,7 @@ class TestEveryTask:
 
     def test_scores(self, name: str, tmp_path: Path) -> None:
         """Every client has the metric that rounds are chosen by, alone as among others; one without rows has a loss of NaN."""
-        from fedlora.evaluate import predict
+        from fedlora.evaluation.predictions import predict
 
         f = setting(name, tmp_path)
         rows = [f.data.splits["train"][k] for k in range(3)] + [np.zeros(0, np.int64)]

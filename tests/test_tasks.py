@@ -14,12 +14,12 @@ import pytest
 import tiny
 import torch
 
-from fedlora import batching
-from fedlora.batching import SIZES, cut, even, fitted, stack_batches
-from fedlora.loss import Loss
 from fedlora.methods import METHODS
 from fedlora.seeds import np_rng
-from fedlora.tasks.classification import Classification
+from fedlora.training import batching
+from fedlora.training.batching import SIZES, cut, even, fitted, stack_batches
+from fedlora.training.loss import Loss
+from fedlora.training.tasks.classification import Classification
 
 
 def brute(longest: list[int], clients: int, overhead: int, most: int) -> int:
@@ -58,7 +58,7 @@ def setting(causal: bool, dropout: float = 0.1) -> tuple[Any, Any, Any]:
         batch["common"] = torch.tensor(3)
         batches.append(batch)
     g = torch.Generator().manual_seed(0)
-    start = f.method.init(f.scene).params
+    start = f.method.init(f.context).params
     p = {k: torch.randn(3, *v.shape, generator=g) * 0.3 for k, v in start.items()}
     return f.loss, p, stack_batches(batches)
 

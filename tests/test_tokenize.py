@@ -12,12 +12,12 @@ import pytest
 from cli import model_folder, rows, write_csv
 from pyarrow import parquet
 
+from fedlora.checkpoints.pretrained import load_tokenizer
 from fedlora.data import encode, load
 from fedlora.data.federated import FederatedData, assemble, from_arrays
 from fedlora.errors import ConfigError, DataError
-from fedlora.pretrained import load_tokenizer
 from fedlora.recipe.sections import Data, Partition
-from fedlora.tasks import TASKS
+from fedlora.training.tasks import TASKS
 
 TEXTS = ["the ball is a goal", "bread", "a wave the ship the salt is harbour", ""]
 

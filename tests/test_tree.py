@@ -87,7 +87,7 @@ def test_norm_has_a_gradient_at_zero() -> None:
 
 def test_keys_and_seeds() -> None:
     assert Key.parse(str(A)) == A
-    with pytest.raises(ValueError, match="has 2 parts, expected adapter/site/part"):
+    with pytest.raises(ValueError, match="has 2 parts, expected adapter/layer/part"):
         Key.parse("a/b")
     assert number(1, "a") != number("1", "a") != number(1, "a", 0)
     assert 0 <= number("x") < 2**63

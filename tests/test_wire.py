@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedlora import wire
 from fedlora.errors import UploadError
+from fedlora.federation import wire
 from fedlora.seeds import rng
 from fedlora.tree import Key, Params
 
@@ -129,3 +129,53 @@ def test_scales_that_do_not_fit_are_refused() -> None:
         wire.unpack(p | {scale: torch.ones(2, 1)})
     with pytest.raises(UploadError, match="do not fit"):
         wire.unpack(p | {Key("lora", "s", "A"): torch.ones(3, 4)})
+
+
+def test_no_rank_is_below_one() -> None:
+    p = message()
+    spec = wire.expect(p)
+    with pytest.raises(UploadError, match=r"is \[(0, 5|6, 0)\]"):
+        wire.validate(p | {A: p[A][:0], B: p[B][:, :0]}, spec, ranks_may_shrink=True)
+    stated = {**p, Key("lora", "", "rank"): torch.tensor(4)}
+    wire.validate(stated, wire.expect(stated), ranks_may_shrink=True)
+    for r in (0, -3):
+        wrong = {**stated, Key("lora", "", "rank"): torch.tensor(r)}
+        with pytest.raises(UploadError, match=rf"rank is {r}, expected 1 or more"):
+            wire.validate(wrong, wire.expect(wrong), ranks_may_shrink=True)
+
+
+def test_stated_norms_can_be_norms() -> None:
+    """Not negative, and over the whole model what they are over its layers together."""
+
+    def stating(**norms: float) -> Params:
+        return {Key("lora", "" if s == "whole" else s, "norm"): torch.tensor(v) for s, v in norms.items()}
+
+    for good in (stating(whole=5.0), stating(whole=5.0, a=3.0, b=4.0), stating(whole=0.0, a=0.0)):
+        wire.validate(good, wire.expect(good))
+    for bad, why in ((stating(whole=-1.0), "never negative"), (stating(whole=1e30, a=3.0, b=4.0), "expected 5"),
+                     (stating(whole=float("nan")), "non-finite")):  # fmt: skip
+        with pytest.raises(UploadError, match=why):
+            wire.validate(bad, wire.expect(bad))
+
+
+def test_a_state_is_finite_and_within_its_bound() -> None:
+    p = message()
+    assert wire.finite_state(p, bound=wire.magnitude(p)) is None
+    assert wire.finite_state({A: torch.full((2, 2), 3e38)}) is None  # its square is more than float32 can hold
+    assert wire.magnitude({A: torch.full((2, 2), 3e38)}) == pytest.approx(6e38)
+    for bad in (float("inf"), float("nan")):
+        why = wire.finite_state(p | {A: p[A] * bad})
+        assert why is not None and "lora/enc.0/A" in why
+    why = wire.finite_state(p, bound=wire.magnitude(p) / 2)
+    assert why is not None and "exceeds" in why
+
+
+def test_a_header_is_fields_and_no_depth_ends_the_reader() -> None:
+    from safetensors.torch import save
+
+    for header in ("[1]", "7", "[" * 100_000, '{"a":' * 100_000, "1" * 10_000):
+        with pytest.raises(UploadError, match="cannot be read"):
+            wire.decode(save({"a/b/c": torch.zeros(1)}, {wire.HEADER: header}))
+    for text in ("[" * 100_000, "{}", "[]", "7"):
+        with pytest.raises(UploadError, match="cannot be read"):
+            wire.decode(len(text).to_bytes(8, "little") + text.encode())

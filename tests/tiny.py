@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedlora.data.batches import Plan
+from fedlora.checkpoints.peft import default_targets
+from fedlora.checkpoints.pretrained import head_of
+from fedlora.data.batches import LocalWork
 from fedlora.data.examples import Rows, Tokens
 from fedlora.data.federated import FederatedData
-from fedlora.federation import Federation
-from fedlora.method import Method
-from fedlora.model import Adapted, matching
-from fedlora.peft_io import default_targets
-from fedlora.pretrained import head_of
+from fedlora.federation.callbacks import Callback
+from fedlora.federation.run import Federation
+from fedlora.federation.setting import Evaluation, Sampling
+from fedlora.methods.contract import Method
+from fedlora.model.adapted import Adapted, matching
+from fedlora.model.groups import groups
 from fedlora.seeds import np_rng
-from fedlora.setting import Evaluation, Sampling
-from fedlora.sites import groups
-from fedlora.tasks.causal_lm import CausalLM
-from fedlora.tasks.classification import Classification
-from fedlora.watch import Watch
+from fedlora.training.tasks.causal_lm import CausalLM
+from fedlora.training.tasks.classification import Classification
 
 VOCABULARY, CLASSES = 50, 3
 
@@ -131,7 +131,7 @@ def causal_families() -> dict[str, Any]:
 
 
 def adapt(base: nn.Module, task: str = "classification", needs: Sequence[str] = (), **more: Any) -> Adapted:
-    """`base` with its architecture's default targets, and the groups of sites that a method needs."""
+    """`base` with its architecture's default targets, and the groups of layers that a method needs."""
     kind = base.config.model_type
     head = head_of(base, task)
     inside = [n for n in matching(base, default_targets(kind)) if n not in head]
@@ -177,14 +177,14 @@ def federation(method: Method, folder: Path, base: nn.Module | None = None, **mo
     lm = more.pop("causal", False)
     model = more.pop("model", None) or adapt(base, "causal-lm" if lm else "classification", method.groups)
     settings: dict[str, Any] = {
-        "plan": Plan(epochs=1, steps=None, batch_size=5), "sampling": Sampling(rounds=3), "block": 4, "seed": 7,
+        "plan": LocalWork(epochs=1, steps=None, batch_size=5), "sampling": Sampling(rounds=3), "block": 4, "seed": 7,
         "evaluation": Evaluation(every=1, views=("personal", "global")),
     }  # fmt: skip
     task = CausalLM() if lm else Classification(CLASSES)
     return Federation(model, task, more.pop("data", None) or data(labels=not lm), method, folder, **settings | more)
 
 
-class Crash(Watch):
+class Crash(Callback):
     """Interrupts a federation in the middle of its second round, after some client files are written."""
 
     def __init__(self, f: Federation):

@@ -18,30 +18,37 @@ __version__ = "0.1.0"
 _HOME = {
     "adapters": "LoRA VeRA",
     "api": "Run adapt load run",
-    "data.batches": "Plan",
+    "data.batches": "LocalWork Plan",
     "data.examples": "Arrays Rows Tokens",
     "data.federated": "FederatedData assemble from_arrays",
-    "engine": "Engine Schedule train_block",
-    "channel": "Channel",
     "errors": "ConfigError DataError FedloraError ModelError Problem StateError TrainingError UploadError",
-    "federation": "Federation",
-    "guards": "GUARDS",
-    "loss": "Loss",
-    "guards.guard": "Guard",
-    "method": "Client Method Order Scene Server Upload",
+    "federation.callbacks": "Callback Watch",
+    "federation.channel": "Channel",
+    "federation.engine": "Engine Schedule train_block",
+    "federation.guards": "GUARDS",
+    "federation.guards.guard": "Guard",
+    "federation.run": "Federation",
+    "federation.setting": "Evaluation Sampling Setting",
     "methods": "METHODS",
-    "model": "Adapted matching",
-    "optim": "SGD AdamW Optimizer",
+    "methods.contract": "Client Context Method Order RoundInfo Scene Server ServerState Upload",
+    "methods.sgd": "SGDMethod",
+    "model.adapted": "Adapted matching",
     "recipe": "Recipe",
-    "setting": "Evaluation Sampling Setting",
-    "sgd": "SGDMethod",
-    "task": "Task",
-    "tasks.causal_lm": "CausalLM",
-    "tasks.classification": "Classification",
-    "tasks.regression": "Regression",
+    "training.loss": "Loss",
+    "training.optimizers": "AdamW Optimizer SGD",
+    "training.task": "Task",
+    "training.tasks.causal_lm": "CausalLM",
+    "training.tasks.classification": "Classification",
+    "training.tasks.regression": "Regression",
     "tree": "Key Params",
-    "watch": "Watch",
 }
+_NOW = {
+    "Order": "RoundInfo",
+    "Plan": "LocalWork",
+    "Scene": "Context",
+    "Server": "ServerState",
+    "Watch": "Callback",
+}  # what names of earlier versions are called now
 _WHERE = {name: home for home, names in _HOME.items() for name in names.split()}
 
 __all__ = sorted(_WHERE)
@@ -49,7 +56,7 @@ __all__ = sorted(_WHERE)
 
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
-        value = getattr(import_module(f"fedlora.{_WHERE[name]}"), name)
+        value = getattr(import_module(f"fedlora.{_WHERE[name]}"), _NOW.get(name, name))
     elif name[:1].isupper() and name in (classes := _found()):
         value = classes[name]
     else:
@@ -60,8 +67,8 @@ def __getattr__(name: str) -> Any:
 
 def _found() -> dict[str, Any]:
     """The classes of methods, guards and tasks by their own names: fl.FedSALoRA, fl.Clip, fl.TokenClassification."""
-    every = (import_module("fedlora.methods").METHODS, import_module("fedlora.guards").GUARDS,
-             import_module("fedlora.tasks").TASKS)  # fmt: skip
+    every = (import_module("fedlora.methods").METHODS, import_module("fedlora.federation.guards").GUARDS,
+             import_module("fedlora.training.tasks").TASKS)  # fmt: skip
     return {cls.__name__: cls for registry in every for cls in registry.values()}
 
 

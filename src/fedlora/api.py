@@ -9,20 +9,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import build, places, serving
-from .federation import Federation
-from .model import Adapted, matching
-from .predict import Said, predict_texts
-from .recipe import Recipe
+from .federation.callbacks import Callback
+from .federation.run import Federation
+from .model.adapted import Adapted, matching
+from .recipe import Recipe, build, places
+from .serving import export
+from .serving.predict import predict_texts
+from .training.task import Prediction
 from .tree import Params
-from .watch import Watch
 
 
 def run(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     sets: Sequence[str] = (),
     output: str | Path | None = None,
-    watch: Watch | None = None,
+    watch: Callback | None = None,
 ) -> dict[str, Any]:
     """Run a recipe (a YAML file, a mapping or a Recipe) to its end; returns the summary, as in summary.json.
 
@@ -50,11 +51,11 @@ class Run:
 
     def deltas(self, client: str | None = None) -> Params:
         """Model-ready leaves of a client's personal model, or of the global one."""
-        return serving.deltas_of(self.federation, client)
+        return export.deltas_of(self.federation, client)
 
     def predict(
         self, texts: Sequence[str | Sequence[str]], client: str | None = None, new_tokens: int = 64
-    ) -> list[Said]:
+    ) -> list[Prediction]:
         """What a client's model, or the global one, says of each text."""
         tokenizer = build.tokenizer_of(self.recipe)
         return predict_texts(
@@ -63,7 +64,7 @@ class Run:
 
     def export(self, out: str | Path, clients: Sequence[str] = (), merged: bool = False) -> list[Path]:
         """Write PEFT folders (or merged models) for the global model, or one per client under `out`."""
-        return serving.export_models(self.recipe, self.federation, Path(out), clients, merged)
+        return export.export_models(self.recipe, self.federation, Path(out), clients, merged)
 
 
 def load(folder: str | Path) -> Run:

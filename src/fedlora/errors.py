@@ -3,7 +3,7 @@
 FedloraError
   x ConfigError    a recipe or an argument is wrong; holds every problem found, not only the first
   x DataError      a file, column, label or client is not usable
-  x ModelError     a model, site or target does not fit
+  x ModelError     a model, layer or target does not fit
   x StateError     a run folder is damaged, foreign or full
   x UploadError    a client's upload was refused
   x TrainingError  training cannot go on (non-finite loss everywhere, too few clients)
@@ -29,7 +29,7 @@ class DataError(FedloraError):
 
 
 class ModelError(FedloraError):
-    """A model, site or target does not fit."""
+    """A model, layer or target does not fit."""
 
 
 class StateError(FedloraError):

@@ -18,7 +18,7 @@ class Key(NamedTuple):
     """Name of one leaf: which adapter, which weight of the base, which part of the adapter."""
 
     adapter: str  # "lora", "common", "personal", "sparse", "head"
-    site: str  # module path in the base, e.g. "encoder.layer.0.attention.self.query"; "" for run-wide leaves
+    layer: str  # module path in the base, e.g. "encoder.layer.0.attention.self.query"; "" for run-wide leaves
     part: str  # "A" [r i] | "B" [o r] | "values" [n] | "weight" [o i] | "bias" [o] | "rank" [] ...
 
     def __str__(self) -> str:
@@ -29,7 +29,7 @@ class Key(NamedTuple):
         """Inverse of str. Raises ValueError unless `text` has exactly three parts."""
         parts = text.split("/")
         if len(parts) != 3:
-            raise ValueError(f"leaf name {text!r} has {len(parts)} parts, expected adapter/site/part")
+            raise ValueError(f"leaf name {text!r} has {len(parts)} parts, expected adapter/layer/part")
         return cls(*parts)
 
 
@@ -136,13 +136,13 @@ def stack(ps: Sequence[Params]) -> Params:
 
 
 def unstack(p: Params, k: int) -> list[Params]:
-    """Inverse of stack. An adapter with a `rank` leaf [K] (for all sites, or one a site) is cut back to each client's
+    """Inverse of stack. An adapter with a `rank` leaf [K] (for all layers, or one a layer) is cut back to each client's
     own rank."""
-    live = {(key.adapter, key.site): v.tolist() for key, v in p.items() if key.part == "rank"}
+    live = {(key.adapter, key.layer): v.tolist() for key, v in p.items() if key.part == "rank"}
 
     def cut(key: Key, v: Tensor) -> Sequence[Tensor]:
         adapter = key.adapter.split("~")[0]  # "lora~m" holds the moments of "lora"
-        ranks = live.get((adapter, key.site)) or live.get((adapter, ""))
+        ranks = live.get((adapter, key.layer)) or live.get((adapter, ""))
         each = v.unbind()  # nothing writes into leaves, so views will do
         if ranks is None or v.ndim == 1:
             return each

@@ -84,7 +84,7 @@ def at_layers(p: Params) -> dict[str, dict[str, dict[str, Tensor]]]:
     out: dict[str, dict[str, dict[str, Tensor]]] = {}
     for k, v in p.items():
         if k.part in PARTS:
-            out.setdefault(k.site, {}).setdefault(k.adapter, {})[k.part] = v
+            out.setdefault(k.layer, {}).setdefault(k.adapter, {})[k.part] = v
     return out
 
 
@@ -96,7 +96,7 @@ def apply(x: Tensor, y: Tensor, p: Parts, module: Any = None) -> Tensor:
 def described() -> str:
     """What `method.adapter` may be, for the docs."""
     lines = [
-        textwrap.fill(f"{name:<9}{what}", 118, subsequent_indent=" " * 9)
+        textwrap.fill(f"{name:<9}{what}", 100, subsequent_indent=" " * 9)
         for kind in KINDS
         for name, what in kind.names.items()
     ]
@@ -107,7 +107,7 @@ def described() -> str:
         [
             *lines,
             "",
-            *textwrap.wrap(f"The half that FedSA-LoRA shares and the half it keeps: {'; '.join(halves)}.", 118),
+            *textwrap.wrap(f"The half that FedSA-LoRA shares and the half it keeps: {'; '.join(halves)}.", 100),
             "The others have no halves: rules that share one half refuse them.",
         ]
     )

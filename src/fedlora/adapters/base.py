@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, Problem
-from ..layer import Site
+from ..layers import Layer
 from ..seeds import rng
 from ..tree import Key, Params
 
@@ -36,7 +36,7 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Held:
-    """A PEFT folder as data, so that no form imports PEFT: peft_io.py makes the folder of it.
+    """A PEFT folder as data, so that no form imports PEFT: checkpoints/peft.py makes the folder of it.
 
     config: name of PEFT's config class; options: its arguments beside the target layers. leaves: path of a tensor in the base that
     PEFT has wrapped -> its value; added: the same for values that are added to what PEFT starts with.
@@ -63,7 +63,7 @@ class Form(ABC):
     no_merge: ClassVar[str] = ""  # why no weight of the base can hold it; "" where `merge` can
     no_peft: ClassVar[str] = ""  # why PEFT cannot hold it; "" where `hold` can
     leaves: ClassVar[frozenset[str]] = frozenset()  # parts that are trained, where they are not all of `shapes`
-    groups: tuple[str, ...] = ("target",)  # groups of the model's sites it lives on (sites.py)
+    groups: tuple[str, ...] = ("target",)  # groups of the model's layers it lives on (model/groups.py)
 
     @classmethod
     def make(cls: type[Self], name: str, rank: int, alpha: float, pattern: Pattern, field: str) -> Self:
@@ -76,10 +76,10 @@ class Form(ABC):
         return cls.leaves or frozenset().union(*cls.shapes)
 
     @abstractmethod
-    def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
+    def init(self, name: str, layers: Sequence[Layer], *seed: object) -> Params:
         """Trainable leaves of adapter `name` at the start: the delta is zero."""
 
-    def fixed(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
+    def fixed(self, name: str, layers: Sequence[Layer], *seed: object) -> Params:
         """Frozen leaves that every party derives from the seed, or from its own copy of the base; never sent, never stored."""
         return {}
 
@@ -87,7 +87,7 @@ class Form(ABC):
         """Leaves, trained and fixed, as the model takes them: scales are applied, and the parts are one of `shapes`."""
         return p
 
-    def check(self, who: str, sites: Sequence[Site]) -> None:  # noqa: B027 (most forms fit everywhere)
+    def check(self, who: str, layers: Sequence[Layer]) -> None:  # noqa: B027 (most forms fit everywhere)
         """Raise ModelError where a layer cannot carry the form. who: the method, for the message."""
 
     @staticmethod
@@ -134,9 +134,9 @@ def _expression(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
-def matches(pattern: str, site: str) -> bool:
+def matches(pattern: str, layer: str) -> bool:
     """Whether `pattern`, the end of a layer's name or a regular expression, names the layer `site`."""
-    return _expression(pattern).match(site) is not None
+    return _expression(pattern).match(layer) is not None
 
 
 def pattern_problems(
@@ -154,11 +154,11 @@ def pattern_problems(
     return bad
 
 
-def all_match(field: str, patterns: Iterable[tuple[str, object]], sites: Sequence[Site]) -> None:
-    """Raise ModelError for a pattern that names no site."""
+def all_match(field: str, patterns: Iterable[tuple[str, object]], layers: Sequence[Layer]) -> None:
+    """Raise ModelError for a pattern that names no layer."""
     for pattern, _ in patterns:
-        if not any(matches(pattern, s.name) for s in sites):
+        if not any(matches(pattern, s.name) for s in layers):
             raise ModelError(
-                f"{field}: {pattern!r} matches none of the {len(sites)} target layers, e.g. {sites[0].name!r}; "
+                f"{field}: {pattern!r} matches none of the {len(layers)} target layers, e.g. {layers[0].name!r}; "
                 "write the end of a layer's name, e.g. query, or a regular expression"
             )

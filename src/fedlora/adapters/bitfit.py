@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..layer import Site
+from ..layers import Layer
 from ..tree import Key, Params
 from .base import Change, Form, Parts, plus_bias
 
@@ -23,8 +23,8 @@ class BitFit(Form):
     no_peft: ClassVar[str] = "a bias is no low-rank product, so PEFT's LoRA cannot hold it alone; use --merged"
     groups: tuple[str, ...] = ("bias",)
 
-    def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
-        return {Key(name, s.name, "bias"): torch.zeros(s.out) for s in sites}
+    def init(self, name: str, layers: Sequence[Layer], *seed: object) -> Params:
+        return {Key(name, s.name, "bias"): torch.zeros(s.out) for s in layers}
 
     @staticmethod
     def apply(x: Tensor, y: Tensor, p: Parts, module: Any) -> Tensor:

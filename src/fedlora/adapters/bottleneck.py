@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..layer import Site
+from ..layers import Layer
 from ..seeds import rng
 from ..tree import Key, Params
 from .base import Form, Parts, Pattern, rows
@@ -33,9 +33,9 @@ class Bottleneck(Form):
     def make(cls, name: str, rank: int, alpha: float, pattern: Pattern, field: str) -> Bottleneck:
         return cls(rank, ("outputs",) if name == "houlsby" else ("ffn_output",))
 
-    def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
+    def init(self, name: str, layers: Sequence[Layer], *seed: object) -> Params:
         out: Params = {}
-        for s in sites:
+        for s in layers:
             down = torch.rand(self.size, s.out, generator=rng(*seed, name, s.name))
             out[Key(name, s.name, "down")] = (down * 2 - 1) * s.out**-0.5
             out[Key(name, s.name, "up")] = torch.zeros(s.out, self.size)

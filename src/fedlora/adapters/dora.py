@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..layer import Site, base_weight
+from ..layers import Layer, base_weight
 from ..tree import Key, Params
 from .base import Change, Held, Parts, rows, zeros
 from .factors import Factored
@@ -31,9 +31,9 @@ class DoRA(Factored):
     first: ClassVar[frozenset[str]] = frozenset({"A"})
     second: ClassVar[frozenset[str]] = frozenset({"B", "m"})
 
-    def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
-        m = {Key(name, s.name, "m"): zeros(Key(name, s.name, "m"), s.out) for s in sites}
-        return super().init(name, sites, *seed) | m
+    def init(self, name: str, layers: Sequence[Layer], *seed: object) -> Params:
+        m = {Key(name, s.name, "m"): zeros(Key(name, s.name, "m"), s.out) for s in layers}
+        return super().init(name, layers, *seed) | m
 
     @staticmethod
     def apply(x: Tensor, y: Tensor, p: Parts, module: Any) -> Tensor:
@@ -56,7 +56,7 @@ class DoRA(Factored):
     def hold(cls, at: Mapping[str, Sequence[Parts]]) -> Held:
         """As LoRA's; the magnitudes that PEFT starts with are the base's norms."""
         held = LoRA.hold(at)
-        m = {f"{site}.lora_magnitude_vector.default.weight": p["m"] for site, (p,) in at.items()}
+        m = {f"{layer}.lora_magnitude_vector.default.weight": p["m"] for layer, (p,) in at.items()}
         return Held(held.config, {**held.options, "use_dora": True}, held.leaves, m)
 
 

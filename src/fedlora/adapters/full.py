@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layer import Site
+from ..layers import Layer
 from ..tree import Key, Params
 from .base import Change, Form, Parts, plus_bias, rows
 
@@ -26,9 +26,9 @@ class Full(Form):
     no_peft: ClassVar[str] = "a dense delta is no low-rank product, so PEFT's LoRA cannot hold it; use --merged"
     groups: tuple[str, ...] = ("all",)
 
-    def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
+    def init(self, name: str, layers: Sequence[Layer], *seed: object) -> Params:
         out: Params = {}
-        for s in sites:
+        for s in layers:
             part, shape = {
                 "linear": ("weight", (s.out, s.in_)),
                 "norm": ("gain", (s.out,)),
@@ -75,6 +75,6 @@ def _picked(x: Tensor, y: Tensor, table: Tensor) -> Tensor:
     return y + picked.to(y.dtype).view_as(y)
 
 
-def init_head(head: Sequence[Site]) -> Params:
+def init_head(head: Sequence[Layer]) -> Params:
     """The task head as a dense delta on the seeded base head, at zero."""
     return Full().init("head", head)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layer import Site, base_weight
+from ..layers import Layer, base_weight
 from ..tree import Key, Params
 from .base import Change, Form, Held, Parts, rows, zeros
 
@@ -31,9 +31,9 @@ class IA3(Form):
     shapes: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"l_out"}), frozenset({"l_in"}))
     groups: tuple[str, ...] = ("keys_values", "ffn_output")
 
-    def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
+    def init(self, name: str, layers: Sequence[Layer], *seed: object) -> Params:
         out: Params = {}
-        for s in sites:
+        for s in layers:
             part, n = ("l_in", s.in_) if s.group == "ffn_output" else ("l_out", s.out)
             out[Key(name, s.name, part)] = zeros(Key(name, s.name, part), n)
         return out
@@ -59,8 +59,8 @@ class IA3(Form):
     def hold(cls, at: Mapping[str, Sequence[Parts]]) -> Held:
         """PEFT's vectors are ours plus one; what they scale is said by feedforward_modules."""
         leaves = {
-            f"{site}.ia3_l.default": 1 + (p["l_in"][None, :] if "l_in" in p else p["l_out"][:, None])
-            for site, (p,) in at.items()
+            f"{layer}.ia3_l.default": 1 + (p["l_in"][None, :] if "l_in" in p else p["l_out"][:, None])
+            for layer, (p,) in at.items()
         }
-        inputs = sorted(site for site, (p,) in at.items() if "l_in" in p)
+        inputs = sorted(layer for layer, (p,) in at.items() if "l_in" in p)
         return Held("IA3Config", {"feedforward_modules": inputs}, leaves)

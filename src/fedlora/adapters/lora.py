@@ -41,12 +41,12 @@ class LoRA(Factored):
         """Scale is in B already, so lora_alpha = r. Several products at a layer are one of the summed rank, side by side."""
         leaves: dict[str, Tensor] = {}
         ranks: dict[str, int] = {}
-        for site, each in at.items():
-            leaves[f"{site}.lora_A.default.weight"] = a = torch.cat([p["A"] for p in each])
-            leaves[f"{site}.lora_B.default.weight"] = torch.cat([p["B"] for p in each], 1)
-            ranks[site] = len(a)
+        for layer, each in at.items():
+            leaves[f"{layer}.lora_A.default.weight"] = a = torch.cat([p["A"] for p in each])
+            leaves[f"{layer}.lora_B.default.weight"] = torch.cat([p["B"] for p in each], 1)
+            ranks[layer] = len(a)
         common = max(ranks.values())
-        odd = {f"^{site}$": r for site, r in ranks.items() if r != common}
+        odd = {f"^{layer}$": r for layer, r in ranks.items() if r != common}
         return Held(
             "LoraConfig", {"r": common, "lora_alpha": common, "rank_pattern": odd, "alpha_pattern": odd}, leaves
         )

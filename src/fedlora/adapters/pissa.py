@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..layer import Site
+from ..layers import Layer
 from ..tree import Key, Params, factor
 from .base import all_match, zeros
 from .lora import LoRA
@@ -32,10 +32,10 @@ _PRINCIPAL: WeakKeyDictionary[nn.Module, dict[int, tuple[Tensor, Tensor]]] = (
 )  # of the frozen base's layers
 
 
-def principal(site: Site, r: int) -> tuple[Tensor, Tensor]:
+def principal(layer: Layer, r: int) -> tuple[Tensor, Tensor]:
     """B [o r], A [r i] in fp32 with B A the best rank-r part of the base's weight there."""
-    weight = site.weight()
-    known = _PRINCIPAL.setdefault(site.module, {})
+    weight = layer.weight()
+    known = _PRINCIPAL.setdefault(layer.module, {})
     if r not in known:
         b, a = factor(weight.detach().double().cpu(), r)
         known[r] = b.float(), a.float()
@@ -56,18 +56,18 @@ class PiSSA(LoRA):
     first: ClassVar[frozenset[str]] = frozenset({"dA"})
     second: ClassVar[frozenset[str]] = frozenset({"dB"})
 
-    def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
-        all_match(self.field, self.pattern, sites)
+    def init(self, name: str, layers: Sequence[Layer], *seed: object) -> Params:
+        all_match(self.field, self.pattern, layers)
         out: Params = {}
-        for s in sites:
+        for s in layers:
             r = self.rank_at(s.name)
             out[Key(name, s.name, "dA")] = zeros(Key(name, s.name, "dA"), r, s.in_)
             out[Key(name, s.name, "dB")] = zeros(Key(name, s.name, "dB"), s.out, r)
         return out
 
-    def fixed(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
+    def fixed(self, name: str, layers: Sequence[Layer], *seed: object) -> Params:
         out: Params = {}
-        for s in sites:
+        for s in layers:
             b, a = principal(s, self.rank_at(s.name))
             half = self.scale_at(s.name) ** -0.5  # s B0 A0 is the weight's part, so each side is divided by sqrt(s)
             out[Key(name, s.name, "B0")], out[Key(name, s.name, "A0")] = b * half, a * half
@@ -80,7 +80,7 @@ class PiSSA(LoRA):
             if k.part == "dA":
                 out[k._replace(part="A")] = torch.cat([of("A0") + v, v], -2)
             elif k.part == "dB":
-                out[k._replace(part="B")] = self.scale_at(k.site) * torch.cat([v, of("B0")], -1)
+                out[k._replace(part="B")] = self.scale_at(k.layer) * torch.cat([v, of("B0")], -1)
             elif k.part not in ("A0", "B0"):
                 out[k] = v
         return out

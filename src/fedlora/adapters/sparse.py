@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..layer import Site, base_weight
+from ..layers import Layer, base_weight
 from ..seeds import rng
 from ..tree import Key, Params
 from .base import Change, Densities, Form, Parts, all_match, matches, rows
@@ -32,21 +32,21 @@ class Sparse(Form):
     groups: tuple[str, ...] = ("target",)
     pattern: Densities = ()
 
-    def count(self, s: Site) -> int:
-        """Entries trained at site s: the density of the first pattern that matches it, else `density`."""
+    def count(self, s: Layer) -> int:
+        """Entries trained at layer s: the density of the first pattern that matches it, else `density`."""
         density = next((d for name, d in self.pattern if matches(name, s.name)), self.density)
         return max(1, round(density * s.out * s.in_))
 
-    def positions(self, name: str, s: Site, *seed: object) -> Tensor:
-        """Flat positions trained at site s, ascending int64 [n]. Random, independent of data, fixed for the run."""
+    def positions(self, name: str, s: Layer, *seed: object) -> Tensor:
+        """Flat positions trained at layer s, ascending int64 [n]. Random, independent of data, fixed for the run."""
         return _positions(self.count(s), s.out * s.in_, *seed, s.name)
 
-    def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
-        all_match("method.density_pattern", self.pattern, sites)
-        return {Key(name, s.name, "values"): torch.zeros(self.count(s)) for s in sites}
+    def init(self, name: str, layers: Sequence[Layer], *seed: object) -> Params:
+        all_match("method.density_pattern", self.pattern, layers)
+        return {Key(name, s.name, "values"): torch.zeros(self.count(s)) for s in layers}
 
-    def fixed(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
-        return {Key(name, s.name, "index"): self.positions(name, s, *seed) for s in sites}
+    def fixed(self, name: str, layers: Sequence[Layer], *seed: object) -> Params:
+        return {Key(name, s.name, "index"): self.positions(name, s, *seed) for s in layers}
 
     @staticmethod
     def apply(x: Tensor, y: Tensor, p: Parts, module: Any) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..layer import Site
+from ..layers import Layer
 from ..seeds import rng
 from ..tree import Key, Params
 from .base import Change, Form, Held, Parts, Pattern, rows
@@ -35,15 +35,15 @@ class VeRA(Form):
     def make(cls, name: str, rank: int, alpha: float, pattern: Pattern, field: str) -> VeRA:
         return cls(rank)
 
-    def init(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
+    def init(self, name: str, layers: Sequence[Layer], *seed: object) -> Params:
         out: Params = {}
-        for s in sites:
+        for s in layers:
             out[Key(name, s.name, "d")] = torch.full((self.rank,), self.d_initial)
             out[Key(name, s.name, "b")] = torch.zeros(s.out)
         return out
 
-    def fixed(self, name: str, sites: Sequence[Site], *seed: object) -> Params:
-        shapes = {(s.out, s.in_) for s in sites}
+    def fixed(self, name: str, layers: Sequence[Layer], *seed: object) -> Params:
+        shapes = {(s.out, s.in_) for s in layers}
         if len(shapes) > 1:
             raise ModelError(
                 f"VeRA: target layers have shapes {sorted(shapes)} (out, in), expected one shape because A and B are "
@@ -52,7 +52,7 @@ class VeRA(Form):
         [(out, in_)] = shapes
         a = (torch.rand(self.rank, in_, generator=rng(*seed, name, "A")) * 2 - 1) * (6 / in_) ** 0.5
         b = (torch.rand(out, self.rank, generator=rng(*seed, name, "B")) * 2 - 1) * (6 / self.rank) ** 0.5
-        return {Key(name, s.name, part): v for s in sites for part, v in (("A", a), ("B", b))}
+        return {Key(name, s.name, part): v for s in layers for part, v in (("A", a), ("B", b))}
 
     @staticmethod
     def apply(x: Tensor, y: Tensor, p: Parts, module: Any) -> Tensor:
@@ -69,8 +69,8 @@ class VeRA(Form):
     def hold(cls, at: Mapping[str, Sequence[Parts]]) -> Held:
         """Our projections take the place of PEFT's, and are saved with the vectors."""
         leaves: dict[str, Tensor] = {}
-        for site, (p,) in at.items():
-            leaves |= {f"{site}.vera_{n}.default": p[n] for n in "AB"}
-            leaves |= {f"{site}.vera_lambda_{n}.default": p[n] for n in "db"}
+        for layer, (p,) in at.items():
+            leaves |= {f"{layer}.vera_{n}.default": p[n] for n in "AB"}
+            leaves |= {f"{layer}.vera_lambda_{n}.default": p[n] for n in "db"}
         rank = len(next(iter(at.values()))[0]["d"])
         return Held("VeraConfig", {"r": rank, "save_projection": True}, leaves)

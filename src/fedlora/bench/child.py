@@ -108,7 +108,7 @@ def main(name: str, raw: str) -> None:
     started = time.perf_counter()
     import torch
 
-    from ..memory import kept
+    from ..federation.memory import kept
     from .work import Work
 
     work = Work.from_json(json.loads(raw))

@@ -22,7 +22,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from ..model import Batch
+from ..model.adapted import Batch
 from .peft_loop import PeftLoop
 from .systems import Leaves, System, averaged
 from .work import Work

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 
-from .. import pretrained
-from ..model import Batch
-from ..tasks import TASKS
+from ..checkpoints import pretrained
+from ..model.adapted import Batch
+from ..training.tasks import TASKS
 from .systems import Leaves, System, averaged, start
 from .work import ALPHA, CLASSES, LR, RANK, Work
 
@@ -45,8 +45,8 @@ class PeftLoop(System):
         for half in ("A", "B"):
             if f".lora_{half}." in name:
                 return name.split(f".lora_{half}.")[0] + f"/{half}"
-        site, _, part = name.replace(".modules_to_save.default", "").rpartition(".")
-        return f"{site}/{part}"
+        layer, _, part = name.replace(".modules_to_save.default", "").rpartition(".")
+        return f"{layer}/{part}"
 
     def reset(self) -> None:
         with torch.no_grad():

@@ -19,7 +19,7 @@ from pfl.hyperparam.base import NNTrainHyperParams
 from pfl.model.pytorch import PyTorchModel
 from torch import Tensor, nn
 
-from ..model import Batch
+from ..model.adapted import Batch
 from .peft_loop import PeftLoop
 from .systems import Leaves, System
 from .work import LR, Work

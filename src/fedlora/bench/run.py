@@ -169,7 +169,7 @@ def flops_per_token(model: str, task: str = "classification") -> float:
     """Forward and backward of the frozen linear layers, no weight gradients: 4 times their weights."""
     from torch import nn
 
-    from .. import pretrained
+    from ..checkpoints import pretrained
 
     base = pretrained.load(model, task, 2, attention="eager").base
     stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList)]

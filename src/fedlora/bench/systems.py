@@ -1,5 +1,5 @@
 """The systems under measurement. Each is ready after its constructor; `round` trains all clients from one start and returns
-the averaged leaves, keyed site/part."""
+the averaged leaves, keyed layer/part."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .. import kernels, peft_io, pretrained
-from ..engine import Schedule, train_block
-from ..loss import Loss
-from ..method import Client, Order, Scene, Upload
-from ..model import Adapted, Batch, matching
-from ..sites import groups
+from .. import kernels
+from ..checkpoints import peft, pretrained
+from ..federation.engine import Schedule, train_block
+from ..methods.contract import Client, Context, RoundInfo, Upload
+from ..model.adapted import Adapted, Batch, matching
+from ..model.groups import groups
+from ..training.loss import Loss
 from ..tree import Params
 from .work import CLASSES, Work
 
@@ -54,12 +55,12 @@ class Fedlora(System):
         loaded = pretrained.load(
             work.model, work.task, CLASSES, seed=work.seed, dtype=dtype, attention=attention, device=work.device
         )
-        names = [n for n in matching(loaded.base, peft_io.default_targets(loaded.model_type)) if n not in loaded.head]
+        names = [n for n in matching(loaded.base, peft.default_targets(loaded.model_type)) if n not in loaded.head]
         self.method = work.method()
         found = groups(self.method.groups, loaded.base, loaded.model_type, names, loaded.head)
         model = Adapted(loaded.base, found, dropout=False, compiled=compiled)
-        self.scene = Scene(model.groups, work.seed)
-        self.server = self.method.init(self.scene)
+        self.context = Context(model.groups, work.seed)
+        self.server = self.method.init(self.context)
         self.loss, self.block = Loss(model, work.goal()), block or work.regime.clients
 
     def round(self, batches: list[list[Batch]]) -> Leaves:
@@ -69,20 +70,20 @@ class Fedlora(System):
             clients = [Client(str(i + j), 1) for j in range(len(part))]
             down: list[Params] = [self.server.params] * len(part)
             if self.method.per_client:
-                down = [self.method.broadcast(self.scene, self.server, c) for c in clients]
-            kept = [self.method.keep(self.scene, c) for c in clients]
-            done = train_block(self.method, self.scene, self.loss, Order(0, 1), down, kept, part, Schedule())
+                down = [self.method.broadcast(self.context, self.server, c) for c in clients]
+            kept = [self.method.keep(self.context, c) for c in clients]
+            done = train_block(self.method, self.context, self.loss, RoundInfo(0, 1), down, kept, part, Schedule())
             uploads += [Upload(c, d.upload) for c, d in zip(clients, done, strict=True)]
-        new = self.method.aggregate(self.scene, self.server, uploads)
+        new = self.method.aggregate(self.context, self.server, uploads)
         return named(new.params)
 
 
 def named(params: Params) -> Leaves:
-    """LoRA's and the head's leaves by site and part, as other systems know them; others by their full names."""
-    return {f"{k.site}/{k.part}" if k.adapter in ("lora", "head") else str(k): v for k, v in params.items()}
+    """LoRA's and the head's leaves by layer and part, as other systems know them; others by their full names."""
+    return {f"{k.layer}/{k.part}" if k.adapter in ("lora", "head") else str(k): v for k, v in params.items()}
 
 
 def start(work: Work) -> tuple[Leaves, list[str]]:
     """The leaves that every system starts from, and the target layers."""
     ours = Fedlora(work, 1, "fp32")
-    return named(ours.server.params), [s.name for s in ours.scene.sites("target")]
+    return named(ours.server.params), [s.name for s in ours.context.layers("target")]

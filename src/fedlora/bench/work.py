@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from ..methods import METHODS
-from ..model import Batch
-from ..optim import AdamW
+from ..model.adapted import Batch
 from ..seeds import np_rng
-from ..task import Task
-from ..tasks import made
+from ..training.optimizers import AdamW
+from ..training.task import Task
+from ..training.tasks import made
 
 LR, RANK, ALPHA, CLASSES = 1e-3, 8, 16.0, 20
 
@@ -67,9 +67,9 @@ class Work:
     @cached_property
     def rows(self) -> list[list[int]]:
         """Tokens of each text; labels play no part in speed and are drawn."""
+        from ..checkpoints.pretrained import load_tokenizer
         from ..data.columns import strings
         from ..data.sources import read
-        from ..pretrained import load_tokenizer
 
         if self.source == "demo":
             from ..data.demo import corpus

@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     import click
 
     from ..errors import FedloraError
-    from .sites import app  # the whole of it: sites.py adds to app.py
+    from .sites import app  # importing sites adds its commands to those of app.py
 
     code: object = 0
     try:
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
         code = 130
-    except BrokenPipeError:  # the reader (head, less) went away
+    except BrokenPipeError:  # the program that reads our output (head, less) has ended
         sys.stderr.close()
         code = 0
     return code if isinstance(code, int) else 0
@@ -61,7 +61,8 @@ def _say(text: str, what: str = "error", style: str = "bold red") -> None:
 
     from ..errors import printable
 
-    shown = "\n".join(printable(line, 10**6) for line in text.split("\n"))  # it may hold what another machine has sent
+    # The message may quote what another machine has sent.
+    shown = "\n".join(printable(line, 10**6) for line in text.split("\n"))
     Console(stderr=True).print(Text(f"{what}: ", style=style) + Text(shown), soft_wrap=True)
 
 

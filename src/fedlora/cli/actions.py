@@ -15,31 +15,31 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import DataError, StateError
-from ..watch import Several, Watch
+from ..federation.callbacks import Callback, Several
 from . import tables
 from .interrupts import Interrupted, Pressed
 from .progress import Bars, JsonLines
 
 if TYPE_CHECKING:
-    from ..federation import Federation
+    from ..federation.run import Federation
     from ..recipe import Recipe
 
-DEPLOYMENT = "deployment.json"  # in the run folder of a server whose clients are at sites
+DEPLOYMENT = "deployment.json"  # this file stands in the run folder of a server whose clients are at sites
 out = Console()
 err = Console(stderr=True)
 
 
 def _console(quiet: bool, json: bool) -> Console:
-    """Bars go to standard error when standard output carries JSON or nothing else."""
+    """Where a command says what it does beside its results: standard error; nowhere with --json or --quiet."""
     return Console(stderr=True, quiet=quiet or json)
 
 
 @contextlib.contextmanager
-def _watch(metric: str, quiet: bool, json: bool) -> Iterator[Watch]:
+def _watch(metric: str, quiet: bool, json: bool) -> Iterator[Callback]:
     if json:
         yield JsonLines()
     elif quiet:
-        yield Watch()
+        yield Callback()
     else:
         with Bars(err, metric) as bars:
             yield bars
@@ -47,12 +47,12 @@ def _watch(metric: str, quiet: bool, json: bool) -> Iterator[Watch]:
 
 def _build(recipe: Recipe, output: Path | None, console: Console) -> Federation:
     with console.status(f"loading {recipe.model.name} and {recipe.data.source}"):
-        from ..build import federation
+        from ..recipe.build import federation
 
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             fed = federation(recipe, output)
-    for w in said:  # ours are for the user; libraries' deprecations are not
+    for w in said:  # our own warnings are for the user; deprecations in libraries are not
         if w.category is UserWarning and "fedlora" in w.filename:
             err.print(f"[yellow]{escape(str(w.message))}[/]", soft_wrap=True, highlight=False)
     return fed
@@ -60,7 +60,7 @@ def _build(recipe: Recipe, output: Path | None, console: Console) -> Federation:
 
 def _execute(recipe: Recipe, output: Path | None, quiet: bool, json: bool) -> Path:
     """Run one recipe to its end; returns its folder."""
-    from ..tasks import TASKS
+    from ..training.tasks import TASKS
 
     fed = _build(recipe, output, _console(quiet, json))
     try:
@@ -115,7 +115,7 @@ def resume(folder: Path, quiet: bool, json: bool) -> None:
 
 def recipe_of(folder: Path) -> Recipe:
     """The recipe stored with a run, its files found again."""
-    from .. import places
+    from ..recipe import places
 
     return places.located(places.recipe_in(folder), folder)
 
@@ -131,8 +131,8 @@ def opened(folder: Path) -> tuple[Recipe, Federation]:
 
 
 def check(recipe: Path, sets: Sequence[str], json: bool) -> None:
+    from ..federation.summary import plan
     from ..recipe import expand
-    from ..summary import plan
 
     for r in expand(recipe, list(sets)):
         fed = _build(r, Path("unused"), _console(False, json))
@@ -144,8 +144,8 @@ def check(recipe: Path, sets: Sequence[str], json: bool) -> None:
 
 
 def report(folder: Path, output: Path | None) -> None:
-    from .. import places
     from .. import report as pages
+    from ..recipe import places
 
     places.recipe_in(folder)
     out.print(f"report: {pages.write_run(folder, output)}", soft_wrap=True, highlight=False)
@@ -156,7 +156,7 @@ def run_folders(folders: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for folder in folders:
         if folder.is_file() and folder.name == "comparison.html":
-            continue  # `compare runs/sweep/*` meets the page that the sweep wrote
+            continue  # `compare runs/sweep/*` also names the page that the sweep wrote, which is no run
         inside = (
             [folder] if (folder / "recipe.yaml").exists() else sorted(p.parent for p in folder.glob("*/recipe.yaml"))
         )
@@ -190,7 +190,7 @@ def compare(folders: Sequence[Path], output: Path | None, json: bool) -> None:
 
 
 def export(folder: Path, output: Path, clients: Sequence[str], all_clients: bool, merged: bool) -> None:
-    from ..serving import export_models
+    from ..serving.export import export_models
 
     recipe, fed = opened(folder)
     chosen = list(fed.data.ids[: fed.training]) if all_clients else list(clients)
@@ -203,9 +203,9 @@ def export(folder: Path, output: Path, clients: Sequence[str], all_clients: bool
 def predict(
     folder: Path, texts: Sequence[str], client: str | None, file: Path | None, new_tokens: int, json: bool
 ) -> None:
-    from ..build import tokenizer_of
-    from ..predict import predict_texts
-    from ..serving import deltas_of
+    from ..recipe.build import tokenizer_of
+    from ..serving.export import deltas_of
+    from ..serving.predict import predict_texts
 
     lines = list(texts)
     if file is not None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..tasks import NAMES
+from ..training.tasks import NAMES
 
 app = typer.Typer(
     name="fedlora",
@@ -70,6 +70,20 @@ def methods(
         measures.methods(json)
     else:
         measures.cost(cost, task, json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Copy this one to the current folder.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """List the recipes that come with fedlora, or copy one to the current folder, to run it and to change it."""
+    from . import measures
+
+    if name is None:
+        measures.recipes(json)
+    else:
+        measures.copy_recipe(name)
 
 
 @app.command()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json as json_
 import sys
 
-from .. import cache
 from ..errors import StateError
+from ..files import cache
 from ..units import seconds, size
 from .actions import out
 from .tables import _table

@@ -13,16 +13,17 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import ConfigError, FedloraError, Problem, StateError, printable
-from ..records import TrainLine, read_lines
-from ..watch import Several
+from ..federation.callbacks import Several
+from ..federation.records import TrainLine, read_lines
 from . import tables
 from .actions import _report, _watch, err, out
 from .interrupts import Interrupted, Pressed
+from .progress import Log, now
 
 
 @contextlib.contextmanager
 def _flower() -> Iterator[None]:
-    """Say what is missing where Flower is."""
+    """Raise an error that says what to install, if Flower is not installed."""
     try:
         yield
     except ModuleNotFoundError as e:
@@ -34,12 +35,14 @@ def _flower() -> Iterator[None]:
 
 
 def _say(quiet: bool) -> Callable[[str], None]:
+    """Lines with the time: what a server or a client says is read hours later, too."""
+
     def say(text: str) -> None:
         if not quiet:
-            shown = "\n".join(
+            first, *more = (
                 printable(line, 10**6) for line in text.split("\n")
             )  # it may hold what the other side has sent
-            err.print(shown, soft_wrap=True, highlight=False, markup=False)
+            err.print("\n".join([f"{now()} {first}", *more]), soft_wrap=True, highlight=False, markup=False)
 
     return say
 
@@ -58,7 +61,7 @@ def server(
     clients_keys: Path | None, insecure: bool, quiet: bool, json: bool,
 ) -> None:  # fmt: skip
     from ..deploy.coordinator import check
-    from ..tasks import TASKS
+    from ..training.tasks import TASKS
 
     with _flower():
         from ..flower import server as flower
@@ -103,7 +106,7 @@ def try_out(
     recipe: Path, clients: int | None, sets: Sequence[str], output: Path | None, quiet: bool, json: bool
 ) -> None:
     from ..deploy.coordinator import check
-    from ..tasks import TASKS
+    from ..training.tasks import TASKS
 
     with _flower():
         from ..flower import trial
@@ -125,7 +128,9 @@ def try_out(
 def _finish(folder: Path, recipe: Any, quiet: bool, json: bool, run: Callable[[Any], Any], metric: str) -> None:
     """Run under a progress display, then the result and the report, as for a simulation."""
     try:
-        with Pressed() as pressed, _watch(metric, quiet, json) as watch:
+        plain = not (quiet or json or err.is_terminal)  # bars are for a terminal
+        shown = contextlib.nullcontext(Log(_say(False), metric)) if plain else _watch(metric, quiet, json)
+        with Pressed() as pressed, shown as watch:
             run(Several(watch, pressed))
     except KeyboardInterrupt:
         raise Interrupted(folder, "start the same command again") from None
@@ -209,7 +214,7 @@ def _policy(path: Path | None, columns: Mapping[str, Any], model: str | None, hi
 
 
 def _ask() -> Callable[[str], bool] | None:
-    """A question to whoever sits at this terminal; None where nobody does."""
+    """A function that asks whoever sits at this terminal; None if nobody does."""
     if not sys.stdin.isatty():
         return None
     return lambda question: err.input(question, markup=False).strip().lower() in ("y", "yes")
@@ -217,9 +222,21 @@ def _ask() -> Callable[[str], bool] | None:
 
 def keys(ids: Sequence[str], output: Path, hosts: Sequence[str]) -> None:
     with _flower():
-        from ..flower.keys import make
-    for path in make(output, hosts, ids):
-        out.print(str(path), soft_wrap=True, highlight=False, markup=False)
+        from ..flower.keys import make, valid_until
+    made = make(output, hosts, ids)
+
+    def told(text: str) -> None:
+        out.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    for path in made:
+        told(str(path))
+    told(f"keep at the server: {output / 'server.pem'}, {output / 'server.key'}, {output / 'clients'} (the .pub files)")
+    told(f"keep secret, and needed only to make more of these: {output / 'ca.key'}")
+    for id in ids:
+        told(f"give to {id}, over a channel you trust: {output / 'ca.pem'}, {output / 'clients' / f'{id}.key'}")
+    for what, file in (("the authority", "ca.pem"), ("the server's certificate", "server.pem")):
+        told(f"{what} ({file}) is valid until {valid_until(output / file):%Y-%m-%d}; sites' keys have no end")
+    told("a new server certificate: remove server.pem and server.key, run this again, and start the server again")
 
 
 def status(folder: Path, watch: bool, json: bool) -> None:
@@ -242,7 +259,7 @@ def status(folder: Path, watch: bool, json: bool) -> None:
 
 def _status(folder: Path) -> dict[str, Any]:
     """status.json with what the run's records add. Raises StateError."""
-    from .. import sealed
+    from ..files import sealed
 
     found = sealed.read(folder / "status.json")
     if found is None:

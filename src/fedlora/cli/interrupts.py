@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what is being done ends, and what is finished stays."""
+"""Ctrl-C and SIGTERM: the work in progress is dropped, and what is finished is kept."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FedloraError
-from ..watch import Watch
+from ..federation.callbacks import Callback
 
 
-class Pressed(Watch):
-    """Raises KeyboardInterrupt on either signal, and remembers it in `stop`: one that a library swallows (in a callback of its
-    own) still ends a run at the next round."""
+class Pressed(Callback):
+    """Raises KeyboardInterrupt on either signal, and remembers the signal in `stop`.
+
+    A library may swallow the exception in a callback of its own. The run then still ends at the next round.
+    """
 
     def __init__(self) -> None:
         self.stop = threading.Event()
 
     def __enter__(self) -> Pressed:
         self.before: dict[signal.Signals, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        if threading.current_thread() is threading.main_thread():  # Python lets only the main thread set handlers
             self.before = {s: signal.signal(s, self._press) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -38,7 +40,7 @@ class Pressed(Watch):
 
 
 class Interrupted(FedloraError):
-    """The round at hand was dropped, everything before it is on disk."""
+    """The run was interrupted. The round in progress was dropped, and everything before it is on disk."""
 
     exit_code = 130
 

@@ -1,4 +1,4 @@
-"""What the commands do that need no run: the methods and their costs, the synthetic example, the benchmark."""
+"""What the commands do that need no run: methods and their costs, shipped recipes, the synthetic example, the benchmark."""
 
 from __future__ import annotations
 
@@ -27,8 +27,26 @@ def methods(json: bool) -> None:
         tables.methods(out, rows)
 
 
+def recipes(json: bool) -> None:
+    from ..recipe.shipped import shipped
+
+    found = shipped()
+    if json:
+        rows = [{"name": r.name, "shows": r.shows, "size": r.size, "paper": r.paper} for r in found]
+        sys.stdout.write(json_.dumps(rows) + "\n")
+    else:
+        tables.recipes(out, found)
+
+
+def copy_recipe(name: str) -> None:
+    from ..recipe.shipped import copy
+
+    file = copy(name, Path())
+    out.print(f"{file}: look at it, then fedlora check {file} and fedlora run {file}", soft_wrap=True, highlight=False)
+
+
 def _task(task: str) -> str:
-    from ..tasks import NAMES
+    from ..training.tasks import NAMES
 
     if task not in NAMES:
         raise ConfigError([Problem("--task", task, f"one of {', '.join(NAMES)}", near(task, NAMES))])
@@ -38,7 +56,7 @@ def _task(task: str) -> str:
 def cost(model: str, task: str, json: bool) -> None:
     from dataclasses import asdict
 
-    from ..cost import costs
+    from ..bench.cost import costs
 
     kind = _task(task)
     with err.status("measuring") as status:
@@ -53,7 +71,7 @@ def example(output: Path, rounds: int, seed: int, json: bool) -> None:
     from dataclasses import asdict
 
     from .. import report as pages
-    from ..examples import courses
+    from ..bench.examples import courses
 
     with err.status("training") as status:
         found = courses(seed, rounds, on=lambda label: status.update(f"training {label}"))
@@ -87,8 +105,8 @@ def bench(
     from ..bench.run import environment, flops_per_token, measure
     from ..bench.run import report as of
     from ..bench.work import REGIMES, USUAL, Work
-    from ..build import device_of
     from ..methods import METHODS
+    from ..recipe.build import device_of
 
     kind = _task(task)
     odd: list[Problem] = []

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,12 +20,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..records import EvalLine, Line, TrainLine
+from ..federation.callbacks import Callback
+from ..federation.records import EvalLine, Line, TrainLine
 from ..units import size
-from ..watch import Watch
 
 
-class JsonLines(Watch):
+class JsonLines(Callback):
     """Every record as one JSON object a line on standard output."""
 
     def __init__(self) -> None:
@@ -45,7 +48,53 @@ class JsonLines(Watch):
         self._say({"kind": "summary", **summary})
 
 
-class Bars(Watch):
+def now() -> str:
+    """The time at the head of a log's line."""
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+class Log(Callback):
+    """A line a round, with the time, for a log that is not a terminal."""
+
+    def __init__(self, say: Callable[[str], None], metric: str):
+        self.say, self.metric = say, metric
+        self.total, self.loss, self.trained, self.refused = 0, float("nan"), 0, 0
+
+    def start(self, name: str, done: int, rounds: int) -> None:
+        self.total = rounds
+        self.say(f"{name}: {rounds} rounds" + (f", going on after round {done}" if done else ""))
+
+    def round_start(self, round: int, clients: int) -> None:
+        self.say(f"round {round} of {self.total}: waiting for {clients} client(s) to train")
+
+    def lowered(self, block: int, clients: int) -> None:
+        self.say(
+            f"a block of {clients} clients does not fit into memory; it goes on with {block}: set run.block={block}"
+        )
+
+    def evaluating(self, round: int) -> None:
+        self.say(f"round {round} of {self.total}: evaluating")
+
+    def record(self, line: Line) -> None:
+        if isinstance(line, TrainLine):
+            self.loss, self.refused = line.loss, len(line.refused)
+            self.trained = len(line.clients) - self.refused
+        if isinstance(line, EvalLine) and line.split in ("validation", "test"):
+            value = line.mean.get(self.metric, float("nan"))
+            self.say(f"round {line.round} of {self.total}: {line.view} {line.split} {self.metric} {value:.4f}")
+
+    def round_done(self, round: int, facts: dict[str, Any]) -> None:
+        refused = f", {self.refused} refused or late" if self.refused else ""
+        self.say(
+            f"round {round} of {self.total} done: {self.trained} client(s){refused}, loss {self.loss:.4f}, "
+            f"{size(facts['bytes'])}, {facts['train_seconds'] + facts['eval_seconds']:.0f} s"
+        )
+
+    def end(self, summary: dict[str, Any]) -> None:
+        self.say("all rounds are done")
+
+
+class Bars(Callback):
     """Two bars, rounds and clients, with loss, metric, bytes and time left."""
 
     def __init__(self, console: Console, metric: str):
@@ -98,7 +147,8 @@ class Bars(Watch):
             self.facts["loss"] = line.loss
             self.facts["bytes"] += line.sent("up") + line.sent("down")
             for client, why in line.refused.items():
-                self.progress.console.print(f"[yellow]round {line.round}: refused the upload of {client}: {why}")
+                said = escape(f"round {line.round}: refused the upload of {client}: {why}")  # a site's own words
+                self.progress.console.print(f"[yellow]{said}[/]")
         if isinstance(line, EvalLine) and line.view == "personal" and line.split in ("validation", "test"):
             value = line.mean.get(self.metric, float("nan"))
             if line.split == "validation" or self.facts["metric"] != self.facts["metric"]:

@@ -57,6 +57,9 @@ def client(
     template: Annotated[str | None, typer.Option(help="Text made of columns.", show_default=False)] = None,
     prompt: Annotated[str | None, typer.Option(help="Column of the prompt.", show_default=False)] = None,
     completion: Annotated[str | None, typer.Option(help="Column of the completion.", show_default=False)] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Of the files, if not the recipe's: utf-8, cp1252, ...", show_default=False)
+    ] = None,
     clients: Annotated[
         str | None,
         typer.Option(help="Column that names a client for each row: many clients at one site.", show_default=False),
@@ -91,7 +94,9 @@ def client(
     """Train at this site for a server. Rows stay here; what else may leave, and for what, is this site's policy."""
     from . import deployment
 
-    columns = {"text": text, "label": label, "template": template, "prompt": prompt, "completion": completion}
+    columns = {
+        "text": text, "label": label, "template": template, "prompt": prompt, "completion": completion, "encoding": encoding,
+    }  # fmt: skip
     deployment.client(
         id, server, data, ca, key, insecure, columns, clients, state, model, device, block, threads, share_histogram,
         share_scores, policy, accept or [], trust_server,

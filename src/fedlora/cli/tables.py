@@ -11,14 +11,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .. import sealed
 from ..errors import printable
+from ..files import sealed
 from ..units import NOTHING, count, number, seconds, size
 
 if TYPE_CHECKING:
-    from ..cost import Cost
-    from ..examples import Course
+    from ..bench.cost import Cost
+    from ..bench.examples import Course
     from ..recipe import Recipe
+    from ..recipe.shipped import Shipped
 
 MOST_CLIENTS = 16  # rows of the class table before it is cut
 
@@ -49,9 +50,9 @@ def status(s: Mapping[str, Any]) -> Table:
     where = {c: n for n, held in s["sites"].items() for c in held}
     for c in sorted(where):
         state = s["clients"].get(c, "idle")
-        table.add_row(Text(printable(c)), where[c], Text(state, style=COLOURS.get(state, "")))
+        table.add_row(Text(printable(c)), Text(printable(where[c])), Text(state, style=COLOURS.get(state, "")))
     for node, reason in s["failed"].items():
-        table.add_row(Text(NOTHING), node, Text(printable(reason), style="red"))
+        table.add_row(Text(NOTHING), Text(printable(node)), Text(printable(reason), style="red"))
     if s["state"] == "waiting":
         table.caption = f"waiting for clients: {s['have']} of {s['need']} are here"
     return table
@@ -92,6 +93,21 @@ def methods(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         grid.add_row("", Text(f"shared: {shared}; personal: {personal}", style="cyan"))
         grid.add_row("", "")
     out.print(grid)
+
+
+def recipes(out: Console, found: Sequence[Shipped]) -> None:
+    """The list of `fedlora recipes`: readable at any width."""
+    for paper, title in ((False, "Recipes"), (True, "Sweeps that repeat tables of papers")):
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column()
+        for r in found:
+            if r.paper == paper:
+                grid.add_row(r.name, Text(r.shows))
+                grid.add_row("", Text(r.size, style="dim"))
+        out.print(Text(f"{title}\n", style="bold underline"))
+        out.print(grid, "")
+    out.print("fedlora recipes NAME copies one to the current folder.", highlight=False)
 
 
 def costs(out: Console, model: str, found: Sequence[Cost]) -> None:
@@ -200,7 +216,7 @@ def comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
             seconds(r["seconds"]),
             *([] if alike else [str(r["seeds"]) + unfinished]),
         )
-    for column in table.columns:  # on a narrow terminal the method's settings wrap, and no number does
+    for column in table.columns:  # on a narrow terminal only the method's settings wrap, never a number
         column.no_wrap = column.header not in ("method", "seeds")
     if (bar := constant(rows)) is not None:
         table.caption, table.caption_justify = f"always a client's most frequent class: {bar}", "left"

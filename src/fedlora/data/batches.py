@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, Problem
-from ..model import Batch
+from ..model.adapted import Batch
 from ..seeds import np_rng, number
 from .federated import FederatedData
 
 
 @dataclass(frozen=True)
-class Plan:
+class LocalWork:
     """Local work of one client in one round: `steps` optimizer steps, or `epochs` passes over its rows."""
 
     steps: int | None = 10
@@ -64,7 +64,7 @@ def batch_of(data: FederatedData, owners: np.ndarray, rows: np.ndarray) -> Batch
     return batch
 
 
-def train_batches(data: FederatedData, client: int | None, plan: Plan, draws: int, *path: object) -> list[Batch]:
+def train_batches(data: FederatedData, client: int | None, plan: LocalWork, draws: int, *path: object) -> list[Batch]:
     """The minibatches of one client for one round, `draws` a step; client None is everybody's data pooled.
 
     The path ends with the client's id. Each row has the seed of its dropout masks.
@@ -77,6 +77,6 @@ def train_batches(data: FederatedData, client: int | None, plan: Plan, draws: in
     for i, at in enumerate(order(np.arange(len(rows)), plan.count(len(rows), draws) * draws, plan.batch_size, *path)):
         batch = batch_of(data, owners[at], rows[at])
         batch["seed"] = torch.from_numpy(np_rng("dropout", i, *path).integers(0, 2**62, len(at)))
-        batch["common"] = torch.tensor(number("dropout", i, *path[:-1]))  # the same for all clients of a block
+        batch["common"] = torch.tensor(number("dropout", i, *path[:-1]))  # one seed that all clients of a block share
         batches.append(batch)
     return batches

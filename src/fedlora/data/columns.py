@@ -101,7 +101,7 @@ def class_names(table: pa.Table, name: str) -> list[str] | None:
     raw = (table.schema.metadata or {}).get(b"huggingface")
     feature = json.loads(raw).get("info", {}).get("features", {}).get(name, {}) if raw else {}
     if isinstance(feature, list) and len(feature) == 1:
-        feature = feature[0]  # as older releases of datasets wrote a list
+        feature = feature[0]  # older releases of datasets described a list in this way
     if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
         feature = feature["feature"]
     return feature.get("names") if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None

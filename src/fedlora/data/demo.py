@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 REFERENCE = "language reference"
 TOPICS = "pydoc_data/topics.py"
-WORDS = range(4, 61)  # shorter ones say nothing, longer ones are lists that lost their bullets
+WORDS = range(4, 61)  # words; shorter sentences say little, and longer ones are lists that lost their bullets
 AREAS: dict[str, str] = {
     "networking": "asynchat asyncore cgi ftplib http imaplib ipaddress nntplib poplib smtpd smtplib socket socketserver ssl "
     "telnetlib urllib webbrowser wsgiref xmlrpc",
@@ -117,7 +117,7 @@ def _parse(path: Path) -> ast.Module:
     import warnings
 
     with tokenize.open(path) as f, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the library's own invalid escapes are not the user's business
+        warnings.simplefilter("ignore")  # hides warnings about invalid escapes in the standard library
         return ast.parse(f.read())
 
 
@@ -138,7 +138,7 @@ def _split(paragraph: str) -> Iterator[str]:
     joined = ""
     for piece in _STOP.split(_MARKS.sub("", _ROLE.sub(r"\1\2", paragraph))):
         joined += piece
-        if _ABBREVIATION.search(joined):  # the full stop of "e.g." ends nothing
+        if _ABBREVIATION.search(joined):  # the full stop of "e.g." does not end a sentence
             joined += ". "
         else:
             yield re.sub(r"\s+", " ", joined).strip().rstrip(".") + "."
@@ -154,7 +154,7 @@ def readable(sentence: str) -> bool:
         and sentence[0].isupper()
         and words[0].strip(",").isalpha()
         and plain >= 0.8 * len(words)
-        and not sentence.endswith(":.")  # what it announces is gone
+        and not sentence.endswith(":.")  # it announces a list or an example, which was cut
         and not _CODE.search(sentence)
         and not _OPENING.match(sentence)
     )

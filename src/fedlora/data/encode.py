@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import ConfigError, DataError, Problem
 
-BATCH = 4096  # texts encoded at once: enough for the tokenizer's threads, little memory
+BATCH = 4096  # texts encoded at once; enough to keep the tokenizer's threads busy, and few enough to need little memory
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def texts(tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, ma
         lengths.append(length)
         if batch.encodings is not None:
             truncated += sum(bool(e.overflowing) for e in batch.encodings)
-        else:  # a tokenizer in Python does not say: a full row may have been longer
+        else:  # a tokenizer in Python does not say which rows it cut, so every full row is counted
             truncated += int((length == max_length).sum())
         if typed:
             types, _ = flatten(batch["token_type_ids"])
@@ -140,7 +140,7 @@ def continuations(tokenizer: Any, prompts: Sequence[str], completions: Sequence[
         truncated += keep < len(p) or rest < len(c)
         rows.append([*before, *p[len(p) - keep :], *c[:rest]])
         skip[i] = len(before) + keep
-        unscored = 1 if skip[i] == 0 else 0  # the very first token has nothing to be predicted from
+        unscored = 1 if skip[i] == 0 else 0  # nothing stands before the first token, so it cannot be predicted
         stop = [0, *stops]
         chars[i] = stop[min(rest, len(stops))] - stop[min(unscored, len(stops))]
     flat, lengths = flatten(rows)
@@ -186,7 +186,7 @@ def specials(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def room(tokenizer: Any, max_length: int, pair: bool = False) -> int:
-    """Tokens of text that fit beside the special ones. Raises ConfigError where there are fewer than two."""
+    """How many tokens of text fit beside the special tokens. Raises ConfigError where there are fewer than two."""
     extra = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length - extra < 2:
         raise ConfigError(
@@ -219,7 +219,7 @@ def _plain(tokenizer: Any, items: Sequence[str]) -> Iterator[tuple[list[int], li
         for i, ids in enumerate(batch["input_ids"]):
             if fast:
                 stops = [stop for _, stop in batch["offset_mapping"][i]]
-            else:  # a tokenizer in Python keeps no positions: spread the characters evenly
+            else:  # a tokenizer in Python keeps no positions, so characters are spread evenly over the tokens
                 stops = [round(len(part[i]) * (j + 1) / len(ids)) for j in range(len(ids))]
             yield list(ids), stops
 

@@ -40,7 +40,7 @@ class Tokens:
     labels: np.ndarray | None = None  # int64 [n] classes, float32 [n ...] values, None for language modelling
     pad_id: int = 0
     tags: np.ndarray | None = (
-        None  # int64 [total tokens]: label of each token, -100 for none; then there are no `labels`
+        None  # int64 [total tokens]: label of each token, -100 for none; rows have no `labels` then
     )
     words: Words | None = None  # the labels of the words from which `tags` are made
 
@@ -71,7 +71,8 @@ class Tokens:
             batch["labels"] = torch.from_numpy(np.where(inside, self.tags[source], -100))
         else:
             skip = self.prompt[rows] if self.prompt is not None else np.zeros(len(rows), np.int32)
-            scored = inside & (at >= np.maximum(skip, 1)[:, None])  # the first token has nothing to be predicted from
+            # Nothing stands before the first token, so it cannot be predicted.
+            scored = inside & (at >= np.maximum(skip, 1)[:, None])
             batch["labels"] = torch.from_numpy(np.where(scored, ids, -100))
         return batch
 

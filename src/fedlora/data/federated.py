@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError, Problem, near
+from ..seeds import np_rng
 from .examples import Arrays, Rows, Tokens
 from .load import DEMO_CLIENT, Column, Reader, load
 from .partition import Given, group, label_permutation
@@ -132,6 +133,8 @@ def _divided(
     unseen = section.get("unseen", 0)
     if unseen >= len(ids):
         raise ConfigError([Problem("partition.unseen", unseen, f"less than the number of clients, {len(ids)}")])
+    if unseen:
+        rows, ids = _unseen_last(rows, ids, unseen, seed)
     files = {s: np.flatnonzero(origin == o) for o, s in ((1, "validation"), (2, "test")) if (origin == o).any()}
     shares = {s: section[s] for s in ("validation", "test") if s not in files}
     scaled = _targets(examples, labels)
@@ -146,6 +149,15 @@ def _divided(
             splits[name] = Rows(found.offsets, new[found.rows])
     maps = label_permutation(len(ids), len(names), seed) if section.get("permute_labels") else None
     return FederatedData(examples, ids, splits, names, maps, unseen, groups)
+
+
+def _unseen_last(rows: Rows, ids: Sequence[str], unseen: int, seed: int) -> tuple[Rows, list[str]]:
+    """Clients in an order in which a random `unseen` of them come last. The last of a partition that follows the labels would
+    hold classes that nobody else has."""
+    chosen = np.sort(np_rng(seed, "partition", "unseen").choice(len(ids), unseen, replace=False))
+    order = [*np.setdiff1d(np.arange(len(ids)), chosen).tolist(), *chosen.tolist()]
+    offsets = np.concatenate([[0], np.cumsum(rows.sizes[order])]).astype(np.int64)
+    return Rows(offsets, np.concatenate([rows[k] for k in order])), [ids[k] for k in order]
 
 
 def _targets(examples: Tokens | Arrays, labels: np.ndarray) -> np.ndarray:
@@ -176,7 +188,10 @@ def _partition(
 
 
 def _of_owner(column: Column, ids: Sequence[str], rows: np.ndarray, name: str) -> Rows:
-    """Rows of a file given to the natural clients that its own column names; those of clients left out stay out."""
+    """Rows of a test or validation file, given to the natural clients that its column names.
+
+    Rows of clients that were left out of training are left out as well.
+    """
     number = {id: k for k, id in enumerate(ids)}
     names = [str(v) for v in column.names]
     owner = np.array([number.get(v, -1) for v in names], np.int64)[column.codes[rows]]

@@ -23,8 +23,9 @@ FORMATS = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
-_QUOTED = re.compile(rb'(?:\A|(?<=[,\r\n]))"(?:[^"]++|"")*+(?:"|(\Z))')  # a quoted field; group 1: it never ends
-LARGEST_BLOCK = 1 << 30  # bytes; pyarrow settles the type of a column on the first block it reads
+# A quoted field. Group 1 matches if the quote is never closed.
+_QUOTED = re.compile(rb'(?:\A|(?<=[,\r\n]))"(?:[^"]++|"")*+(?:"|(\Z))')
+LARGEST_BLOCK = 1 << 30  # bytes in a block; pyarrow takes the type of a column from the first block
 
 
 def format_of(path: Path, format: str = "auto") -> str:
@@ -94,11 +95,12 @@ def utf8(path: Path, encoding: str) -> bytes:
         line = raw.count(b"\n", 0, e.start) + 1
         raise DataError(f"data.source: {path} is not {encoding}: byte {e.start} (line {line}) is 0x{raw[e.start]:02x}; "
                         "set data.encoding to the file's encoding, e.g. encoding: latin-1 or cp1252, or save it as UTF-8") from None  # fmt: skip
-    except UnicodeError as e:  # of encodings that do not name the byte
+    except UnicodeError as e:  # some encodings do not say which byte is wrong
         raise DataError(
             f"data.source: {path} is not {encoding} ({e}); set data.encoding to the file's encoding"
         ) from None
-    text = text.encode(errors="replace").decode() if name.startswith("utf-7") else text  # it can spell half a character
+    # UTF-7 can spell half of a character.
+    text = text.encode(errors="replace").decode() if name.startswith("utf-7") else text
     return (raw if name == "utf-8" and not text.startswith("\ufeff") else text.removeprefix("\ufeff").encode()) or b"\n"
 
 
@@ -116,10 +118,10 @@ def _separated(path: Path, data: bytes, delimiter: str) -> pa.Table:
     parse = csv.ParseOptions(
         delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted, invalid_row_handler=note
     )
-    # One block, or a class "unknown" on the last line would not fit a column that began with numbers; no threads, or rows
-    # would have no numbers.
+    # One block for the whole file, because a column may begin with numbers and have a text on its last line. No threads,
+    # because with threads pyarrow does not number the rows.
     open_at = next((m.start() for m in _QUOTED.finditer(data) if m[1] is not None), None) if quoted else None
-    if open_at is not None:  # pyarrow would take the rest of the file for one text
+    if open_at is not None:  # pyarrow would read the rest of the file as one text
         line, text = data.count(b"\n", 0, open_at) + 1, data[open_at:].partition(b"\n")[0].decode()
         raise DataError(f"data.source: {path}, line {line}: a quotation mark opens a text here and none closes it: "
                         f"{_short(text)}; close it, or double it inside quotation marks")  # fmt: skip
@@ -176,7 +178,7 @@ def _bad_line(path: Path, data: bytes) -> DataError | None:
 
 
 def _mixed(path: Path, data: bytes, e: Exception) -> DataError:
-    """A column whose type changes; pyarrow counts the rows from 0, blank lines not."""
+    """The error for a column whose type changes. pyarrow counts rows from 0 and leaves out blank lines."""
     found = re.search(r"in row (\d+)", str(e))
     lines = [n for n, line in enumerate(data.split(b"\n"), 1) if line.strip()]
     where = f", line {lines[int(found[1])]}" if found and int(found[1]) < len(lines) else ""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .. import cache as user_cache
 from ..errors import DataError
+from ..files import cache as user_cache
 from . import encode, template
 from .columns import codes, column, full, strings
 from .encode import Encoded
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-DEMO = {"text": "text", "label": "area"}  # the columns of the built-in corpus; its natural clients are modules
+DEMO = {"text": "text", "label": "area"}  # the columns of the built-in corpus; its natural clients are the modules
 DEMO_CLIENT = "module"
 
 
@@ -230,10 +230,10 @@ def joined(parts: Sequence[Encoded], **more: Any) -> Tokens:
 
 
 def _fingerprint(tokenizer: Any, kind: str, length: int, first: Sequence[str], second: Sequence[str] | None) -> str:
-    """Of everything that decides the tokens: the texts themselves, not the name or date of a file."""
+    """A fingerprint of all that decides the tokens: the texts themselves, not the name or date of a file."""
     digest = hashlib.blake2b(digest_size=20)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # without what an earlier call has set: it is no part of the tokenizer
+    if backend is not None:  # padding and cutting may be set from an earlier call, and are no part of the tokenizer
         inner = json.loads(backend.to_str())
         vocabulary = json.dumps({k: v for k, v in inner.items() if k not in ("truncation", "padding")}, sort_keys=True)
     else:

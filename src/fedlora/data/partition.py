@@ -90,7 +90,7 @@ def fill(owners: np.ndarray, clients: int, min_size: int, generator: np.random.G
     if need == 0:
         return owners
     low, high = min_size, int(sizes.max())
-    while low < high:  # the highest ceiling at which what sticks out is enough
+    while low < high:  # the highest size limit for the large clients that frees enough rows for the small ones
         middle = (low + high + 1) // 2
         low, high = (middle, high) if np.maximum(sizes - middle, 0).sum() >= need else (low, middle - 1)
     gives = np.maximum(sizes - low, 0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import ConfigError, DataError, Problem, near
+from ..hub import reachable
 from ..seeds import np_rng
 from .files import FORMATS, missing, read_file
 
@@ -160,18 +161,47 @@ def _may_be_hub_id(name: str) -> bool:
 
 
 def from_hub(name: str, subset: str | None = None, split: str | None = None, **options: Any) -> pa.Table:
-    """One split of a hub data set (or of any folder that `datasets.load_dataset` takes). Raises DataError if it cannot be loaded."""
-    import datasets
+    """One split of a hub data set (or of any folder that `datasets.load_dataset` takes).
 
+    Without a network, what an earlier call downloaded is used. Raises DataError if the data set cannot be loaded.
+    """
     try:
-        loaded = datasets.load_dataset(name, subset, split=split, trust_remote_code=False, **options)
+        loaded = _load(name, subset, split, options)
     except Exception as e:  # datasets raises whatever its storage, parser and network layers raise
-        around = sorted(p.name for p in Path(name).parent.iterdir()) if Path(name).parent.is_dir() else []
+        folder = Path(name).parent
+        around = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         what = f"{name!r} (subset {subset!r}, split {split!r})" if subset or split else f"{name!r}"
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        if isinstance(e, ConnectionError):
+            reason = "it does not answer, and no earlier download is kept"
+        hint = f"; here: {near(Path(name).name, around)}" if around else ""
         raise DataError(f"data.source: {what} is no file or folder here and cannot be loaded from the hub ({reason}); "
-                        f"for a path, {near(Path(name).name, around)}") from e  # fmt: skip
+                        f"name a copy on this machine with --set data.source=FILE, or connect to the network{hint}") from e  # fmt: skip
     return _arrow(_pick(loaded, split, repr(name)))
+
+
+PARQUET = "refs/convert/parquet"  # the branch in which the hub keeps a Parquet copy of a data set
+
+
+def _load(name: str, subset: str | None, split: str | None, options: Mapping[str, Any]) -> Any:
+    """`datasets.load_dataset`, from its cache alone where the hub does not answer.
+
+    Some older data sets are a script, which `datasets` no longer runs; for those we read the hub's Parquet copy.
+    """
+    import datasets
+
+    offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = offline or not (Path(name).is_dir() or reachable())
+    try:
+        return datasets.load_dataset(name, subset, split=split, trust_remote_code=False, **options)
+    except RuntimeError as e:
+        if "scripts are no longer supported" not in str(e):
+            raise
+        return datasets.load_dataset(
+            name, data_dir=subset, split=split, revision=PARQUET, trust_remote_code=False, **options
+        )
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def _saved(path: Path) -> bool:

@@ -29,14 +29,14 @@ def split(rows: Rows, labels: np.ndarray, shares: Mapping[str, float], seed: int
     clients = np.repeat(np.arange(len(rows)), sizes)
     # By label inside each client, ties at random: any even spacing along this order is in proportion.
     order = np.lexsort((np_rng(seed, "split").random(len(rows.rows)), labels[rows.rows], clients))
-    part = np.full(len(order), -1)  # of each place in the order: -1 train, i the i-th split
+    part = np.full(len(order), -1)  # the split of each place in the order: -1 for training, i for the i-th split
     left = np.arange(len(order))
     for i, take in enumerate(_counts(sizes, list(shares.values()))):
         have = np.bincount(clients[left], minlength=len(rows))
         at = np.arange(len(left)) - np.repeat(np.cumsum(have) - have, have)
         shift = np_rng(seed, "split", i).integers(0, np.maximum(have, 1))
         m, t, u = (np.repeat(v, have) for v in (have, take, shift))
-        chosen = ((at + 1) * t + u) // m > (at * t + u) // m  # exactly t of m, evenly spaced
+        chosen = ((at + 1) * t + u) // m > (at * t + u) // m  # takes exactly t of m places, evenly spaced
         part[left[chosen]] = i
         left = left[~chosen]
     if labels.dtype.kind in "iu" and len(order):
@@ -65,7 +65,7 @@ def _counts(sizes: np.ndarray, shares: Sequence[float]) -> list[np.ndarray]:
     """Rows of each client in each split, int64 [clients] each."""
     takes = [np.rint(sizes * share).astype(np.int64) for share in shares]
     room = np.maximum(sizes - 1, 0)
-    for i in sorted(range(len(shares)), key=lambda i: -shares[i]):  # large shares are served first
+    for i in sorted(range(len(shares)), key=lambda i: -shares[i]):  # large shares take their rows first
         if shares[i] > 0:
             takes[i] = np.maximum(takes[i], np.minimum(room, 1))
             later = sum(

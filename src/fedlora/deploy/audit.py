@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .. import wire
+from ..federation import wire
 from .packets import Packet
 
 FILE = "audit.jsonl"

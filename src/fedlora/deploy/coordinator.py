@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import build
 from ..data.federated import roster
 from ..errors import ConfigError, Problem, StateError
-from ..federation import Federation
-from ..recipe import Recipe
-from ..tasks import TASKS
+from ..federation.run import Federation
+from ..recipe import Recipe, build
+from ..training.tasks import TASKS
+from .attendance import Link
 from .audit import digest
-from .remote import Link, Remote, Terms
+from .remote import Remote, Terms
 from .site import FOLDER_OF_SERVER, SHOWN
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import wire
 from ..errors import ConfigError, printable
-from ..federation import Federation
-from ..memory import client_bytes
+from ..federation import wire
+from ..federation.memory import client_bytes
+from ..federation.run import Federation
 from ..methods.facts import leaves
 from ..recipe import Recipe
 from ..units import size
@@ -221,9 +221,13 @@ class Gate:
 
     def refused(self, packet: Packet, e: BaseException) -> None:
         """Record why an order was not done; what cannot be recorded is at least said."""
-        h = packet.header
-        facts = {k: h.get(k) if isinstance(h.get(k), (str, int, type(None))) else None for k in ("run", "round")}
+        h = packet.header if isinstance(packet.header, Mapping) else {}
+        run, round = h.get("run"), h.get("round")
+        facts: dict[str, Any] = {"run": printable(run, 64) if isinstance(run, str) else None}
+        facts["round"] = round if type(round) is int and abs(round) < 2**63 else None
         try:
-            self.audit.write("refused", kind=str(packet.kind), **facts, **told(e), why=f"{type(e).__name__}: {e}")
+            self.audit.write(
+                "refused", kind=printable(packet.kind, 64), **facts, **told(e), why=f"{type(e).__name__}: {e}"
+            )
         except OSError as broken:
             self.say(f"{self.audit.path}: cannot be written ({broken.strerror})")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters import Sparse
 from ..errors import Problem
-from ..method import Method
+from ..methods.contract import Method
 from ..recipe import Recipe
 
 if TYPE_CHECKING:

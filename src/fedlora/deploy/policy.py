@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..adapters import FORMS, Sparse
+from ..checkpoints.pretrained import MINILM
 from ..data import template
 from ..errors import ConfigError, Problem, near, printable
-from ..pretrained import MINILM
 from ..recipe import reading
 from ..recipe.core import read_section
 from ..recipe.sections import Count, Natural, Positive, Section, Text
-from ..tasks import NAMES as TASK_NAMES
+from ..training.tasks import NAMES as TASK_NAMES
 from .refusal import Refusal
 
 METHODS = (

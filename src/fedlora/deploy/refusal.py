@@ -10,8 +10,8 @@ import errno
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..engine import out_of_memory
 from ..errors import ConfigError, DataError, FedloraError, ModelError, StateError, TrainingError, UploadError, printable
+from ..federation.engine import out_of_memory
 from ..recipe.hyperparameters import own_fields, table
 from ..recipe.sections import SECTIONS
 
@@ -91,10 +91,8 @@ def known_fields() -> frozenset[str]:
     )
 
 
-def heard(error: Any) -> str:
-    """A site's refusal as the server prints it, whatever the site has sent."""
-    if not isinstance(error, Mapping):
-        return printable(error)
+def heard(error: Mapping[str, Any]) -> str:
+    """A site's refusal, parsed as `schema.Failure`, as the server prints it: the sentence of a code that is known here."""
     code, field = printable(error.get("code"), 40), error.get("field")
     text = REASONS.get(code) or printable(error.get("text") or "no reason given", 200)
     return f"{text} ({code}{', ' + printable(field, 80) if field else ''})"

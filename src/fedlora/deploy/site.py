@@ -11,26 +11,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import build, durable, inputs, pretrained, wire
-from ..engine import Engine
-from ..errors import ConfigError, FedloraError, Problem, StateError, UploadError, printable
-from ..federation import Federation
-from ..memory import kept
-from ..method import Client, Order, Server
-from ..pretrained import fingerprint
-from ..recipe import Recipe
-from ..records import EvalLine
+from ..checkpoints import pretrained
+from ..checkpoints.pretrained import fingerprint
+from ..errors import ConfigError, FedloraError, Problem, StateError, UploadError
+from ..federation import inputs, wire
+from ..federation.callbacks import Callback
+from ..federation.engine import Engine
+from ..federation.memory import kept
+from ..federation.records import EvalLine
+from ..federation.run import Federation
+from ..federation.views import evaluate, served
+from ..files import durable
+from ..methods.contract import Client, RoundInfo, ServerState
+from ..recipe import Recipe, build
 from ..tree import Params
-from ..views import evaluate, served
-from ..watch import Watch
+from . import schema
 from .audit import digest
 from .gate import Ask, Gate
-from .packets import EVERYBODY, KINDS, PROTOCOL, Packet
+from .packets import EVERYBODY, PROTOCOL, Packet, order_of
 from .policy import Policy
 from .refusal import Refusal, told
+from .schema import PacketError
 
 SHOWN = ("personal", "global")  # the views that need nobody else's data
-COLUMNS = ("text", "label", "template", "prompt", "completion")
+COLUMNS = ("text", "label", "template", "prompt", "completion", "encoding")
 FOLDER_OF_SERVER = "(a folder of the server) "  # begins the name of a model that only the server can load
 
 
@@ -38,7 +42,7 @@ FOLDER_OF_SERVER = "(a folder of the server) "  # begins the name of a model tha
 class Holding:
     """What a site holds and grants; none of it comes from the server.
 
-    id: the site. data: a file, or several. columns: of the recipe's section data, where they are called otherwise here.
+    id: the site. data: a file, or several. columns: fields of the recipe's section data that are other ones here (COLUMNS).
     clients: a column that names the client of each row, or None for one client that is the site. model: a folder to load
     the base from instead of the recipe's name. block: clients trained at once.
     """
@@ -124,53 +128,61 @@ class Site:
         self._fed: Federation | None = None
 
     def answer(self, packet: Packet) -> Packet:
-        """The reply to an order. What goes wrong comes back as the reply's header field `error`, never as an exception."""
-        run, round = packet.header.get("run"), packet.header.get("round")
-        head = {"run": run, "round": round, "protocol": PROTOCOL}
+        """The reply to an order. What goes wrong comes back as the reply's header field `error`, never as an exception:
+        whatever a server sends, this site goes on with its next order."""
+        head: dict[str, Any] = {"run": None, "round": None, "protocol": PROTOCOL}
         try:
+            order = order_of(packet)
+            head |= {"run": order.run, "round": order.round}
             with kept():
-                return self._answer(packet, head)
+                return self._answer(packet, order, head)
         except Exception as e:  # whatever it is: the server learns a code, and the next order may be a better one
             self.say(f"failed: {particulars(e)}")
             if self.gate is not None:
                 self.gate.refused(packet, e)
             return Packet(packet.kind, head | {"error": told(e)})
 
-    def _answer(self, packet: Packet, head: dict[str, Any]) -> Packet:
-        h = packet.header
-        if packet.kind not in KINDS or h.get("protocol") != PROTOCOL:
-            raise UploadError(
-                f"order {packet.kind!r} of protocol {h.get('protocol')!r}, this site speaks {PROTOCOL}; "
-                "install the same version of fedlora on both sides"
-            )
+    def _answer(self, packet: Packet, order: schema.JoinOrder | schema.WorkOrder, head: dict[str, Any]) -> Packet:
         if self.gate is not None:
             self.gate.admit(packet)
-        fed = self.federation(str(h["run"]), h["recipe"])
-        reply = self._joined(fed, h, head) if packet.kind == "join" else self._done(packet, fed, head)
+        fed = self.federation(order.run, order.recipe)
+        if isinstance(order, schema.JoinOrder):
+            reply = self._joined(fed, order, head)
+        else:
+            reply = self._done(packet, order, fed, head)
         return reply if self.gate is None else self.gate.leave(reply, fed)
 
-    def _joined(self, fed: Federation, h: Mapping[str, Any], head: dict[str, Any]) -> Packet:
+    def _joined(self, fed: Federation, order: schema.JoinOrder, head: dict[str, Any]) -> Packet:
         base = fingerprint(fed.model.base, [s.name for s in fed.model.groups.get("head", ())])
-        return Packet("join", head | {"clients": self._facts(fed, bool(h.get("histograms"))), "base": base})
+        return Packet("join", head | {"clients": self._facts(fed, order.histograms), "base": base})
 
-    def _done(self, packet: Packet, fed: Federation, head: dict[str, Any]) -> Packet:
-        h = packet.header
-        accepted: dict[str, int | None] = dict(h["clients"])
+    def _done(self, packet: Packet, order: schema.WorkOrder, fed: Federation, head: dict[str, Any]) -> Packet:
+        accepted = dict(order.clients)
         foreign = sorted(set(accepted) - set(fed.data.ids))
         if foreign:
-            raise UploadError(
+            raise PacketError(
                 f"order names clients that are not here: {foreign[:3]}, expected {list(fed.data.ids)[:3]}"
             )
-        down = {c: wire.unpack(wire.decode(packet.parts.get(c, packet.parts.get(EVERYBODY, b"")))[0]) for c in accepted}
+        part = {c: c if c in packet.parts else EVERYBODY for c in accepted}
+        read = {name: self._received(packet.parts.get(name, b"")) for name in set(part.values())}
+        down = {c: read[name] for c, name in part.items()}
         work = self._train if packet.kind == "train" else self._evaluate
-        return work(fed, Order(h["round"], h["rounds"]), accepted, down, head)
+        return work(fed, RoundInfo(order.round, order.rounds), accepted, down, head)
+
+    @staticmethod
+    def _received(message: bytes) -> Params:
+        """What the server has sent. Raises UploadError for leaves with which nobody can train."""
+        params = wire.unpack(wire.decode(message)[0])
+        if why := wire.finite_state(params):
+            raise PacketError(f"order, leaves: {why}")
+        return params
 
     def federation(self, run: str, recipe: Mapping[str, Any]) -> Federation:
         """The run's model, method and this site's data, loaded once and kept for the next order."""
         name = run, digest(recipe)  # a run whose recipe has changed is another one
         if self._fed is None or self._run != name:
-            self.say(f"run {_name(run)}: loading model and data")
-            fed = self.make(recipe, self.folder / _name(run))
+            self.say(f"run {run}: loading model and data")
+            fed = self.make(recipe, self.folder / run)
             if self.gate is not None:
                 self.gate.holds(fed)
             fed.store.root.mkdir(mode=durable.FOLDER, parents=True, exist_ok=True)
@@ -197,7 +209,7 @@ class Site:
                 return None
             if fed.store.has_round(id, round):
                 return fed.store.load_round(id, round)
-            personal = fed.sampling.channel.remembers or fed.method.keep(fed.scene, Client(id, 1))
+            personal = fed.sampling.channel.remembers or fed.method.keep(fed.context, Client(id, 1))
             if personal or fed.store.load_client(id, round) is not None:
                 raise StateError(
                     f"client {id!r}: its personal leaves of round {round + 1} are gone from {fed.store.root}; restore that "
@@ -205,39 +217,39 @@ class Site:
                 )
             return None
 
-        engine = fed.engine(Watch())
+        engine = fed.engine(Callback())
         pace = engine.pace if self.gate is None else self.gate.pace(engine.pace)
         return replace(engine, load=load, received=lambda client: down[client.id], pace=pace)
 
     def _train(
-        self, fed: Federation, order: Order, accepted: Mapping[str, int | None], down: Mapping[str, Params], head: dict[str, Any]
+        self, fed: Federation, info: RoundInfo, accepted: Mapping[str, int | None], down: Mapping[str, Params], head: dict[str, Any]
     ) -> Packet:  # fmt: skip
         engine = self._engine(fed, accepted, down)
         cohort = [fed.client(fed.index[c]) for c in accepted]
         parts: dict[str, bytes] = {}
         facts: dict[str, Any] = {}
-        for client, done, tokens in engine.train(order, cohort, lambda c: down[c.id]):
-            fed.store.save_client(client.id, order.round, done.kept)
+        for client, done, tokens in engine.train(info, cohort, lambda c: down[c.id]):
+            fed.store.save_client(client.id, info.round, done.kept)
             assert done.sent is not None
             parts[client.id] = done.sent.encode()
             facts[client.id] = {"examples": client.examples, "metrics": done.metrics, "tokens": tokens}
         fed.store.sync()  # once for all, before the server hears of them
         for client in cohort:
-            fed.store.forget(client.id, accepted[client.id], order.round)
+            fed.store.forget(client.id, accepted[client.id], info.round)
         losses = ", ".join(f"{f['metrics'].get('loss', float('nan')):.3f}" for f in list(facts.values())[:4])
-        self.say(f"round {order.round + 1} of {order.rounds}: trained {len(parts)} client(s), loss {losses}")
+        self.say(f"round {info.round + 1} of {info.rounds}: trained {len(parts)} client(s), loss {losses}")
         return Packet("train", head | {"clients": facts}, parts)
 
     def _evaluate(
-        self, fed: Federation, order: Order, accepted: Mapping[str, int | None], down: Mapping[str, Params], head: dict[str, Any]
+        self, fed: Federation, info: RoundInfo, accepted: Mapping[str, int | None], down: Mapping[str, Params], head: dict[str, Any]
     ) -> Packet:  # fmt: skip
         if set(accepted) != set(fed.data.ids):
             raise UploadError(
                 f"order evaluates {len(accepted)} clients, expected all {len(fed.data.ids)} that are here"
             )
         engine = self._engine(fed, accepted, down)
-        server = Server(order.round, {})
-        if order.round == order.rounds:
+        server = ServerState(info.round, {})
+        if info.round == info.rounds:
             for k, client in enumerate(fed.data.ids):
                 fed.store.save_served(client, served(fed, engine, server, [k], "personal")[0])
             self.say(
@@ -274,10 +286,3 @@ def particulars(e: Exception) -> str:
     if isinstance(e, OSError):
         return f"{e.strerror or e} ({e.filename})" if e.filename else str(e)
     return f"{type(e).__name__}: {e}"
-
-
-def _name(run: str) -> str:
-    """A run's id as a folder. Raises UploadError for one that a server of ours has not made."""
-    if not run.replace("-", "").isalnum() or len(run) > 64:
-        raise UploadError(f"run {printable(run, 64)} is no run id, expected letters, digits and dashes")
-    return run

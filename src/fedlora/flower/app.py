@@ -1,8 +1,8 @@
 """ServerApp and ClientApp: the project as a plain Flower app, for those who run Flower already (`flwr run`).
 
 Run config: recipe (path at the server), output. Node config of a SuperNode: id, data; and text, label, template, prompt,
-completion, clients, model, state, block, policy, accept (digests, with commas between), trust-server, share-histogram,
-share-scores as `fedlora client` has them. Flower starts a process per message: it imports torch
+completion, encoding, clients, model, state, block, policy, accept (digests, with commas between), trust-server,
+share-histogram, share-scores as `fedlora client` has them. Flower starts a process per message: it imports torch
 and loads the model each time; `fedlora client` does not.
 """
 
@@ -20,10 +20,10 @@ from ..deploy.coordinator import coordinator
 from ..deploy.packets import Packet
 from ..deploy.policy import Policy
 from ..deploy.refusal import told
-from ..deploy.site import COLUMNS, Holding, Site, guarded
-from ..errors import ConfigError, Problem, UploadError
+from ..deploy.site import COLUMNS, Holding, Site, guarded, particulars
+from ..errors import ConfigError, Problem
+from ..federation.callbacks import Callback
 from ..recipe import Recipe
-from ..watch import Watch
 from . import records
 from .link import GridLink, Session
 
@@ -45,7 +45,7 @@ def main(grid: Grid, context: Context) -> None:
 
     recipe = Recipe.load(str(said["recipe"]))
     output = str(said["output"]) if said.get("output") else None
-    coordinator(recipe, output, lambda: GridLink(grid, online, poll=1.0), print).run(Watch())
+    coordinator(recipe, output, lambda: GridLink(grid, online, poll=1.0), print).run(Callback())
 
 
 @client_app.query("fedlora")
@@ -53,8 +53,8 @@ def answer(message: Message, context: Context) -> Message:
     """One order of the server's."""
     try:
         reply = site(tuple(sorted(context.node_config.items()))).answer(records.unpack(message.content))
-    except (ConfigError, UploadError) as e:
-        print(f"failed: {e}")
+    except Exception as e:
+        print(f"failed: {particulars(e)}")
         reply = Packet("join", {"error": told(e)})
     return Message(records.pack(reply), reply_to=message)
 

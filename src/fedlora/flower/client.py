@@ -48,8 +48,8 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from ..deploy.packets import Packet
 from ..deploy.refusal import told
-from ..deploy.site import Site
-from ..errors import FedloraError, UploadError
+from ..deploy.site import Site, particulars
+from ..errors import FedloraError
 from . import records
 
 Keys = tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]
@@ -83,7 +83,7 @@ def serve(uplink: Uplink, site: Site, say: Callable[[str], None], stop: threadin
     while not stop.is_set():
         try:
             with _connected(uplink, say, stop) as node:
-                say(f"connected to {uplink.address}")
+                say(f"connected to {uplink.address}; waiting for its orders")
                 pause, turned_away = 1.0, 0.0
                 idle = SOON
                 while not stop.is_set():
@@ -198,7 +198,13 @@ class _Node:
         response = self._call(self.client.PullMessages)(PullMessagesRequest(node=self.node))
         if not response.messages_list:
             return False
-        message = self._pull(response.messages_list[0], response.message_object_trees[0])
+        try:
+            message = self._pull(response.messages_list[0], response.message_object_trees[0])
+        except (_Lost, Refused, httpx.HTTPError):
+            raise
+        except Exception as e:  # whatever a server sends, we go on with its next order
+            self.say(f"an order cannot be read ({type(e).__name__}); waiting for the next one")
+            return True
         TaskIdentity.run_id, TaskIdentity.node_id = message.metadata.run_id, self.node.node_id
         start = time.monotonic()
         reply = Message(records.pack(_answer(site, message)), reply_to=message)
@@ -258,6 +264,6 @@ class _Node:
 def _answer(site: Site, message: Message) -> Packet:
     try:
         return site.answer(records.unpack(message.content))
-    except UploadError as e:
-        site.say(f"failed: {e}")
+    except Exception as e:
+        site.say(f"failed: {particulars(e)}")
         return Packet("join", {"error": told(e)})

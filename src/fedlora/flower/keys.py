@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from .. import durable
 from ..errors import ConfigError, DataError, Problem
+from ..files import durable
 
 DAYS = 825  # that browsers and Apple's libraries accept of a certificate
 PRIVATE, PUBLIC = 0o600, 0o644
@@ -70,6 +70,11 @@ def make(folder: Path, hosts: Sequence[str], ids: Sequence[str]) -> list[Path]:
             _write(public, text + f" {id}\n".encode(), PUBLIC)
         written += [private, public]
     return written
+
+
+def valid_until(certificate: Path) -> dt.datetime:
+    """The last moment at which a certificate (PEM) is valid, UTC."""
+    return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
 
 
 def _authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:

@@ -7,8 +7,9 @@ import json
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 
-from ..deploy.packets import KINDS, Packet
-from ..errors import UploadError
+from ..deploy import schema
+from ..deploy.packets import Packet
+from ..deploy.schema import PacketError
 
 TYPE = "query.fedlora"  # of all our messages: what they ask for stands in the header
 STYPE = "fedlora"  # of an Array whose data are an encoded message
@@ -27,13 +28,23 @@ def pack(packet: Packet) -> RecordDict:
 
 
 def unpack(content: RecordDict) -> Packet:
-    """Raises UploadError for content that `pack` did not make."""
+    """Raises PacketError for content that `pack` did not make."""
     try:
-        said = json.loads(str(content.config_records["fedlora"]["json"]))
-        arrays = content.array_records["parts"] if said["parts"] else {}
-        parts = {str(name): arrays[str(i)].data for i, name in enumerate(said["parts"])}
-        if said["kind"] not in KINDS or not isinstance(said["header"], dict):
-            raise ValueError("no such kind of message")
-        return Packet(said["kind"], said["header"], parts)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UploadError(f"message is none of ours or cut off ({type(e).__name__}: {e})") from e
+        text = content.config_records["fedlora"]["json"]
+    except Exception as e:
+        raise PacketError(f"message is none of ours or cut off ({type(e).__name__})") from e
+    said = schema.parsed(schema.Envelope, schema.json_of(text, "message"), "message")
+    if len(set(said.parts)) < len(said.parts):
+        raise PacketError("message: a client has its leaves in it twice")
+    return Packet(said.kind, said.header, {name: _part(content, i) for i, name in enumerate(said.parts)})
+
+
+def _part(content: RecordDict, i: int) -> bytes:
+    """The bytes of a part. Raises PacketError."""
+    try:
+        array = content.array_records["parts"][str(i)]
+        if array.stype != STYPE or not isinstance(array.data, bytes):
+            raise TypeError(f"bytes of {schema.shown(array.stype)}")
+        return array.data
+    except Exception as e:
+        raise PacketError(f"message, its part {i}: cannot be read ({type(e).__name__})") from e

@@ -9,9 +9,10 @@ from typing import Any
 
 from ..deploy.coordinator import coordinator
 from ..errors import ConfigError, Problem
-from ..federation import Federation
+from ..federation.callbacks import Callback
+from ..federation.run import Federation
 from ..recipe import Recipe
-from ..watch import Watch
+from .door import EACH
 from .keys import public_keys
 from .link import GridLink
 from .records import LARGEST
@@ -56,15 +57,17 @@ def security(
 
 def run(
     recipe: Recipe, output: Path | None, host: str, port: int, tls: TLS | None, keys: dict[str, bytes] | None,
-    watch: Watch, say: Callable[[str], None] = lambda text: None, ready: Callable[[int], None] = lambda port: None,
+    watch: Callback, say: Callable[[str], None] = lambda text: None, ready: Callable[[int], None] = lambda port: None,
+    each: int = EACH,
 ) -> tuple[Federation, dict[str, Any]]:  # fmt: skip
-    """Serve a recipe's run to its end; returns it and its summary. ready: hears the port once clients may connect."""
+    """Serve a recipe's run to its end; returns it and its summary. ready: hears the port once clients may connect.
+    each: connections of one address."""
     with contextlib.ExitStack() as stack:
 
         def link() -> GridLink:
-            superlink = stack.enter_context(SuperLink(host, port, tls, keys, LARGEST, say))
+            superlink = stack.enter_context(SuperLink(host, port, tls, keys, LARGEST, say, each))
             ready(superlink.port)
-            return GridLink(superlink.grid, superlink.online)
+            return GridLink(superlink.grid, superlink.online, known=sorted(keys or ()))
 
         fed = coordinator(recipe, output, link, say)
         return fed, fed.run(watch)

@@ -6,6 +6,7 @@ leaves. It keeps the method's state in memory: for resume and personal leaves on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from logging import WARNING
 from typing import Any
@@ -16,11 +17,13 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from .. import wire
-from ..channel import Channel, Declared, unserved
-from ..engine import in_order
-from ..errors import ConfigError, UploadError
-from ..method import Client, Method, Order, Scene, Server, Upload
+from ..deploy import claims
+from ..deploy.schema import LARGEST, shown
+from ..errors import ConfigError, TrainingError, UploadError, printable
+from ..federation import wire
+from ..federation.channel import Channel, Declared, unserved
+from ..federation.engine import in_order
+from ..methods.contract import Client, Context, Method, RoundInfo, ServerState, Upload
 from ..seeds import np_rng
 from ..tree import Key, Params
 
@@ -52,15 +55,15 @@ class MethodStrategy(Strategy):
     """
 
     def __init__(
-        self, method: Method, scene: Scene, rounds: int, fraction: float = 1.0, min_nodes: int = 1, seed: int = 0,
+        self, method: Method, context: Context, rounds: int, fraction: float = 1.0, min_nodes: int = 1, seed: int = 0,
         channel: Channel = Channel(),
     ):  # fmt: skip
         if bad := unserved(channel.guards, method):
             raise ConfigError(bad)
-        self.method, self.scene, self.rounds = method, scene, rounds
+        self.method, self.context, self.rounds = method, context, rounds
         self.fraction, self.min_nodes, self.seed = fraction, min_nodes, seed
         self.channel = channel
-        self.server: Server = method.init(scene)
+        self.server: ServerState = method.init(context)
         self.examples: dict[int, int] = {}  # by node, from its last reply
         self.sent: dict[int, Params] = {}  # by node, what it received in the round at hand
 
@@ -77,8 +80,8 @@ class MethodStrategy(Strategy):
         return [self._message(nodes[i], "train", server_round - 1, config) for i in sorted(draw.tolist())]
 
     def _message(self, node: int, kind: str, round: int, config: ConfigRecord) -> Message:
-        order = Order(round, self.rounds)
-        sent = self.channel.down(self.method.broadcast(self.scene, self.server, self._client(node)), order)
+        info = RoundInfo(round, self.rounds)
+        sent = self.channel.down(self.method.broadcast(self.context, self.server, self._client(node)), info)
         if kind == "train":
             self.sent[node] = sent.params
         said: dict[str, Any] = {**config, "round": round, "rounds": self.rounds}
@@ -92,7 +95,7 @@ class MethodStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         found: dict[str, Upload] = {}
-        declared = Declared(self.method, self.scene, Order(server_round - 1, self.rounds))
+        declared = Declared(self.method, self.context, RoundInfo(server_round - 1, self.rounds))
         for reply in replies:
             node = reply.metadata.src_node_id
             if reply.has_error():
@@ -105,21 +108,34 @@ class MethodStrategy(Strategy):
                     raise UploadError("this node was not asked in this round, or has replied already")
                 down = self.sent[node]
                 params = self.channel.read(params_of(arrays), down, declared(down, self._client(node)))
-                self.examples[node] = _count(metrics[CLIENT])
+                examples, loss = _count(metrics[CLIENT]), _loss(metrics.get("loss", math.nan))
                 del self.sent[node]
-            except (UploadError, ValueError, KeyError, TypeError) as e:
-                log(WARNING, "fedlora: reply of node %s refused: %s", node, e)
+            except Exception as e:  # nothing of one node ends the round
+                log(WARNING, "fedlora: reply of node %s refused: %s", node, printable(f"{type(e).__name__}: {e}"))
                 continue
+            self.examples[node] = examples
             client = self._client(node)
-            found[client.id] = Upload(client, params, {"loss": float(metrics.get("loss", float("nan")))})
+            found[client.id] = Upload(client, params, {"loss": loss})
+        for id, why in claims.distant(list(found.values()), self.server.params).items() if found else ():
+            log(WARNING, "fedlora: reply of node %s refused: %s", id, why)
+            del found[id]
         if len(found) < self.min_nodes:
             log(
                 WARNING, "fedlora: %d acceptable replies, expected %d: the round is dropped", len(found), self.min_nodes
             )
             return None, None
         ordered = [found[c.id] for c in in_order(sorted((u.client for u in found.values()), key=lambda c: c.id))]
-        new = self.channel.aggregate(self.method, self.scene, self.server, iter(ordered))
-        self.server = self.channel.advance(self.method, self.scene, new)
+        try:
+            new, ordered, left = claims.aggregated(
+                lambda uploads: self.channel.aggregate(self.method, self.context, self.server, iter(uploads)),
+                ordered, self.min_nodes,
+            )  # fmt: skip
+        except TrainingError as e:
+            log(WARNING, "fedlora: %s", e)
+            return None, None
+        for id, why in left.items():
+            log(WARNING, "fedlora: reply of node %s refused: %s", id, why)
+        self.server = self.channel.advance(self.method, self.context, new)
         losses = [u.metrics["loss"] for u in ordered]
         return arrays_of(self.server.params), MetricRecord(
             {"loss": float(torch.tensor(losses).mean()), "clients": len(ordered)}
@@ -137,12 +153,17 @@ class MethodStrategy(Strategy):
         for reply in replies:
             if reply.has_error():
                 continue
-            (metrics,) = reply.content.metric_records.values()
-            n = float(metrics.get(CLIENT, 1))
+            try:
+                (metrics,) = reply.content.metric_records.values()
+                n = float(_count(metrics.get(CLIENT, 1)))
+                scores = {k: _loss(v) for k, v in metrics.items() if k != CLIENT and isinstance(v, int | float)}
+            except Exception as e:  # nothing of one node ends the evaluation
+                node = reply.metadata.src_node_id
+                log(WARNING, "fedlora: scores of node %s refused: %s", node, printable(f"{type(e).__name__}: {e}"))
+                continue
             weight += n
-            for k, v in metrics.items():
-                if k != CLIENT and isinstance(v, (int, float)):
-                    total[k] = total.get(k, 0.0) + n * v
+            for k, v in scores.items():
+                total[k] = total.get(k, 0.0) + n * v
         return MetricRecord({k: v / weight for k, v in total.items()}) if weight else None
 
     def summary(self) -> None:
@@ -156,6 +177,13 @@ def _count(x: Any) -> int:
     return int(x)
 
 
+def _loss(x: Any) -> float:
+    """A number that a node states, NaN where it has none. Raises ValueError for what is none."""
+    if isinstance(x, bool) or not isinstance(x, int | float) or abs(x) > LARGEST:
+        raise ValueError(f"{shown(x)} is no number of at most {LARGEST:.0e}")
+    return float(x)
+
+
 def received_by(channel: Channel, message: Message) -> Params:
     """At a client: the leaves that a message of this strategy brings. Raises UploadError for another precision."""
     (found,) = message.content.array_records.values()
@@ -163,17 +191,17 @@ def received_by(channel: Channel, message: Message) -> Params:
 
 
 def reply_by(
-    channel: Channel, upload: Params, down: Params, kept: Params, order: Order, client: Client
+    channel: Channel, upload: Params, down: Params, kept: Params, info: RoundInfo, client: Client
 ) -> tuple[ArrayRecord, Params]:
     """At a client: the arrays that carry `upload`, and what the guards keep until the next reply.
 
     down: what `received_by` gave; kept: what the last call gave, {} before the first.
     """
-    sent = channel.up(upload, down, kept, order, client)
+    sent = channel.up(upload, down, kept, info, client)
     return arrays_of(sent.message), sent.kept
 
 
-def order_of(message: Message) -> Order:
+def order_of(message: Message) -> RoundInfo:
     """At a client: the round that a message of this strategy asks for."""
     (config,) = message.content.config_records.values()
-    return Order(int(config["round"]), int(config["rounds"]))
+    return RoundInfo(int(config["round"]), int(config["rounds"]))

@@ -25,7 +25,8 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_a
 from flwr.superlink.grid import HttpGrid
 from flwr.superlink.main import create_app
 
-from ..errors import StateError
+from ..errors import StateError, printable
+from .door import EACH, Door, Patient, Quiet, Seldom, Slow, room, timed
 from .link import Session
 
 FLEET, RUNTIME = ("/v1/fleet/",), ("/v1/runtime/",)
@@ -44,14 +45,15 @@ class SuperLink:
     """A context: while it is open, nodes can connect to host:port and `grid` reaches them.
 
     keys: name -> public key (compressed point as Flower sends it) of the nodes that may connect; None lets everybody in.
-    limit: largest request, bytes. say: hears of refusals.
+    limit: largest request, bytes. each: connections of one address. say: hears of refusals.
     """
 
     def __init__(
         self, host: str, port: int, tls: TLS | None, keys: Mapping[str, bytes] | None, limit: int,
-        say: Callable[[str], None] = lambda text: None,
+        say: Callable[[str], None] = lambda text: None, each: int = EACH,
     ):  # fmt: skip
-        self.host, self.port, self.tls, self.limit, self.say = host, port, tls, limit, say
+        self.host, self.port, self.tls, self.limit, self.each = host, port, tls, limit, each
+        self.say = Seldom(say)
         self.names = {key: name for name, key in (keys or {}).items()}
         self.open_to_all = keys is None
         self._stop = threading.Event()
@@ -70,11 +72,14 @@ class SuperLink:
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run, self.task, SUPERLINK_NODE_ID
         tls = {} if self.tls is None else {"ssl_certfile": self.tls.cert, "ssl_keyfile": self.tls.key}
         self._servers: list[tuple[uvicorn.Server, threading.Thread]] = []
-        private, public = _bound(LOOPBACK, 0), _bound(self.host, self.port)
+        private = _bound(LOOPBACK, 0)
+        public = _bound(self.host, self.port).limit(room(), min(self.each, max(room() // 2, 1)), self.say)
         self.port, inside = public.getsockname()[1], private.getsockname()[1]
         try:
-            self._servers.append(_serve(guarded(app, RUNTIME, None, lambda text: None), private, lifespan="on"))
-            self._servers.append(_serve(guarded(app, FLEET, self.limit, self.say), public, lifespan="off", **tls))
+            inner = guarded(app, RUNTIME, None, Seldom(lambda text: None))
+            outer = guarded(app, FLEET, self.limit, self.say)
+            self._servers.append(_serve(inner, private, self.say, lifespan="on"))
+            self._servers.append(_serve(outer, public, self.say, lifespan="off", http=Patient, **tls))
         except BaseException:
             self._close()
             private.close()
@@ -119,11 +124,13 @@ class SuperLink:
             self.state.acknowledge_task_heartbeat(self.task)
 
 
-def guarded(app: Any, prefixes: tuple[str, ...], limit: int | None, say: Callable[[str], None]) -> Any:
-    """The ASGI app, for paths below `prefixes` and bodies up to `limit` bytes; refusals are said."""
+def guarded(app: Any, prefixes: tuple[str, ...], limit: int | None, say: Seldom) -> Any:
+    """The ASGI app, for paths below `prefixes` and bodies up to `limit` bytes that arrive in time; refusals are said, and
+    what a request does to the app stays with it."""
 
     async def refuse(send: Any, status: int, text: bytes) -> None:
-        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+        headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": text})
 
     async def guard(scope: Any, receive: Any, send: Any) -> None:
@@ -132,32 +139,41 @@ def guarded(app: Any, prefixes: tuple[str, ...], limit: int | None, say: Callabl
             return
         who = scope["client"][0] if scope.get("client") else "?"
         if not scope["path"].startswith(prefixes):
-            say(f"refused: {who} asked for {scope['path'][:80]}, which is not served here")
+            say(who, "path", f"refused: {who} asked for {printable(scope['path'], 80)}, which is not served here")
             await refuse(send, 404, b"not served here")
             return
         length = dict(scope["headers"]).get(b"content-length", b"")
-        if limit is not None and (not length.isdigit() or int(length) > limit):
-            say(
-                f"refused: {who} sends {length.decode(errors='replace') or 'no stated number of'} bytes, expected at most {limit}"
-            )
+        if limit is not None and (not length.isdigit() or len(length) > 20 or int(length) > limit):
+            stated = printable(length.decode(errors="replace"), 30) or "no stated number of"
+            say(who, "large", f"refused: {who} sends {stated} bytes, expected at most {limit}")
             await refuse(send, 413, b"too large")
             return
+        place, started = printable(scope["path"].rsplit("/", 1)[-1], 80), False
 
         async def told(event: Any) -> None:
+            nonlocal started
+            started = True
             if event["type"] == "http.response.start" and event["status"] in (400, 401, 403):
-                say(f"refused: {who} at {scope['path'].rsplit('/', 1)[-1]}: unknown key, wrong signature or clock")
+                say(who, "key", f"refused: {who} at {place}: unknown key, wrong signature or clock")
             await send(event)
 
-        await app(scope, receive, told)
+        try:
+            await app(scope, receive if limit is None else timed(receive, int(length)), told)
+        except Exception as e:  # also Starlette's own, which comes after its answer
+            slow = isinstance(e, Slow)
+            why = "its request does not arrive" if slow else f"its request cannot be read ({type(e).__name__})"
+            say(who, "request", f"refused: {who} at {place}: {why}")
+            if not started:
+                await refuse(send, 408 if slow else 400, b"too slow" if slow else b"cannot be read")
 
     return guard
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _bound(host: str, port: int) -> Door:
     """A listening socket. Raises StateError where the address cannot be had."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        s = socket.socket(found[0], found[1])
+        s = Door(found[0], found[1])
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         s.bind(found[4])
         s.listen(128)
@@ -168,10 +184,10 @@ def _bound(host: str, port: int) -> socket.socket:
         ) from e
 
 
-def _serve(app: Any, sock: socket.socket, **options: Any) -> tuple[uvicorn.Server, threading.Thread]:
+def _serve(app: Any, sock: socket.socket, say: Seldom, **options: Any) -> tuple[uvicorn.Server, threading.Thread]:
     """A uvicorn server in a thread, once it listens. Raises StateError."""
     try:
-        server = uvicorn.Server(
+        server = Quiet(
             uvicorn.Config(
                 app,
                 log_level="error",
@@ -183,6 +199,7 @@ def _serve(app: Any, sock: socket.socket, **options: Any) -> tuple[uvicorn.Serve
             )
         )
         server.config.load()
+        server.say = say
     except (OSError, ValueError) as e:
         raise StateError(f"--tls-cert, --tls-key: {e}; give a certificate and its key as PEM files") from e
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)

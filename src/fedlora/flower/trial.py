@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import build
 from ..deploy.site import Site
 from ..errors import ConfigError, DataError, Problem
-from ..federation import Federation
-from ..recipe import Recipe
-from ..tasks import TASKS
-from ..watch import Watch
-from . import client, keys, server
+from ..federation.callbacks import Callback
+from ..federation.run import Federation
+from ..recipe import Recipe, build
+from ..training.tasks import TASKS
+from . import client, door, keys, server
 
 LOOPBACK = "127.0.0.1"
 
@@ -46,7 +45,7 @@ def prepared(recipe: Recipe, clients: int | None) -> tuple[Recipe, list[str]]:
 
 
 def try_out(
-    recipe: Recipe, ids: Sequence[str], output: Path | None, watch: Watch, say: Callable[[str], None]
+    recipe: Recipe, ids: Sequence[str], output: Path | None, watch: Callback, say: Callable[[str], None]
 ) -> tuple[Federation, dict[str, Any]]:
     """Run what `prepared` returned with one process per client; whatever happens, they and their keys are gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="fedlora-") as folder, contextlib.ExitStack() as stack:
@@ -61,7 +60,8 @@ def try_out(
             for k in range(len(ids)):
                 stack.enter_context(_process(root, k, ids[k], port))
 
-        return server.run(recipe, output, LOOPBACK, 0, tls, known, watch, say, start)
+        each = max(door.EACH, 16 * len(ids))  # all of them come from this machine
+        return server.run(recipe, output, LOOPBACK, 0, tls, known, watch, say, start, each)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The masks of fedlora.dropout, hashed and applied in one pass, for bases in fp32 and bf16 on CPUs with AVX-512."""
+"""The masks of fedlora.model.dropout, hashed and applied in one pass, for bases in fp32 and bf16 on CPUs with AVX-512."""
 
 from __future__ import annotations
 

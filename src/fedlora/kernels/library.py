@@ -1,6 +1,6 @@
 """The C sources as libraries: compiled by the system's compiler when they are first wanted, and kept in the user's cache.
 
-A library is loaded from the cache if it is this user's and whole; else it is compiled anew. Without a cache (cache.py) it is compiled
+A library is loaded from the cache if it is this user's and whole; else it is compiled anew. Without a cache (files/cache.py) it is compiled
 for this process alone.
 """
 
@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import cache as user_cache
+from ..files import cache as user_cache
 
 
 class Source(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..method import Method
 from ..registry import found
+from .contract import Method
 
 METHODS: dict[str, type[Method]] = found(__name__, __path__, Method)  # type: ignore[type-abstract]

@@ -21,8 +21,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..sgd import SGDMethod
 from ..tree import Key
+from .sgd import SGDMethod
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import inspect
 from dataclasses import fields
 from typing import Any
 
-from ..method import Method, Scene
-from ..model import Site
+from ..layers import Layer
+from .contract import Context, Method
 
 
 def facts(m: type[Method]) -> dict[str, Any]:
@@ -28,13 +28,13 @@ def facts(m: type[Method]) -> dict[str, Any]:
 
 def leaves(method: Any) -> tuple[list[str], list[str]]:
     """What a method sends and what it keeps in its first round, as parts of an adapter and "head"."""
-    layer = (Site("layer", 512, 512),)
-    scene = Scene({"head": (Site("head", 2, 512),), "target": layer} | {g: layer for g in method.groups}, 0)
-    from ..method import Client
+    layer = (Layer("layer", 512, 512),)
+    context = Context({"head": (Layer("head", 2, 512),), "target": layer} | {g: layer for g in method.groups}, 0)
+    from .contract import Client
 
     client = Client("any", 1)
-    down = method.broadcast(scene, method.init(scene), client)
-    kept = method.keep(scene, client)
+    down = method.broadcast(context, method.init(context), client)
+    kept = method.keep(context, client)
     label = lambda p: sorted({k.adapter if k.adapter == "head" else f"{k.part}" for k in p if "~" not in k.adapter})  # noqa: E731
     return label(down), label(kept)
 

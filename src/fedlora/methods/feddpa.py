@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ..adapters import named
 from ..errors import Problem
-from ..loss import Loss
-from ..method import Client, Method, Metrics, Order, Scene, Work
-from ..model import Batch
-from ..sgd import SGDMethod
+from ..model.adapted import Batch
+from ..training.loss import Loss
 from ..tree import Key, Params, select
+from .contract import Client, Context, Method, Metrics, RoundInfo, Work
+from .sgd import SGDMethod
 
 LOCAL = "local"
 
@@ -69,9 +69,13 @@ class FedDPAT(Mixed):
     name: ClassVar[str] = "feddpa-t"
     title: ClassVar[str] = "FedDPA-T"
 
-    def keep(self, scene: Scene, client: Client) -> Params:
-        start = self.form.init(LOCAL, scene.sites("target"), scene.seed, client.id)
-        return super().keep(scene, client) | start
+    def keep(self, context: Context, client: Client) -> Params:
+        start = self.form.init(LOCAL, context.layers("target"), context.seed, client.id)
+        return super().keep(context, client) | start
+
+    def fresh(self, context: Context, client: Client) -> Params:
+        """Without a local adapter of its own a client is served the global one alone, and not at the share 1 - mix."""
+        return select(self.keep(context, client), lambda k: k.adapter.split("~")[0] != LOCAL)
 
     def step(self, work: Work, loss: Loss, lr: Tensor, *draws: Batch) -> tuple[Work, Metrics]:
         f = lambda p: self.ready(p, work["fixed"])  # noqa: E731
@@ -100,10 +104,10 @@ class FedDPAF(Mixed):
 class _After(FedDPAF):
     """FedDPA-F's second phase: the global adapter and the head stand still."""
 
-    def begin(self, scene: Scene, order: Order, down: Params, kept: Params) -> Work:
+    def begin(self, context: Context, info: RoundInfo, down: Params, kept: Params) -> Work:
         p = down | kept
         mine = {k._replace(adapter=LOCAL): v for k, v in p.items() if k.adapter == self.label}
-        work = super().begin(scene, order, mine, {})
+        work = super().begin(context, info, mine, {})
         return work | {"still": p}
 
     def step(self, work: Work, loss: Loss, lr: Tensor, *draws: Batch) -> tuple[Work, Metrics]:

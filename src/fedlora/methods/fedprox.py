@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import Problem
-from ..method import Order, Scene, Work
 from ..tree import Params, norm, select
 from .average import HomLoRA
+from .contract import Context, RoundInfo, Work
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class FedProx(HomLoRA):
             bad.append(Problem("method.mu", self.mu, "a number >= 0", "0.001 to 1 are in use"))
         return bad
 
-    def begin(self, scene: Scene, order: Order, down: Params, kept: Params) -> Work:
-        work = super().begin(scene, order, down, kept)
+    def begin(self, context: Context, info: RoundInfo, down: Params, kept: Params) -> Work:
+        work = super().begin(context, info, down, kept)
         return work | {"received": select(work["train"], self.shared)}
 
     def penalty(self, work: Work, p: Params) -> Tensor | None:

@@ -20,9 +20,9 @@ import torch
 
 from ..adapters import named
 from ..errors import Problem
-from ..method import Scene, Server, Upload
-from ..ranks import Ranked
 from ..tree import Key, Params, factor_product, mean, select
+from .contract import Context, ServerState, Upload
+from .ranks import Ranked
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class FlexLoRA(Ranked):
     def shares(self, k: Key) -> bool:
         return True
 
-    def aggregate(self, scene: Scene, server: Server, uploads: Iterable[Upload]) -> Server:
+    def aggregate(self, context: Context, server: ServerState, uploads: Iterable[Upload]) -> ServerState:
         bs: dict[str, list[torch.Tensor]] = {}
         rows: dict[str, list[torch.Tensor]] = {}
         total = 0.0
@@ -64,17 +64,17 @@ class FlexLoRA(Ranked):
                 total += p
                 for k, v in u.params.items():
                     if k.part in ("A", "B"):
-                        (rows if k.part == "A" else bs).setdefault(k.site, []).append(v * p**0.5)
+                        (rows if k.part == "A" else bs).setdefault(k.layer, []).append(v * p**0.5)
                 yield select(u.params, lambda k: k.part not in ("A", "B", "rank")), p
 
         new = mean(rest())
-        for site, b in bs.items():
-            new |= self.factors(server, site, torch.cat(b, 1) / total, torch.cat(rows[site], 0))
-        return Server(server.round + 1, server.params | new, server.notes)
+        for layer, b in bs.items():
+            new |= self.factors(server, layer, torch.cat(b, 1) / total, torch.cat(rows[layer], 0))
+        return ServerState(server.round + 1, server.params | new, server.notes)
 
-    def factors(self, server: Server, site: str, b: torch.Tensor, a: torch.Tensor) -> Params:
+    def factors(self, server: ServerState, layer: str, b: torch.Tensor, a: torch.Tensor) -> Params:
         """The best r_max components of b @ a, filled up where there are fewer."""
-        key_b, key_a = Key(self.label, site, "B"), Key(self.label, site, "A")
+        key_b, key_a = Key(self.label, layer, "B"), Key(self.label, layer, "A")
         b, a = factor_product(b, a, self.rank, self.split)
         found = b.shape[1]
         full_b, full_a = torch.zeros_like(server.params[key_b]), server.params[key_a].clone()

@@ -18,12 +18,12 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from ..errors import Problem
-from ..loss import Loss
-from ..method import Method, Metrics, Work
-from ..model import Batch
-from ..optim import SGD
-from ..sgd import SGDMethod
+from ..model.adapted import Batch
+from ..training.loss import Loss
+from ..training.optimizers import SGD
 from .average import HomLoRA
+from .contract import Method, Metrics, Work
+from .sgd import SGDMethod
 
 
 @dataclass(frozen=True)

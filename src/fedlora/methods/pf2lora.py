@@ -15,8 +15,9 @@ batch for all four, h is the exact derivative of f(x, y - a g_y(x, y)) with resp
 coefficient of J v, so y is plain SGD.
 
 Choices: I local steps a round (the paper's t % I == 0 fires after the first step); alpha and alpha_personal default to
-the ranks, so both products have scale 1; the head, whoever owns it, is trained with x; the learning-rate schedule scales
-a and eta alike. Exact second derivatives need attention that has them (eager); finite_difference needs none.
+the ranks, so both products have scale 1; `clip` bounds the lower step's gradient as it bounds h; the head, whoever owns
+it, is trained with x; the learning-rate schedule scales a and eta alike. Exact second derivatives need attention that has
+them (eager); finite_difference needs none.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from torch import Tensor
 
 from ..adapters import Form, Pattern, make, named
 from ..errors import Problem
-from ..loss import Loss
-from ..method import Client, Metrics, Scene, Work
-from ..model import Batch
-from ..sgd import SGDMethod, Weights, rank_problems
+from ..model.adapted import Batch
+from ..training.loss import Loss
+from ..training.optimizers import clip
 from ..tree import Key, Params, norm, per_client, select
+from .contract import Client, Context, Metrics, Work
+from .sgd import SGDMethod, Weights, rank_problems
 
 STEP = 1e-2  # length of the finite difference along v; halfway between fp32 rounding and curvature
 
@@ -103,11 +105,11 @@ class PF2LoRA(SGDMethod):
         own = (self.alpha_personal, self.rank_pattern_personal, "method.rank_pattern_personal")
         return make(self.adapter, max(self.rank_personal, 1), *own)
 
-    def keep(self, scene: Scene, client: Client) -> Params:
+    def keep(self, context: Context, client: Client) -> Params:
         if not self.rank_personal:
-            return super().keep(scene, client)
-        return super().keep(scene, client) | self.form_personal.init(
-            "personal", scene.sites("target"), scene.seed, client.id
+            return super().keep(context, client)
+        return super().keep(context, client) | self.form_personal.init(
+            "personal", context.layers("target"), context.seed, client.id
         )
 
     def ready(self, p: Params, fixed: Params) -> Params:
@@ -116,8 +118,8 @@ class PF2LoRA(SGDMethod):
             select(p, lambda k: k.adapter == "personal")
         )
 
-    def begin(self, scene: Scene, order: object, down: Params, kept: Params) -> Work:
-        work = super().begin(scene, order, down, kept)  # type: ignore[arg-type]
+    def begin(self, context: Context, info: object, down: Params, kept: Params) -> Work:
+        work = super().begin(context, info, down, kept)  # type: ignore[arg-type]
         state = select(work["moments"], lambda k: not k.adapter.startswith("personal"))  # y has no moments: plain SGD
         return work | {"moments": state}
 
@@ -131,6 +133,7 @@ class PF2LoRA(SGDMethod):
         f = lambda p: self.ready(p, {})  # noqa: E731
 
         _, g_y = loss.gradient(lambda q: f(x | q), y, pi)
+        g_y = clip(g_y, self.clip)
         y_new = {k: v - per_client(a, v).to(v) * g_y[k] for k, v in y.items()}
         value, h = loss.gradient(lambda q: f(q | y_new), x, xi)
         if self.hypergradient != "first_order":

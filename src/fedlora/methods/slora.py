@@ -28,13 +28,13 @@ from torch import Tensor
 
 from ..adapters import FORMS, LoRA, named
 from ..errors import Problem
-from ..loss import Loss
-from ..method import Client, Method, Metrics, Order, Scene, Server, Upload, Work
-from ..model import Batch
-from ..sgd import SGDMethod
+from ..model.adapted import Batch
+from ..training.loss import Loss
 from ..tree import Key, Params, factor, select
 from .average import HomLoRA
+from .contract import Client, Context, Method, Metrics, RoundInfo, ServerState, Upload, Work
 from .pf2lora import PF2LoRA
+from .sgd import SGDMethod
 from .tuning import SFT
 
 UNPRIMED = {  # why other methods cannot be stage 2
@@ -112,6 +112,9 @@ class SLoRA(SFT):
     def draws(self) -> int:
         return self.stages[1].draws
 
+    def draws_for(self, down: Params) -> int:
+        return self.now(down).draws
+
     @property
     def second_order(self) -> bool:
         return self.stages[1].second_order
@@ -121,14 +124,14 @@ class SLoRA(SFT):
         return tuple(dict.fromkeys(("target", *self.stages[0].groups)))
 
     # server -----------------------------------------------------------------------------------------------------
-    def init(self, scene: Scene) -> Server:
-        return Server(0, self.stages[0].init(scene).params, {"losses": []})
+    def init(self, context: Context) -> ServerState:
+        return ServerState(0, self.stages[0].init(context).params, {"losses": []})
 
-    def keep(self, scene: Scene, client: Client) -> Params:
+    def keep(self, context: Context, client: Client) -> Params:
         first, second = self.stages
-        return second.keep(scene, client) | first.keep(scene, client)
+        return second.keep(context, client) | first.keep(context, client)
 
-    def aggregate(self, scene: Scene, server: Server, uploads: Iterable[Upload]) -> Server:
+    def aggregate(self, context: Context, server: ServerState, uploads: Iterable[Upload]) -> ServerState:
         losses: list[float] = []
 
         def seen() -> Iterable[Upload]:
@@ -136,11 +139,11 @@ class SLoRA(SFT):
                 losses.append(u.metrics.get("loss", float("nan")))
                 yield u
 
-        new = self.now(server.params).aggregate(scene, server, seen())
+        new = self.now(server.params).aggregate(context, server, seen())
         history = [*server.notes["losses"], sum(losses) / max(len(losses), 1)]
-        return Server(new.round, new.params, new.notes | {"losses": history})
+        return ServerState(new.round, new.params, new.notes | {"losses": history})
 
-    def due(self, server: Server) -> bool:
+    def due(self, server: ServerState) -> bool:
         """Whether stage 1 ends here."""
         if server.round >= self.sparse_rounds:
             return True
@@ -150,20 +153,20 @@ class SLoRA(SFT):
         best = min(losses[: -self.patience])
         return min(losses[-self.patience :]) > best * (1 - self.tolerance)
 
-    def advance(self, scene: Scene, server: Server) -> Server:
+    def advance(self, context: Context, server: ServerState) -> ServerState:
         if any(k.adapter == "sparse" for k in server.params) and self.due(server):
-            return self.hand_over(scene, server)
+            return self.hand_over(context, server)
         return server
 
-    def hand_over(self, scene: Scene, server: Server) -> Server:
+    def hand_over(self, context: Context, server: ServerState) -> ServerState:
         """Factor the accumulated update of each target layer; what the factors leave out is lost ("reset") or frozen."""
         sparse, second = self.stages
         form = second.form
         assert isinstance(form, LoRA)
         p = select(server.params, lambda k: k.adapter != "sparse")
         energy: dict[str, float] = {}
-        index = sparse.fixed(scene)
-        for s in scene.sites("target"):
+        index = sparse.fixed(context)
+        for s in context.layers("target"):
             values = server.params[Key("sparse", s.name, "values")]
             dw = (
                 torch.zeros(s.out * s.in_)
@@ -178,35 +181,39 @@ class SLoRA(SFT):
             if self.base == "keep":  # scale is applied by the method, so the frozen product carries it
                 p[Key("primed", s.name, "A")], p[Key("primed", s.name, "B")] = a.clone(), -scale * b
         if self.base == "keep":
-            p |= {Key("stage1", k.site, "values"): v for k, v in server.params.items() if k.adapter == "sparse"}
+            p |= {Key("stage1", k.layer, "values"): v for k, v in server.params.items() if k.adapter == "sparse"}
         notes = server.notes | {"handover": {"energy": energy}}
-        return Server(server.round, p, notes)
+        return ServerState(server.round, p, notes)
 
     # client -----------------------------------------------------------------------------------------------------
     def frozen(self, k: Key) -> bool:
         """What the factors leave out at the hand-over: it stays with the base."""
         return k.adapter in ("primed", "stage1")
 
-    def bound(self, scene: Scene, p: Params) -> Params:
+    def bound(self, context: Context, p: Params) -> Params:
         """The frozen leaves are model-ready as they are; the values of stage 1 get their positions."""
         if not any(k.adapter == "stage1" for k in p):
             return p
         like = next(iter(p.values()))
-        index = {k._replace(adapter="stage1"): v for k, v in self.stages[0].fixed(scene).items()}
+        index = {k._replace(adapter="stage1"): v for k, v in self.stages[0].fixed(context).items()}
         return p | {k: v[None].expand(len(like), -1).to(like.device) for k, v in index.items()}
 
     def idle(self, k: Key, down: Params) -> bool:
         """Adapters wait while the mask is trained."""
         return self.now(down).label == "sparse" and k.adapter.split("~")[0] in ("personal", "common", "lora")
 
-    def begin(self, scene: Scene, order: Order, down: Params, kept: Params) -> Work:
+    def begin(self, context: Context, info: RoundInfo, down: Params, kept: Params) -> Work:
         now = self.now(down)
         live, own, idle = self.parts(down, kept)
-        work = now.begin(scene, order, live, own)
-        return work | {"idle": idle, "bound": self.bound(scene, select(down, self.frozen))}
+        work = now.begin(context, info, live, own)
+        return work | {"idle": idle, "bound": self.bound(context, select(down, self.frozen))}
 
     def parts(self, down: Params, kept: Params) -> tuple[Params, Params, Params]:
         """(what the stage's method receives, what it keeps, personal leaves that wait for stage 2)."""
+        if self.now(down).label != "sparse" and any(k.adapter.startswith("sparse~") for k in kept):
+            kept = select(
+                kept, lambda k: "~" not in k.adapter
+            )  # moments of stage 1, and its count of steps, end with it
         idle = select(kept, lambda k: self.idle(k, down))
         return select(down, lambda k: not self.frozen(k)), select(kept, lambda k: k not in idle), idle
 
@@ -220,7 +227,7 @@ class SLoRA(SFT):
     def served(self, work: Work) -> Params:
         return self.now(work["train"]).served(work)
 
-    def personal(self, scene: Scene, down: Params, kept: Params) -> Params:
+    def personal(self, context: Context, down: Params, kept: Params) -> Params:
         now = self.now(down)
         live, own, _ = self.parts(down, kept)
-        return now.personal(scene, live, own) | self.bound(scene, select(down, self.frozen))
+        return now.personal(context, live, own) | self.bound(context, select(down, self.frozen))

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 from ..adapters import AdapterName, Densities, Form, Sparse, pattern_problems
 from ..errors import Problem
-from ..sgd import SGDMethod
 from ..tree import Key
+from .sgd import SGDMethod
 
 
 class Shared(SGDMethod):

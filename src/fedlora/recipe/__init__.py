@@ -1,8 +1,8 @@
 """Recipes: a YAML file that describes a run whole.
 
-recipe = Recipe.load("recipes/sst2.yaml", sets=["train.lr=1e-3"])
+recipe = Recipe.load("sst2.yaml", sets=["train.lr=1e-3"])
 recipe.hash, recipe.to_yaml(), recipe.method_object()
-for recipe in expand("recipes/sweep.yaml"): ...
+for recipe in expand("sweep.yaml"): ...
 """
 
 from __future__ import annotations

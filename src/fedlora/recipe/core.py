@@ -22,8 +22,8 @@ from .rules import Partial, broken
 from .sections import SECTIONS, Data, Deployment, Evaluation, Federation, Model, Partition, Run, Section, Train
 
 if TYPE_CHECKING:
-    from ..guards.guard import Guard
-    from ..method import Method
+    from ..federation.guards.guard import Guard
+    from ..methods.contract import Method
 
 ORDER = ("name", "model", "data", "partition", "method", "train", "federation", "evaluation", "deployment", "run")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -32,7 +32,7 @@ LATER = {
     "model": ("kernels", "threshold"),
     "data": ("classes", "site"),
     "federation": ("precision", "norm_bound", "guards"),
-}  # not hashed at their defaults: they came after 0.1
+}  # these fields came after 0.1; at their defaults they are left out of the hash, so that older hashes stay
 RESULT = ("seed",)  # the fields of the section run that change the result; the others are not hashed
 
 

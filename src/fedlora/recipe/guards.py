@@ -11,13 +11,13 @@ from .hyperparameters import all_fields, default, plain, read
 from .problems import unknown
 
 if TYPE_CHECKING:
-    from ..guards.guard import Guard
-    from ..method import Method
+    from ..federation.guards.guard import Guard
+    from ..methods.contract import Method
 
 
 def table() -> dict[str, type[Guard]]:
     """Guards by name."""
-    from ..guards import GUARDS
+    from ..federation.guards import GUARDS
 
     return GUARDS
 
@@ -57,10 +57,10 @@ def _one(entry: Any, path: str) -> tuple[Guard | None, list[Problem]]:
 
 
 def fit(guards: Sequence[Guard], method: Method | None) -> list[Problem]:
-    """What is wrong with guards beside each other, and around the method, if that is known."""
+    """What is wrong with the guards together, and with them around the method if the method is known."""
     if not guards:
         return []
-    from ..channel import together, unserved
+    from ..federation.channel import together, unserved
 
     return together(guards) + (unserved(guards, method) if method is not None else [])
 

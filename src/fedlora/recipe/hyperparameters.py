@@ -1,8 +1,9 @@
 """The method section: a name, and the hyperparameters that the method's own dataclass declares.
 
-`optimizer` and `clip` are the exception: a method has them as fields, a recipe says them in the section train. A
-hyperparameter may be a method itself, written as a section in the section; it has the settings of the method around it
-wherever both have a field of that name, so only its other fields are written.
+`optimizer` and `clip` are the exception: they are fields of the method, but a recipe gives them in the section train.
+
+A hyperparameter may be a method itself, written as a section inside the section. Where both methods have a field of one
+name, the inner method takes the value of the outer one. So only its other fields are written.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from .problems import UNTYPED, of_value, unknown
 from .sections import Train
 
 if TYPE_CHECKING:
-    from ..method import Method
-    from ..optim import Optimizer
+    from ..methods.contract import Method
+    from ..training.optimizers import Optimizer
 
 FROM_TRAIN = ("optimizer", "clip")
 
@@ -81,7 +82,7 @@ def default(cls: type, field: str) -> Any:
 
 def optimizer(t: Train) -> Optimizer:
     """The optimizer that the train section describes."""
-    from ..optim import SGD, AdamW
+    from ..training.optimizers import SGD, AdamW
 
     if t.optimizer == "sgd":
         return SGD(t.lr, t.momentum, t.weight_decay)
@@ -143,7 +144,7 @@ def _construct(
             values["clip"] = train.clip
         else:
             problems.append(Problem("train.clip", train.clip, "null", f"{cls.title} does not clip"))
-    # Built even where a field is wrong, with its default in place, so that what __post_init__ finds is shown as well.
+    # Wrong fields take their defaults here, so that the problems that __post_init__ finds are shown as well.
     try:
         method = cls(**values)
     except ConfigError as e:
@@ -161,7 +162,7 @@ def read(cls: type, given: Mapping[str, Any], path: str) -> tuple[dict[str, Any]
     for field, value in given.items():
         at = f"{path}.{field}"
         if isinstance(value, Mapping) and typing.get_origin(types[field]) is tuple:
-            value = [list(pair) for pair in value.items()]  # a frozen dataclass holds a map as pairs
+            value = [list(pair) for pair in value.items()]  # a frozen dataclass holds a map as a tuple of pairs
         values[field], wrong = of_value(at, types[field], value, default(cls, field))
         if wrong and _is_map(types[field]):
             remedy = f"write {field}: {{name: 4}}, a space after the colon"

@@ -60,7 +60,7 @@ def put(raw: Mapping[str, Any], path: str, value: Any, method: bool = False) -> 
         inner = {"name": inner}
     if inner is None:
         inner = {}
-    if not isinstance(inner, Mapping):  # the section itself is wrong, and will be reported as such
+    if not isinstance(inner, Mapping):  # the section is no mapping; that is reported elsewhere
         return dict(raw)
     return {**raw, head: put(inner, rest, value, method)}
 

@@ -30,11 +30,11 @@ EXPECTED = {
     "missing": "a value",
 }
 BOUNDS = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
-UNTYPED = object()  # in place of a default that does not exist
+UNTYPED = object()  # stands for the default of a field that has none
 
 
 def expectation(error: ErrorDetails, meaning: str = "") -> str:
-    """What would have been right, as a noun phrase. meaning: what the field is, for rules that only words can tell."""
+    """What would have been right, as a noun phrase. meaning: the field's description, used where the type says too little."""
     kind, context = error["type"], error.get("ctx", {})
     if kind in BOUNDS:
         (bound,) = context.values()

@@ -45,7 +45,7 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes whatever either version of YAML would read as something else than text; short lists on one line."""
+    """Quotes text that YAML 1.1 or 1.2 would not read as text, and writes short lists on one line."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)

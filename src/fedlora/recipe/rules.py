@@ -15,10 +15,10 @@ from ..errors import Problem, near
 from .sections import Data, Evaluation, Federation, Model, Partition, Run, Section, Train
 
 if TYPE_CHECKING:
-    from ..task import Task
+    from ..training.task import Task
 
 Rule = Callable[..., Iterator[Problem]]
-PLACES = ("name", "hash", "seed", "method")  # what run.output may mention
+PLACES = ("name", "hash", "seed", "method")  # the placeholders that run.output may hold
 
 
 def work(train: Train) -> Iterator[Problem]:
@@ -50,7 +50,7 @@ def targets(model: Model) -> Iterator[Problem]:
 
 def columns(model: Model, data: Data) -> Iterator[Problem]:
     if data.source == "demo":
-        return  # its columns are known
+        return  # the built-in corpus has fixed columns
     yield from _task(model).problems(data)
     texts = (data.text,) if isinstance(data.text, str) else data.text or ()
     if len(set(texts)) < len(texts):
@@ -60,7 +60,7 @@ def columns(model: Model, data: Data) -> Iterator[Problem]:
 
 
 def _tasks() -> dict[str, type[Task]]:
-    from ..tasks import TASKS
+    from ..training.tasks import TASKS
 
     return TASKS
 
@@ -195,7 +195,7 @@ RULES: tuple[Rule, ...] = (work, targets, options, columns, template, encoding, 
 
 
 class Wrong(Exception):
-    """A rule has read a field that is wrong by itself: nothing more can be said."""
+    """A rule has read a field that is wrong by itself. The rule ends there: it cannot be checked."""
 
 
 class Partial:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..data import partitions
-from ..tasks import NAMES
+from ..training.tasks import NAMES
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -20,14 +20,16 @@ Share = Annotated[float, Field(ge=0, le=1)]
 if TYPE_CHECKING:
     TaskName = str
 else:
-    TaskName = Literal[NAMES]  # the tasks that there are, as the type that says so in errors, schema and docs
-PartShare = Annotated[float, Field(ge=0, lt=1)]  # a share that leaves something
+    # The names of all tasks as a type, so that errors, schema and docs list them.
+    TaskName = Literal[NAMES]
+PartShare = Annotated[float, Field(ge=0, lt=1)]  # a share of rows, below 1 so that some rows are left
 Text = Annotated[str, Field(min_length=1)]
 
 if TYPE_CHECKING:
     PartitionKind = str
 else:
-    PartitionKind = Literal[partitions.NAMES]  # the kinds that there are, so that errors, schema and docs name them
+    # The names of all kinds as a type, so that errors, schema and docs list them.
+    PartitionKind = Literal[partitions.NAMES]
 
 
 class Section(BaseModel):
@@ -152,8 +154,8 @@ class Federation(Section):
     """Rounds and who takes part."""
 
     rounds: Count = 10
-    clients_per_round: Count | Annotated[float, Field(gt=0, lt=1)] | None = None
-    """A number of clients, a fraction in (0, 1), or null for all."""
+    clients_per_round: Count | Annotated[float, Field(gt=0, le=1)] | None = None
+    """A number of clients, a share of them as 0.1 to 1.0, or null for all."""
     cohort: Literal["uniform", "fixed"] = "uniform"
     """A new uniform sample each round, or one sample for the whole run."""
     min_clients: Count = 1

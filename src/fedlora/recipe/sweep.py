@@ -60,7 +60,10 @@ def expand_dict(raw: Mapping[str, Any], sets: Sequence[str] = ()) -> list[Recipe
 
 
 def folders(recipes: Sequence[Recipe], root: Path, given: Path | None = None) -> list[Path]:
-    """Where the runs of a sweep go: into `given`, or where run.output says, which needs a folder for each, or into `root`."""
+    """The folder of each run of a sweep: inside `given` if there is one, else as run.output says, else inside `root`.
+
+    Raises ConfigError if run.output gives several runs one folder.
+    """
     if given or "output" not in recipes[0].run.model_fields_set:
         return [(given or root) / f"{r.name}-{r.hash}" for r in recipes]
     out = [r.output_folder() for r in recipes]

@@ -14,7 +14,7 @@ from .read import records
 from .tables import compare_rows
 
 if TYPE_CHECKING:
-    from ..examples import Course
+    from ..bench.examples import Course
 
 
 class MissingPlotly(FedloraError):
@@ -47,7 +47,7 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
 
 def write_example(found: Sequence[Course], out: str | Path, seed: int = 0) -> Path:
     """Write the page of PF2LoRA's synthetic example to `out`; returns it. Raises MissingPlotly."""
-    from ..examples import CLIENTS, RANKS
+    from ..bench.examples import CLIENTS, RANKS
     from .page import example_page
 
     _need_plotly()
@@ -77,7 +77,7 @@ def _write(page: dict[str, Any], out: Path) -> Path:
     )
 
     def draw(figure: Any) -> str:
-        """A figure's data as JSON in the page; "</" is escaped, or a client's name could end the script."""
+        """A figure's data as JSON in the page. "</" is escaped, since a client's name could otherwise end the script."""
         id, data = f"figure-{next(count)}", figure.to_json().replace("</", "<\\/").replace("<!--", "<\\u0021--")
         height = figure.layout.height
         return (

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..records import AsymmetryLine, CrossLine, EffectiveRanksLine, TrainLine
+from ..federation.records import AsymmetryLine, CrossLine, EffectiveRanksLine, TrainLine
 from .read import Records
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from ..examples import Course
+    from ..bench.examples import Course
 
 # Okabe and Ito's palette, told apart with any colour vision.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6914")
 VIEWS = {"personal": PALETTE[0], "global": PALETTE[1], "unseen": PALETTE[2]}
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
-BARS = 60  # clients drawn one by one; beyond, a heat map
-HEAT = 400  # clients in a heat map; beyond, evenly chosen ones
+BARS = 60  # up to so many clients get a bar each; for more, a heat map is drawn
+HEAT = 400  # up to so many clients are in a heat map; of more, evenly spaced ones are shown
 
 
 def words(metric: str) -> str:
@@ -292,7 +292,7 @@ def exactness(run: Records) -> go.Figure | None:
 
 
 def ranks(run: Records) -> go.Figure | None:
-    """Effective ranks, or ranks that clients chose, over rounds: a line per client, the mean over sites."""
+    """Effective ranks, or ranks that clients chose, over rounds: a line per client, the mean over layers."""
     import plotly.graph_objects as go
 
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -324,19 +324,19 @@ def likeness(run: Records) -> go.Figure | None:
         return None
     fig = _figure("", "mean cosine between clients")
     names = {"A": "A", "B": "B", "dA": "change of A"}
-    sites = list(line.sites)
+    layers = list(line.sites)
     for i, (key, name) in enumerate(names.items()):
-        values = [line.sites[s].get(key) for s in sites]
+        values = [line.sites[s].get(key) for s in layers]
         fig.add_trace(
             go.Scatter(
-                x=[_short(s, 40) for s in sites],
+                x=[_short(s, 40) for s in layers],
                 y=values,
                 name=name,
                 mode="lines+markers",
                 line={"color": PALETTE[i], "width": 2},
             )
         )
-    fig.update_xaxes(type="category", tickangle=-45, showticklabels=len(sites) <= 40)
+    fig.update_xaxes(type="category", tickangle=-45, showticklabels=len(layers) <= 40)
     return fig
 
 

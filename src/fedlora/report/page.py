@@ -17,12 +17,12 @@ from .tables import constant, flat, grouped, has_global, heading, paired, score
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from ..examples import Course
+    from ..bench.examples import Course
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One number that matters."""
+    """A number in large type at the top of a page, with its name and a note."""
 
     name: str
     value: str
@@ -36,7 +36,7 @@ class Block:
     title: str
     text: str = ""
     figure: go.Figure | None = None
-    table: Sequence[Sequence[str]] = ()  # the first row is the head
+    table: Sequence[Sequence[str]] = ()  # the first row holds the headings
     code: str = ""
     wide: bool = False
     folded: bool = False

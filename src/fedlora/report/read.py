@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .. import sealed
 from ..errors import StateError
-from ..records import EvalLine, Line, Timing, TrainLine, read_lines, read_timings
+from ..federation.records import EvalLine, Line, Timing, TrainLine, read_lines, read_timings
+from ..files import sealed
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Records:
 
     @property
     def lower_is_better(self) -> bool:
-        from ..tasks import lower_is_better
+        from ..training.tasks import lower_is_better
 
         return lower_is_better(self.metric)
 

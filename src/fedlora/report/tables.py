@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..metrics import beats
+from ..training.metrics import beats
 from ..units import NOTHING, number
 from .read import Records, records
 
 Row = dict[str, Any]
-BANDWIDTH = (50.0, 10.0)  # megabits a second, for runs made by hand
+BANDWIDTH = (50.0, 10.0)  # megabits a second, for runs without a recipe
 
 
 def compare_rows(folders: Sequence[str | Path]) -> list[Row]:
@@ -159,7 +159,7 @@ def grouped(runs: Sequence[Records]) -> dict[str, list[Records]]:
     labels = list(titles)
     for i, own in enumerate(plain):
         twins = [p for p, title in zip(plain, titles, strict=True) if title == titles[i]]
-        if len(twins) > 1:  # the same method with other settings
+        if len(twins) > 1:  # one method with several settings
             odd = [
                 k for k in own if k != "name" and not k.startswith("run.") and any(t.get(k) != own[k] for t in twins)
             ]

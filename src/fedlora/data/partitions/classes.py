@@ -32,8 +32,9 @@ def classes_per_client(
     if clients * classes < total:
         raise ConfigError([Problem(field, classes, f"at least {-(-total // clients)}, because {clients} clients with {classes} each cannot hold "
                                    f"{total}", f"raise {field} or partition.clients")])  # fmt: skip
-    # Clients come in blocks as large as there are classes; within a block client j holds the classes at j * classes, ...
-    # of a random circle, so its classes are distinct and the block holds each class equally often.
+    # Clients form blocks with as many clients as there are classes. Each block has the classes on a circle, in random
+    # order. Client j of the block takes `classes` neighbours, from place j * classes on. So the classes of a client
+    # are distinct, and the block holds each class equally often.
     circles = np_rng(seed, "partition", "classes").permuted(
         np.tile(np.arange(total), (-(-clients // total), 1)), axis=1
     )

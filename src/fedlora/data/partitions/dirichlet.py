@@ -20,7 +20,7 @@ def dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int, min_siz
     """
     check(len(labels), clients, min_size)
     positive("partition.alpha", alpha)
-    alpha = min(float(alpha), 1e12)  # even shares long before; the sum of larger ones overflows
+    alpha = min(float(alpha), 1e12)  # from here on the shares are equal anyway; a sum of larger values would overflow
     draw = np_rng(seed, "partition", "dirichlet")
     order, counts = by_class(labels, np_rng(seed, "partition", "dirichlet", "rows"))
     owners = np.empty(len(labels), np.int64)

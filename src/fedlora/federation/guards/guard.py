@@ -1,0 +1,98 @@
+"""What a guard is: something done to uploads around any method, in a simulation and in a deployment alike.
+
+A guard is a frozen dataclass, like a method. It may act at a client before it sends (`leave`), on the form of the message
+(`encode`, `decode`), and at the server before and after the method aggregates (`arrive`, `settle`). What it remembers is
+kept like the leaves of a method: a client's with its personal leaves, the server's with the server's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
+
+from ...errors import ConfigError, Problem, UploadError
+from ...methods.contract import Client, Method, RoundInfo, ServerState, Upload
+from ...tree import Key, Params, cut_rank, rank, rank_axis
+
+STATED = ("rank", "norm")  # parts that state a fact of the other leaves; they are not trained values
+
+
+class Guard(ABC):
+    """Subclasses override what they need; as it stands, a guard changes nothing."""
+
+    name: ClassVar[str]  # in recipes
+    title: ClassVar[str]  # in tables
+    paper: ClassVar[str] = ""
+    remembers: ClassVar[bool] = False  # whether clients keep something from round to round
+    encodes: ClassVar[bool] = False  # whether it changes the form of the message; a channel has one such guard at most
+
+    def __post_init__(self) -> None:
+        if bad := self.problems():
+            raise ConfigError(bad)
+
+    def problems(self) -> list[Problem]:
+        """What is wrong with the fields; each names its field alone, e.g. "norm"."""
+        return []
+
+    def cannot(self, method: Method) -> str | None:
+        """Why this guard cannot serve `method`, as the end of a sentence; None where it can."""
+        return None if method.sends else f"{method.title} uploads nothing"
+
+    # at the client ----------------------------------------------------------------------------------------------
+    def leave(self, up: Params, down: Params, state: Params, info: RoundInfo, client: Client) -> Params:
+        """What the client means to send instead of `up`, having received `down`. Leaves have no client axis.
+
+        state: what `remember` gave after the client's last accepted upload, {} before the first.
+        """
+        return up
+
+    def encode(self, up: Params, down: Params) -> Params:
+        """The leaves of the message that carries `up`."""
+        return up
+
+    def remember(self, meant: Params, arrived: Params, down: Params, state: Params) -> Params:
+        """What the client keeps: it received `down`, meant to send `meant`, and the server will read `arrived`."""
+        return {}
+
+    # at the server ----------------------------------------------------------------------------------------------
+    def decode(self, message: Params, down: Params) -> Params:
+        """Inverse of `encode`, for a client that received `down`. Raises UploadError for what `encode` did not make."""
+        return message
+
+    def arrive(self, uploads: Iterable[Upload], server: ServerState) -> Iterable[Upload]:
+        """What the method aggregates instead of `uploads`. Can stream."""
+        return uploads
+
+    def settle(self, new: ServerState, old: ServerState, state: Params) -> tuple[ServerState, Params]:
+        """After aggregation: the next server, and what the guard remembers at the server."""
+        return new, state
+
+
+def change(up: Params, down: Params) -> Params:
+    """What a client's work has added to the leaves that it received; stated facts and new leaves are left out.
+
+    A client that has pruned its rank is compared with the leading components of what it received.
+    """
+    return {k: v - cut_rank(k, down[k], rank(k, v)) if ranked(k) else v - down[k] for k, v in values(up, down).items()}
+
+
+def values(up: Params, down: Params) -> Params:
+    """The real-valued leaves of `up` that came down too."""
+    return {k: v for k, v in up.items() if k in down and v.is_floating_point() and k.part not in STATED}
+
+
+def ranked(k: Key) -> bool:
+    """Whether a leaf has a rank axis."""
+    return rank_axis(k) is not None
+
+
+def stated_ranks(p: Params) -> Mapping[tuple[str, str], int]:
+    """(adapter, layer) -> the rank that an upload states; layer "" stands for all. Raises UploadError for other things."""
+    found = {(k.adapter, k.layer): v for k, v in p.items() if k.part == "rank"}
+    for (adapter, layer), v in found.items():
+        if v.numel() != 1 or v.is_floating_point():
+            raise UploadError(
+                f"leaf {Key(adapter, layer, 'rank')} is {list(v.shape)} {v.dtype}, expected one whole number"
+            )
+    return {at: int(v) for at, v in found.items()}

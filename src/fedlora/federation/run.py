@@ -1,0 +1,203 @@
+"""A federation on one machine: rounds, evaluation, the run folder. The same objects a recipe builds can be made by hand.
+
+fl.Federation(model=..., task=..., data=..., method=fl.FedSALoRA(rank=8), output="runs/mine").run()
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..data.batches import batch_of
+from ..errors import StateError, TrainingError
+from ..evaluation.analyses import product_error
+from ..methods.contract import Client, Context, Method, ServerState, Upload
+from ..tree import Params
+from . import inputs
+from .callbacks import Callback, Several
+from .engine import Engine, RoundLog
+from .memory import auto_block, forget_peak, kept, peak_memory
+from .records import HandoverLine, Line, Timing, TrainLine, read_lines, read_timings
+from .runtime import InProcess, Runtime
+from .setting import Setting
+from .store import Store
+from .summary import describe_again, describe_run, summarise
+from .tensorboard import TensorBoard
+from .wire import finite_state
+
+EXACTNESS_COHORT = 32  # the exactness meter holds a cohort's uploads; above this it is off
+
+
+def in_process(fed: Federation, watch: Callback) -> Runtime:
+    """Clients trained in this process."""
+    return InProcess(fed, fed.engine(watch))
+
+
+@dataclass
+class Federation(Setting):
+    """A run of a setting, in a folder.
+
+    output: the run folder. block: clients trained at once, or "auto" from memory. keep: states on disk. runtime: where
+    clients are trained.
+    """
+
+    output: str | Path
+    block: int | Literal["auto"] = field(default="auto", kw_only=True)
+    keep: Literal["last", "all"] = field(default="last", kw_only=True)
+    tensorboard: bool = field(default=False, kw_only=True)
+    runtime: Callable[[Federation, Callback], Runtime] = field(default=in_process, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.store = Store(Path(self.output), keep=self.keep)
+
+    # rounds -----------------------------------------------------------------------------------------------------
+    def engine(self, watch: Callback) -> Engine:
+        return Engine(
+            self.method, self.context, self.loss, self.batches, lambda id, r: self.store.load_client(id, r),
+            lambda id, r, p: self.store.save_client(id, r, p), self.schedule, self.block_size(), self.sampling.min_clients,
+            self.sampling.channel, watch.clients_done, lambda b, n: self._lowered(b, n, watch),
+        )  # fmt: skip
+
+    def _lowered(self, block: int, clients: int, watch: Callback) -> None:
+        """A resumed run starts with the blocks that fitted."""
+        facts = self.store.read_json("environment.json")
+        if facts:  # a site has none
+            self.store.write_json("environment.json", facts | {"block": block})
+        self.store.facts["block"] = block
+        watch.lowered(block, clients)
+
+    def block_size(self) -> int:
+        """Clients trained at once: as set, or what memory allows; 1 for models whose clients cannot share a forward."""
+        rows = self.data.splits["train"].rows[:2]
+        if not len(rows):
+            return 1  # a server has none
+        batch = batch_of(self.data, np.zeros(len(rows), np.int64), rows)
+        together = self.model.probe({n: v[None].to(self.model.device) for n, v in batch.items()})
+        if self.block != "auto":
+            return self.block
+        # A resumed run must group its clients as before, whatever memory is free today: sums would differ in their last bits.
+        return self.store.block() or (auto_block(self) if together else 1)
+
+    def run(self, watch: Callback | None = None) -> dict[str, Any]:
+        """Train to the last round from wherever the run folder was left; returns the summary.
+
+        KeyboardInterrupt drops the round at hand and leaves a folder that `run` takes up again.
+        """
+        watch = watch or Callback()
+        forget_peak()
+        with self.store.lock(), kept():
+            self.store.claim(self.recipe_hash, dict(self.recipe), inputs.of(self))
+            self.store.rewind()
+            loaded = self.store.load_server()
+            if self.runtime is in_process and "run" in self.store.facts:
+                raise StateError(
+                    f"{self.store.root}: a run over sites: start fedlora server again with this output folder"
+                )
+            done = loaded[0] if loaded else 0
+            if self.tensorboard:
+                watch = Several(watch, TensorBoard(self.store.root / "tensorboard", done))
+            watch.start(self.name, done, self.sampling.rounds)
+            runtime = self.runtime(self, watch)
+            self.store.facts["block"] = runtime.block
+            if loaded is None:
+                describe_run(self, self.store, runtime.block)
+                server = self.method.init(self.context)
+                self._commit(server, self.evaluate(runtime, server, watch), watch)
+            else:
+                describe_again(self, self.store, runtime.block)
+                server = ServerState.restored(*loaded)
+            while server.round < self.sampling.rounds:
+                server = self._round(runtime, self._advance(runtime, server, watch), watch)
+            folder = self.store.root
+            result = summarise(self, server, read_lines(folder), read_timings(folder))
+            self.store.write_json("summary.json", result)
+            watch.end(result)
+            return result
+
+    def evaluate(self, runtime: Runtime, server: ServerState, watch: Callback) -> list[Line]:
+        """Lines of metrics for every view and split that has rows."""
+        watch.evaluating(server.round)
+        return runtime.evaluate(server)
+
+    def _advance(self, runtime: Runtime, server: ServerState, watch: Callback) -> ServerState:
+        """Let a method with stages change its parametrisation; what that does to the scores is recorded.
+
+        The scores before are the round's own where it was evaluated, and else are taken here, as stage "before"."""
+        new = self.sampling.channel.advance(self.method, self.context, server)
+        if new is server:
+            return server
+        stages = {"handover": new} if self._due(server.round) else {"before": server, "handover": new}
+        lines = [replace(line, stage=stage) for stage, s in stages.items() for line in self.evaluate(runtime, s, watch)]  # type: ignore[call-arg]
+        self._commit(new, [HandoverLine(new.round, new.notes.get("handover", {})), *lines], watch)
+        return new
+
+    def _due(self, round: int) -> bool:
+        """Whether a round is evaluated: every so many, and the last."""
+        return round % self.evaluation.every == 0 or round == self.sampling.rounds
+
+    def _round(self, runtime: Runtime, server: ServerState, watch: Callback) -> ServerState:
+        start = time.perf_counter()
+        cohort = runtime.cohort(server.round)
+        watch.round_start(server.round + 1, len(cohort))
+        meter = _Meter(self.method, self.context, self.evaluation.exactness and len(cohort) <= EXACTNESS_COHORT)
+        new, log = runtime.round(server, self.sampling.rounds, cohort, meter.see)
+        if why := finite_state(new.leaves):
+            raise TrainingError(
+                f"round {new.round}: {why}, so that no client could train on; lower train.lr, set train.clip or "
+                "federation.norm_bound. The round was dropped; earlier rounds are kept"
+            )
+        trained = time.perf_counter()
+        lines: list[Line] = [self._train_line(new, cohort, log, meter.error(new))]
+        if self._due(new.round):
+            lines += self.evaluate(runtime, new, watch)
+        evaluated = time.perf_counter()
+        self._commit(new, lines, watch)
+        spent = (trained - start, evaluated - trained, time.perf_counter() - evaluated)
+        facts = Timing(new.round, *spent, log.tokens, peak_memory()).to_json()
+        self.store.append_timing(facts)
+        watch.round_done(new.round, facts | {"bytes": log.up.total + log.down.total})
+        return new
+
+    def _train_line(self, new: ServerState, cohort: Sequence[Client], log: RoundLog, error: float | None) -> TrainLine:
+        good = [v for c, v in log.losses.items() if c not in log.refused]
+        return TrainLine(
+            round=new.round,
+            loss=float(np.mean(good)) if good else float("nan"),
+            clients=list(log.cohort or [c.id for c in cohort]),
+            losses=log.losses,
+            examples=log.examples,
+            refused=log.refused,
+            bytes={"up": log.up.as_dict(), "down": log.down.as_dict()},
+            exactness=None if error is None else {"product_error": error},
+            extra=self.method.record(new),
+        )
+
+    def _commit(self, server: ServerState, lines: Sequence[Line], watch: Callback) -> None:
+        length = self.store.append_metrics([line.to_json() for line in lines])
+        self.store.save_server(server.round, server.leaves, server.notes, length)
+        for line in lines:
+            watch.record(line)
+
+
+class _Meter:
+    """Holds a round's uploads for the exactness meter, if it is on."""
+
+    def __init__(self, method: Method, context: Context, on: bool):
+        self.method, self.context, self.on = method, context, on
+        self.seen: list[tuple[Params, float]] = []
+
+    def see(self, u: Upload) -> None:
+        if self.on:
+            self.seen.append((u.params, self.method.weight(u)))
+
+    def error(self, new: ServerState) -> float | None:
+        if not self.on or not self.seen:
+            return None
+        frozen = self.method.fixed(self.context)
+        return product_error([(frozen | p, w) for p, w in self.seen], frozen | new.params)

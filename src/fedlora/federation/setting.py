@@ -1,0 +1,166 @@
+"""What is federated: model, task, data, method and how they are sampled and evaluated. Nothing here runs or is stored.
+
+A run (run.py) adds the folder, the loop and the place where clients are trained; what measures or describes a
+federation (views.py, summary.py, memory.py) needs the setting alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..data.batches import LocalWork, train_batches
+from ..data.federated import FederatedData
+from ..errors import ConfigError, Problem
+from ..methods.contract import Client, Context, Method, RoundInfo, ServerState
+from ..model.adapted import Adapted, Batch
+from ..seeds import np_rng
+from ..training.loss import Loss
+from ..training.task import Task
+from ..tree import count, select
+from .channel import Channel, unserved
+from .engine import Schedule
+from .guards.guard import Guard
+from .wire import Precision
+
+View = Literal["personal", "global", "unseen", "cross"]
+Analysis = Literal["effective-ranks", "asymmetry"]
+POOLED = "all clients"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Who takes part: clients_per_round a count, a share as a float in (0, 1], or None for all; a new sample each round or one
+    fixed cohort. precision: of the messages. norm_bound: an upload whose leaves have a larger norm is refused. guards: what
+    is done to uploads around the method (federation/guards/)."""
+
+    rounds: int = 10
+    clients_per_round: float | None = None
+    cohort: Literal["uniform", "fixed"] = "uniform"
+    min_clients: int = 1
+    precision: Precision = "fp32"
+    norm_bound: float | None = None
+    guards: Sequence[Guard] = field(default=(), repr=False)
+
+    @property
+    def channel(self) -> Channel:
+        """The road of messages. Raises ConfigError for guards that do not fit together."""
+        return Channel(self.precision, self.norm_bound, self.guards)
+
+    def size(self, clients: int, most: bool = False) -> int:
+        """Clients in a round. most: as many as there are where fewer than that are there; an error otherwise."""
+        c = self.clients_per_round
+        if c is None:
+            return clients
+        n = max(1, round(c * clients)) if isinstance(c, float) and 0 < c <= 1 else int(c)
+        if most:
+            return min(n, clients)
+        if not 1 <= n <= clients:
+            raise ConfigError([Problem("federation.clients_per_round", c, f"1 to {clients} (the clients that train)")])
+        return n
+
+    def members(self, clients: int, seed: int, round: int, over: float | None = None) -> list[int]:
+        """Client indices of `round`, ascending. over: at a server, how many are asked for each one needed."""
+        n = self.size(clients) if over is None else min(clients, math.ceil(over * self.size(clients, most=True)))
+        if n == clients:
+            return list(range(clients))
+        draw = np_rng(seed, "cohort", 0 if self.cohort == "fixed" else round)
+        return sorted(draw.choice(clients, n, replace=False).tolist())
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """When and what to evaluate. every: rounds between evaluations (the first, before training, and the last always)."""
+
+    every: int = 1
+    views: Sequence[View] = ("personal", "global")
+    cross_clients: int = 8
+    batch_size: int = 64
+    exactness: bool = True
+    analyses: Sequence[Analysis] = ()
+    threshold: float = 0.05
+
+
+@dataclass
+class Setting:
+    """A method over a model and its clients' data. Raises ConfigError for guards that cannot serve the method.
+
+    accumulation: parts in which a batch is computed. recipe, recipe_hash: the recipe it was built from, {} if by hand.
+    """
+
+    model: Adapted
+    task: Task
+    data: FederatedData
+    method: Method
+    plan: LocalWork = field(default=LocalWork(), kw_only=True)
+    schedule: Schedule = field(default=Schedule(), kw_only=True)
+    sampling: Sampling = field(default=Sampling(), kw_only=True)
+    evaluation: Evaluation = field(default=Evaluation(), kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    accumulation: int = field(default=1, kw_only=True)
+    name: str = field(default="run", kw_only=True)
+    recipe: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    recipe_hash: str = field(default="", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if bad := unserved(self.sampling.channel.guards, self.method):
+            raise ConfigError(bad)
+        self.context = Context(self.model.groups, self.seed)
+        self.loss = Loss(self.model, self.task, self.accumulation)
+        self.enrol(self.data)
+        if not self.recipe_hash:
+            self.recipe_hash = _hash_of(self)
+
+    # clients ----------------------------------------------------------------------------------------------------
+    def enrol(self, data: FederatedData) -> None:
+        """Take `data` as the federation's: at a server they are known when the sites have said what they hold."""
+        self.data = data
+        self.index = {id: k for k, id in enumerate(data.ids)}
+        self.training = len(data.ids) - data.unseen
+
+    def client(self, k: int) -> Client:
+        """What the server knows of client number k."""
+        id = self.data.ids[k]
+        return Client(id, int(self.data.splits["train"].sizes[k]))
+
+    def cohort(self, round: int) -> list[Client]:
+        """The clients of a round (0-based)."""
+        if self.method.pooled:
+            return [Client(POOLED, int(self.data.splits["train"].offsets[self.training]))]
+        return [self.client(k) for k in self.sampling.members(self.training, self.seed, round)]
+
+    def batches(self, client: Client, info: RoundInfo, draws: int) -> list[Batch]:
+        """One client's minibatches of a round."""
+        k = None if client.id == POOLED else self.index[client.id]
+        return train_batches(self.data, k, self.plan, draws, self.seed, info.round, client.id)
+
+    # facts ------------------------------------------------------------------------------------------------------
+    def parameters(self, server: ServerState | None = None) -> dict[str, int]:
+        """Scalars that a client trains, shares with the server and keeps, of which head; those that only come down; and
+        those of the base. Counted on the leaves of `server`, the first one by default: a method with stages has others
+        later."""
+        method, probe = self.method, self.client(0)
+        server = method.init(self.context) if server is None else server
+        down = select(method.broadcast(self.context, server, probe), lambda k: k.part != "rank")
+        kept = select(method.keep(self.context, probe), lambda k: "~" not in k.adapter and not method.idle(k, down))
+        frozen = select(down, method.frozen)
+        head = lambda p: count(select(p, lambda k: k.adapter == "head"))  # noqa: E731
+        return {
+            "trainable": count(down) - count(frozen) + count(kept),
+            "shared": count(down),
+            "personal": count(kept),
+            "frozen": count(frozen),
+            "head": head(down) + head(kept),
+            "base": sum(p.numel() for p in self.model.base.parameters()),
+        }
+
+
+def _hash_of(f: Setting) -> str:
+    """Identity of a run made by hand: the method, the plan and the shape of data and model."""
+    facts = (f.method, f.plan, f.schedule, f.sampling, f.evaluation, f.seed, *f.sampling.guards, len(f.data.ids),
+             f.data.splits["train"].rows[:64].tolist(), sorted((g, len(s)) for g, s in f.model.groups.items()),
+             type(f.model.base).__name__)  # fmt: skip
+    return hashlib.sha256(repr(facts).replace("LocalWork(", "Plan(").encode()).hexdigest()[:12]

@@ -1,0 +1,197 @@
+"""The facts of a run as files: environment and partition at its start, the summary at its end.
+
+The round is chosen on validation and scored on test; the mean of the last ten evaluated rounds stands beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Collection, Iterable, Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from .. import kernels
+from ..data.federated import FederatedData
+from ..methods.contract import Client, RoundInfo, ServerState
+from ..model.adapted import Adapted
+from ..training.metrics import beats
+from .channel import first_upload
+from .memory import client_bytes
+from .records import EvalLine, Line, Timing, TrainLine
+from .setting import Setting
+from .store import Store
+
+PACKAGES = ("fedlora", "torch", "transformers", "peft", "datasets", "safetensors", "numpy", "flwr")
+
+
+def environment(f: Setting) -> dict[str, Any]:
+    """Versions and hardware that a reader of the numbers needs."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(f.model.device) if f.model.device.type != "cuda" else torch.cuda.get_device_name(f.model.device),
+        "kernels": operators(f.model),
+        "packages": versions,
+    }
+
+
+def operators(model: Adapted) -> str:
+    """Whose operators a base computes with; for one that could have compiled ones, why it has not."""
+    if model.compiled:
+        return "compiled"
+    why = kernels.unavailable() if model.dtype == torch.bfloat16 and model.device.type == "cpu" else None
+    return f"PyTorch's, because {why}" if why else "PyTorch's"
+
+
+def processor() -> str:
+    """The processor's own name."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def partition_facts(data: FederatedData) -> dict[str, Any]:
+    """Class histogram (or size) of every client in every split."""
+    out: dict[str, Any] = {"ids": list(data.ids), "label_names": list(data.label_names), "unseen": data.unseen}
+    out["sizes"] = {s: rows.sizes.tolist() for s, rows in data.splits.items()}
+    if data.label_names:
+        out["histogram"] = {split: data.histogram(split).tolist() for split in data.splits}
+    return out | {"truncated": data.truncated}
+
+
+def describe_run(f: Setting, store: Store, block: int) -> None:
+    """Write what is known before training starts."""
+    for name, facts in _description(f, block).items():
+        store.write_json(name, facts)
+
+
+def describe_again(f: Setting, store: Store, block: int) -> None:
+    """When a run is resumed: write anew what of its description is damaged or gone."""
+    for name, facts in _description(f, block).items():
+        store.renew_json(name, facts)
+
+
+def _description(f: Setting, block: int) -> dict[str, dict[str, Any]]:
+    held = partition_facts(f.data) | {"recipe": f.recipe.get("partition", {})}
+    return {"environment.json": environment(f) | {"block": block}, "partition.json": held}
+
+
+def chosen_round(lines: Iterable[Line], metric: str, lower: Collection[str] = ("loss",)) -> tuple[int | None, str]:
+    """(round, split it was chosen on): best mean of the personal view, validation before test; earliest of equals.
+
+    Where sites were away, only the evaluations that miss the fewest clients are compared: means over other clients are no better
+    or worse rounds. lower: the metrics of which less is better.
+    """
+    evals = [x for x in lines if isinstance(x, EvalLine) and x.view in ("personal", "global") and metric in x.mean]
+    fewest = min((x.missing for x in evals), default=0)
+    evals = [x for x in evals if x.missing == fewest]
+    for split in ("validation", "test"):
+        for view in ("personal", "global"):
+            best: tuple[int, float] | None = None
+            for x in evals:
+                if x.split == split and x.view == view:
+                    v = x.mean[metric]
+                    if best is None or beats(v, best[1], metric in lower):
+                        best = (x.round, v)
+            if best is not None:
+                return best[0], split
+    return None, "validation"
+
+
+def summarise(f: Setting, server: ServerState, lines: Sequence[Line], timings: Sequence[Timing]) -> dict[str, Any]:
+    """summary.json: parameters, chosen round, scores of every view there, costs. server: of the last round."""
+    metric = f.task.metric
+    chosen, chosen_on = chosen_round(lines, metric, f.task.lower)
+    evals = [x for x in lines if isinstance(x, EvalLine)]
+
+    def at(view: str, split: str, round: int | None) -> dict[str, Any]:
+        for x in evals:
+            if (x.view, x.split, x.round) == (view, split, round):
+                return {"mean": x.mean, "weighted": x.weighted, "worst_decile": x.worst_decile}
+        return {}
+
+    views = {v: at(v, "test", chosen) for v in ("personal", "global", "unseen")}
+    main = "personal" if views["personal"] else "global"
+    last = [x.mean[metric] for x in evals if (x.view, x.split) == (main, "test") and metric in x.mean][-10:]
+    sent = {d: sum(x.sent(d) for x in lines if isinstance(x, TrainLine)) for d in ("up", "down")}
+    return {
+        "name": f.name,
+        "hash": f.recipe_hash,
+        "seed": f.seed,
+        "method": {"name": f.method.name, "title": f.method.title, "repr": repr(f.method), "paper": f.method.paper},
+        "task": f.task.kind,
+        "metric": metric,
+        "rounds": server.round,
+        "chosen_round": chosen,
+        "chosen_on": chosen_on,
+        "validation": at(main, "validation", chosen).get("mean", {}).get(metric),
+        "test": views[main].get("mean", {}).get(metric),
+        "test_last10": sum(last) / len(last) if last else None,
+        "constant": f.data.constant() if metric == "accuracy" else None,
+        "views": {v: x for v, x in views.items() if x},
+        "parameters": f.parameters(server),
+        "bytes": sent | {"total": sent["up"] + sent["down"]},
+        "seconds": sum(t.train_seconds + t.eval_seconds + t.server_seconds for t in timings),
+        "peak_memory_bytes": max((t.peak_memory_bytes for t in timings), default=0),
+    }
+
+
+PRICED = 64  # clients whose messages are measured one by one; a larger cohort is extrapolated from them
+
+
+def round_bytes(f: Setting, server: ServerState, cohort: Sequence[Client]) -> dict[str, int]:
+    """Bytes of a first round, both ways: every client's messages are built and measured."""
+    channel, info = f.sampling.channel, RoundInfo(server.round, f.sampling.rounds)
+    sent = {"down": 0, "up": 0}
+    some = cohort[:PRICED]
+    for c in some:
+        down = channel.down(f.method.broadcast(f.context, server, c), info)
+        up = first_upload(f.method, f.context, info, down.params, c)
+        sent["down"] += down.traffic.total
+        sent["up"] += channel.up(up, down.params, {}, info, c).traffic.total
+    return {d: n * len(cohort) // len(some) for d, n in sent.items()}
+
+
+def plan(f: Setting, block: int) -> dict[str, Any]:
+    """What would run, for `fedlora check`: clients, histograms, parameters, bytes per round, estimated memory.
+
+    block: clients that would be trained at once.
+    """
+    cohort = f.cohort(0)
+    parameters = f.parameters()
+    width = next(f.model.base.parameters()).element_size()
+    train = f.data.splits["train"]
+    return {
+        "method": repr(f.method),
+        "device": str(f.model.device),
+        "sites": len(f.model.groups["target"]),
+        "rows": {s: int(r.offsets[-1]) for s, r in f.data.splits.items()},
+        "clients": f.training,
+        "unseen": f.data.unseen,
+        "cohort": len(cohort),
+        "block": min(block, len(cohort)),
+        "steps": f.plan.count(int(train.sizes.max()), f.method.draws),
+        "parameters": parameters,
+        "bytes_per_round": round_bytes(f, f.method.init(f.context), cohort),
+        "memory_bytes": parameters["base"] * width + client_bytes(f) * min(block, len(cohort)),
+        "ids": list(f.data.ids[:64]),
+        "label_names": list(f.data.label_names),
+        "histogram": f.data.histogram("train")[:1000].tolist() if f.data.label_names else [],
+    }

@@ -1,0 +1,233 @@
+"""The client side that most methods share: descend the loss over the leaves that are trained, share some, keep the rest."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..adapters import FORMS, AdapterName, Form, Pattern, init_head, make, named, pattern_problems
+from ..errors import ConfigError, Problem, near
+from ..layers import Layer
+from ..model.adapted import Batch
+from ..training.loss import Loss
+from ..training.optimizers import AdamW, Optimizer, clip
+from ..tree import Key, Params, mean, select, stack, unstack
+from .contract import Client, Context, Method, Metrics, RoundInfo, ServerState, Upload, Work
+
+Head = Literal["shared", "personal", "frozen"]
+Weights = Literal["examples", "uniform"]
+MOST_RANK = 100_000  # no layer is wider
+
+
+def rank_problems(field: str, patterns: Pattern) -> list[Problem]:
+    """What is wrong with ranks of some layers."""
+    return pattern_problems(field, patterns, lambda r: 1 <= r <= MOST_RANK, f"ranks from 1 to {MOST_RANK:,}")
+
+
+def block_size(p: Params) -> int:
+    """K of a stacked tree."""
+    return len(next(iter(p.values()))) if p else 1
+
+
+def expand(p: Params, k: int) -> Params:
+    """Give leaves that all clients share the client axis, without copying."""
+    return {key: v[None].expand(k, *v.shape) for key, v in p.items()}
+
+
+@dataclass(frozen=True)
+class SGDMethod(Method):
+    """Client side written once: descend the loss over the trainable leaves; upload the shared ones, keep the rest.
+
+    rank, alpha, adapter: the delta form (adapters/). rank_pattern: ranks of some layers, as PEFT has it; their alpha stays.
+    head: who owns the classification head; one switch, the same for all methods of a comparison.
+    weights: p_k by number of examples or uniform.
+    moments: optimizer state reset at the start of each round, or kept by the client.
+    clip: largest gradient norm per client, None for none.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    adapter: AdapterName = "lora"
+    head: Head = "shared"
+    weights: Weights = "examples"
+    moments: Literal["reset", "keep"] = "reset"
+    optimizer: Optimizer = AdamW()
+    clip: float | None = None
+    rank_pattern: Pattern = ()
+    label: ClassVar[str] = "lora"  # the adapter's name in keys
+    needs_halves: ClassVar[bool] = False  # shares or trains one half of the adapter only
+    shares_head: ClassVar[bool] = True  # Local-only shares nothing, whatever the switch says
+
+    def __post_init__(self) -> None:
+        if bad := self.problems():
+            raise ConfigError(bad)
+
+    def problems(self) -> list[Problem]:
+        """What is wrong with the fields; a method with fields of its own adds to it, so that all is shown at once."""
+        bad = []
+        if self.adapter not in FORMS:
+            raise ConfigError([Problem("method.adapter", self.adapter, "a delta form", near(self.adapter, FORMS))])
+        if not isinstance(self.rank, int) or not 1 <= self.rank <= MOST_RANK:
+            bad.append(Problem("method.rank", self.rank, f"an integer from 1 to {MOST_RANK:,}", "choose 4, 8 or 16"))
+            if not isinstance(self.rank, int):
+                raise ConfigError(bad)  # what is asked below cannot be asked
+        if not self.alpha > 0:
+            bad.append(Problem("method.alpha", self.alpha, "a number > 0", "alpha = 2 * rank is usual"))
+        if self.needs_halves and not self.form.first:
+            bad.append(
+                Problem(
+                    "method.adapter",
+                    self.adapter,
+                    f"{named(lambda f: bool(f.first))}: {self.title} tells two halves apart",
+                    "or use homlora",
+                )
+            )
+        bad += rank_problems("method.rank_pattern", self.rank_pattern)
+        if self.rank_pattern and not FORMS[self.adapter].ranks_by_layer:
+            have = named(lambda f: f.ranks_by_layer, "and")
+            bad.append(Problem("method.rank_pattern", dict(self.rank_pattern), f"none: it is of {have}"))
+        if self.clip is not None and not self.clip > 0:
+            bad.append(Problem("train.clip", self.clip, "a number > 0 or null"))
+        return bad
+
+    @property
+    def form(self) -> Form:
+        return make(self.adapter, self.rank, self.alpha, self.rank_pattern)
+
+    @property
+    def groups(self) -> Sequence[str]:
+        return self.form.groups
+
+    def layers_of(self, context: Context) -> list[Layer]:
+        """The layers that the form lives on."""
+        return [s for group in self.form.groups for s in context.layers(group)]
+
+    @property
+    def averages(self) -> bool:
+        return self.sends and not self.pooled
+
+    # what a subclass states -------------------------------------------------------------------------------------
+    @abstractmethod
+    def trains(self, k: Key) -> bool:
+        """Whether an adapter leaf is trained. The head follows the switch."""
+
+    @abstractmethod
+    def shares(self, k: Key) -> bool:
+        """Whether a trained adapter leaf is shared; personal otherwise."""
+
+    # ------------------------------------------------------------------------------------------------------------
+    def shared(self, k: Key) -> bool:
+        if k.adapter == "head":
+            return self.shares_head and (self.head == "shared" or self.pooled)  # pooled data have one owner
+        return "~" not in k.adapter and self.shares(k)
+
+    def fixed(self, context: Context) -> Params:
+        """Leaves that every party derives from the seed: frozen halves, random projections. Nobody owns or sends them."""
+        form, layers = self.form, self.layers_of(context)
+        start = form.init(self.label, layers, context.seed)
+        return form.fixed(self.label, layers, context.seed) | select(start, lambda k: not self.trains(k))
+
+    def start(self, context: Context) -> Params:
+        """Every trained leaf at its start: the deltas are zero, so training starts at the base model."""
+        layers = self.layers_of(context)
+        self.form.check(self.title, layers)
+        p = select(self.form.init(self.label, layers, context.seed), self.trains)
+        return p if self.head == "frozen" else p | init_head(context.head)
+
+    def init(self, context: Context) -> ServerState:
+        return ServerState(0, select(self.start(context), self.shared))
+
+    def keep(self, context: Context, client: Client) -> Params:
+        p = select(self.start(context), lambda k: not self.shared(k))
+        if self.moments == "keep":
+            p |= unstack(_flat(self.optimizer.init(stack([self.start(context)]))), 1)[0]
+        return p
+
+    def broadcast(self, context: Context, server: ServerState, client: Client) -> Params:
+        return server.params
+
+    def begin(self, context: Context, info: RoundInfo, down: Params, kept: Params) -> Work:
+        p = select(down, lambda k: not self.frozen(k)) | select(kept, lambda k: "~" not in k.adapter)
+        train = select(p, lambda k: k.part != "rank")
+        state = _flat(self.optimizer.init(train)) | select(kept, lambda k: "~" in k.adapter)
+        work = {"train": train, "ranks": select(p, lambda k: k.part == "rank"), "moments": state}
+        work["bound"] = self.bound(context, select(down, self.frozen))
+        return work | {"fixed": to(expand(self.fixed(context), block_size(p)), p)}
+
+    def bound(self, context: Context, p: Params) -> Params:
+        """Frozen leaves model-ready, [K ...]; the engine binds them beside the leaves of every step."""
+        return self.form.view(p)
+
+    def ready(self, p: Params, fixed: Params) -> Params:
+        """Model-ready deltas from trained and fixed leaves."""
+        return self.form.view(p | fixed)
+
+    def penalty(self, work: Work, p: Params) -> Tensor | None:
+        """What is added to the loss, [K], as a function of the trained leaves p."""
+        return None
+
+    def step(self, work: Work, loss: Loss, lr: Tensor, *draws: Batch) -> tuple[Work, Metrics]:
+        p = work["train"]
+        value, g = loss.gradient(lambda q: self.ready(q, work["fixed"]), p, draws[0])
+        return self.descend(work, self.penalised(work, g), lr), {"loss": value}
+
+    def penalised(self, work: Work, g: Params) -> Params:
+        """g plus the gradient of the penalty."""
+        leaves = {k: work["train"][k].detach().requires_grad_() for k in g}
+        extra = self.penalty(work, work["train"] | leaves)
+        if extra is None:
+            return g
+        more = torch.autograd.grad(extra.sum(), list(leaves.values()), materialize_grads=True)
+        return {k: v + m for (k, v), m in zip(g.items(), more, strict=True)}
+
+    def descend(self, work: Work, g: Params, lr: Tensor) -> Work:
+        """One optimizer step along g on the leaves that g has."""
+        p = work["train"]
+        new, state = self.optimizer.update(clip(g, self.clip), _deep(work["moments"]), {k: p[k] for k in g}, lr)
+        return work | {"train": p | new, "moments": _flat(state)}
+
+    def finish(self, work: Work) -> tuple[Params, Params]:
+        p = work["train"] | work["ranks"]
+        moments = work["moments"] if self.moments == "keep" else {}
+        return select(p, self.shared), select(p, lambda k: not self.shared(k)) | moments
+
+    def served(self, work: Work) -> Params:
+        return self.ready(work["train"], work["fixed"])
+
+    def personal(self, context: Context, down: Params, kept: Params) -> Params:
+        p = select(down | kept, lambda k: "~" not in k.adapter and k.part != "rank" and not self.frozen(k))
+        own = self.ready(p, to(expand(self.fixed(context), block_size(p)), p))
+        return own | self.bound(context, select(down, self.frozen))
+
+    def aggregate(self, context: Context, server: ServerState, uploads: Iterable[Upload]) -> ServerState:
+        new = mean((u.params, self.weight(u)) for u in uploads)
+        return ServerState(server.round + 1, server.params | new, server.notes)
+
+    def weight(self, u: Upload) -> float:
+        """p_k before normalisation."""
+        return float(u.client.examples) if self.weights == "examples" else 1.0
+
+
+def to(p: Params, like: Params) -> Params:
+    """Move p to the device of `like`."""
+    device = next(iter(like.values())).device if like else torch.device("cpu")
+    return {k: v.to(device) for k, v in p.items()}
+
+
+def _flat(state: Mapping[str, Params]) -> Params:
+    """Optimizer state as leaves: moment "m" of adapter "lora" is adapter "lora~m"."""
+    return {k._replace(adapter=f"{k.adapter}~{n}"): v for n, p in state.items() for k, v in p.items()}
+
+
+def _deep(p: Params) -> dict[str, Params]:
+    """Inverse of _flat."""
+    out: dict[str, Params] = {}
+    for k, v in p.items():
+        adapter, _, n = k.adapter.partition("~")
+        out.setdefault(n, {})[k._replace(adapter=adapter)] = v
+    return out

@@ -1,0 +1,315 @@
+"""A frozen base model with weight deltas at named layers; parameters come in as an argument.
+
+Deltas are added by forward hooks, so the base keeps its modules, its names and its code: any model whose layers are
+nn.Linear, GPT-2's Conv1D or (for biases) nn.LayerNorm will do, a user's own included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..adapters import Form, Parts, at_layers, form_of
+from ..errors import ModelError, near
+from ..layers import Layer, layer_of
+from ..tree import Key, Params
+from .dropout import ClientDropout
+from .tables import Tables
+
+Batch = dict[
+    str, Tensor
+]  # leaves [K b ...]; "labels" [K b ...], "weight" [K b] 0 on padding rows, "seed" [K b] of dropout; "lengths" [K b] if packed
+NOT_INPUTS = frozenset({"labels", "weight", "seed", "common", "lengths"})
+
+
+class Adapted:
+    """The only thing a method sees of the model: its layers and the pure function from (deltas, batch) to an output.
+
+    groups names module paths by use: "target" carries adapters, "head" the task head; more for methods that need them.
+    `call` turns (base, inputs) into the output tensor; by default `base(**inputs)` and its `.logits` where it has them.
+    compiled: answer some of the base's operators by compiled forms of them, where there are such (kernels/).
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        groups: Mapping[str, Sequence[str]],
+        call: Callable[[nn.Module, Mapping[str, Tensor]], Tensor] | None = None,
+        checkpointing: bool = False,
+        dropout: bool = True,
+        compiled: bool = True,
+    ):
+        base.requires_grad_(False)
+        base.eval()
+        config: Any = getattr(base, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # keys and values of past tokens are only for generation
+        self.base, self.call, self.dropout = base, call or _logits, dropout
+        self.checkpointing = checkpointing
+        self._now = kernels.Now() if compiled else None
+        useful = compiled and kernels.useful(self.device, self.dtype)
+        self.compiled = kernels.Compiled(base, self._now, packs=not checkpointing) if useful and self._now else None
+        self._bound: dict[str, list[tuple[type[Form], Parts]]] = {}  # the deltas of each layer
+        self._fired: set[str] = set()  # layers that some forward has reached
+        self._common: set[str] = set()  # layers that work on a tensor all examples share
+        self._clients, self._all_rows = 1, 1  # K and K * b of the batch at hand
+        self._mode: ClientDropout | None = None
+        self.groups: dict[str, tuple[Layer, ...]] = {}
+        modules = dict(base.named_modules())
+        for group, names in groups.items():
+            self.groups[group] = tuple(replace(self._layer(n, modules), group=group) for n in names)
+        hooked = {s.name for layers in self.groups.values() for s in layers}
+        self._tables = Tables(base, sorted(hooked))
+        self.hooks = [modules[n].register_forward_hook(self._hook(n)) for n in sorted(hooked)]
+        if self.compiled:
+            self.hooks += self.compiled.hooks
+            self.hooks += [modules[n].register_forward_pre_hook(self._hand(n)) for n in sorted(hooked)]
+        if checkpointing:
+            self._enable_checkpointing()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base."""
+        return next(self.base.parameters()).dtype
+
+    @property
+    def pad(self) -> int | None:
+        """The token that means "none" to this model; a classifier of decoders reads at the last token that is another.
+
+        Every masked token is this one when it reaches the model, whatever a tokenizer, a collator or a block filled in.
+        """
+        config: Any = getattr(self.base, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return getattr(text, "pad_token_id", None)
+
+    @property
+    def half(self) -> bool:
+        """Whether the base computes in half precision."""
+        return self.dtype in (torch.bfloat16, torch.float16)
+
+    @property
+    def longest(self) -> float:
+        """Tokens that a row may surely have (RoBERTa's table of positions has two that are not for tokens)."""
+        config = getattr(self.base, "config", None)
+        return getattr(config, "max_position_embeddings", float("inf")) - 2
+
+    def _layer(self, name: str, modules: Mapping[str, nn.Module]) -> Layer:
+        if name not in modules:
+            raise ModelError(f"model: no module {name!r} in {type(self.base).__name__}; {near(name, modules)}")
+        layer = layer_of(name, modules[name])
+        if layer is None or "/" in name:
+            kind = type(modules[name]).__name__
+            raise ModelError(
+                f"model: module {name!r} is a {kind}, expected Linear, Conv1D, LayerNorm or Embedding; choose another"
+            )
+        return layer
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def add(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+            clients, rows = self._clients, self._rows
+            self._fired.add(name)
+            if len(y) != rows and not isinstance(module, nn.Embedding):
+                self._common.add(name)
+            bound = self._bound.get(name)
+            if not bound:
+                return y
+            if clients > 1 and len(y) == 1 and isinstance(module, nn.Embedding):
+                y = y.expand(rows, *y.shape[1:])  # positions, the same for all examples: each client has its own table
+            if clients > 1 and len(y) != rows:
+                raise ModelError(
+                    f"model: layer {name!r} works on a tensor that all examples share ({len(y)} rows, batch {rows}), so "
+                    f"{clients} clients cannot be in one block; set run.block to 1 or choose other targets"
+                )
+            if self.compiled and self.compiled.added():
+                return y
+            for form, parts in bound:
+                y = form.apply(args[0], y, parts, module)
+            return y
+
+        return add
+
+    def _hand(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hand(module: nn.Module, args: tuple[Any, ...]) -> None:
+            bound = self._bound.get(name)
+            if self.compiled and bound and len(args[0]) == self._rows and all(form.low_rank for form, _ in bound):
+                self.compiled.hand(module, [parts for _, parts in bound])
+
+        return hand
+
+    @property
+    def _rows(self) -> int:
+        """Of the tensors that layers see: clients * b, or one for each client where its rows follow each other."""
+        return self._clients if self.compiled and self.compiled.now.inside else self._all_rows
+
+    def packs(self, batch: Batch) -> bool:
+        """Whether right-padded rows with their "lengths" are computed without the padding."""
+        if self.compiled is None or "attention_mask" not in batch:
+            return False
+        return self.compiled.packs(batch["attention_mask"].shape[-1])
+
+    def _enable_checkpointing(self) -> None:
+        def contexts() -> Any:
+            assert self._mode is not None
+            first, again = self._mode.checkpoint_contexts()
+            return first, _both(self._operators(), again)
+
+        enable = getattr(self.base, "activation_checkpointing_enable", None)
+        if enable is None or not getattr(self.base, "supports_gradient_checkpointing", False):
+            raise ModelError(
+                f"model: {type(self.base).__name__} does not support gradient checkpointing; "
+                "set model.gradient_checkpointing to false or use a model that does"
+            )
+        enable(activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts})
+
+    def bind(self, p: Params) -> None:
+        """Stays bound until the next call: gradient checkpointing re-runs the forward during backward."""
+        layers = at_layers(p)
+        self._bound = {
+            s: [(form_of(parts), parts) for parts in each.values()]
+            for s, each in layers.items()
+            if s not in self._tables
+        }
+        read = {s: parts["table"] for s, each in layers.items() if s in self._tables for parts in each.values()}
+        self._tables.replace(read)
+
+    @contextmanager
+    def training(self, batch: Batch) -> Iterator[None]:
+        """Around a forward and its backward: dropout by the batch's seeds, checkpointing on."""
+        seeds = batch["seed"].flatten() if "seed" in batch and self.dropout else None
+        if seeds is None and not self.checkpointing:
+            yield
+            return
+        self._mode = ClientDropout(seeds, int(batch["common"][0]) if "common" in batch else 0, self._now)
+        self.base.train()
+        try:
+            with self._operators(), self._mode:  # dropout is asked first: what it drops in, no kernel knows
+                yield
+        finally:
+            self.base.eval()
+            self._mode = None
+
+    def _operators(self) -> AbstractContextManager[Any]:
+        """Around the base's own code."""
+        return kernels.Fused(self._now) if self.compiled else nullcontext()
+
+    @contextmanager
+    def _packed(self, batch: Batch) -> Iterator[None]:
+        if self.compiled is None or "lengths" not in batch:
+            yield
+            return
+        self.compiled.now.packing = kernels.Packing(batch["lengths"], batch["attention_mask"].shape[-1])
+        try:
+            yield
+        finally:
+            self.compiled.now.packing, self.compiled.now.inside = None, False
+
+    def forward(self, p: Params, batch: Batch) -> Tensor:
+        """Output of every row, [K b ...]. batch leaves [K b ...]."""
+        self.bind(p)
+        inputs = {n: v.flatten(0, 1) for n, v in batch.items() if n not in NOT_INPUTS}
+        first = next(iter(batch.values()))
+        self._clients, self._all_rows = first.shape[0], first.shape[0] * first.shape[1]
+        if self.pad is not None and "attention_mask" in inputs and "input_ids" in inputs:
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, self.pad)
+        with self._packed(batch), self._operators() if self._mode is None else nullcontext():
+            y: Tensor = self.call(self.base, inputs)
+        if silent := [s for s in self._bound if s not in self._fired and self._tables.is_table(s)]:
+            for s in silent:  # nothing has called them, so the base reads their weight
+                self._tables.add(s)
+            return self.forward(p, batch)
+        return y.unflatten(0, first.shape[:2])
+
+    @contextmanager
+    def serving(self, p: Params) -> Iterator[None]:
+        """The base itself computes with deltas p (K = 1) bound: for `generate`, which calls it many times."""
+        self.bind(p)
+        self._clients, self._all_rows = 1, 1
+        config: Any = self.base.config
+        cache = getattr(config, "use_cache", None)
+        config.use_cache = True
+        try:
+            yield
+        finally:
+            config.use_cache = cache
+
+    def probe(self, batch: Batch) -> bool:
+        """Run `batch` once; True if several clients can be in one block. Raises ModelError for targets never reached.
+
+        DeBERTa-v3 projects relative positions that all examples share by its target layers: its clients' deltas differ
+        there, so its blocks hold one client.
+        """
+        layers = {s.name: s for layers in self.groups.values() for s in layers}
+        with torch.inference_mode():
+            y = self.forward({}, batch)
+            for name in (n for n in layers if self._tables.is_table(n) and n not in self._fired):
+                t = (
+                    torch.arange(layers[name].in_ * layers[name].out, device=self.device) % 7 - 3.0
+                )  # seen through any norm
+                one = {n: v[:1] for n, v in batch.items()}
+                if not torch.equal(
+                    self.forward({Key("probe", name, "table"): t.view(1, layers[name].in_, -1)}, one)[0], y[0]
+                ):
+                    self._fired.add(name)  # the base reads its weight
+        self.bind({})
+        if unused := [n for n in layers if n not in self._fired]:
+            raise ModelError(
+                f"model: the forward never reaches {unused[0]!r} ({len(unused)} such layers), so a delta there would do "
+                "nothing; choose other targets"
+            )
+        adapted = {s.name for group, layers in self.groups.items() for s in layers if group != "head"}
+        return not self._common & adapted and not any(n in self._tables for n in adapted)
+
+    def close(self) -> None:
+        """Remove the hooks: the base is as it was."""
+        self.bind({})
+        for h in self.hooks:
+            h.remove()
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+def _logits(base: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    out = base(**inputs)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def matching(base: nn.Module, targets: str | Iterable[str]) -> list[str]:
+    """Module paths that `targets` names, as PEFT reads them: a list of name endings, or one regular expression.
+
+    Raises ModelError with the near misses for a target that matches nothing.
+    """
+    import re
+
+    names = {n: m for n, m in base.named_modules() if n and (s := layer_of(n, m)) is not None and s.kind == "linear"}
+    if isinstance(targets, str):
+        try:
+            found = [n for n in names if re.fullmatch(targets, n)]
+        except re.error as e:
+            raise ModelError(f"model.targets: pattern {targets!r} is not a regular expression: {e}") from e
+        endings = sorted({n.rsplit(".", 1)[-1] for n in names})
+        if not found:
+            raise ModelError(f"model.targets: pattern {targets!r} matches no layer; {near(targets, endings)}")
+        return found
+    found = []
+    for t in targets:
+        mine = [n for n in names if n == t or n.endswith("." + t)]
+        if not mine:
+            endings = sorted({n.rsplit(".", 1)[-1] for n in names} | set(names))
+            raise ModelError(f"model.targets: {t!r} matches no layer of {type(base).__name__}; {near(t, endings)}")
+        found += [n for n in mine if n not in found]
+    order = {n: i for i, n in enumerate(names)}
+    return sorted(found, key=order.__getitem__)

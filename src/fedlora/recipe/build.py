@@ -1,0 +1,182 @@
+"""From a recipe to the objects it describes. Every section is tried, so that all problems are shown at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from .. import kernels
+from ..checkpoints import peft, pretrained
+from ..data.batches import LocalWork
+from ..data.federated import FederatedData, assemble
+from ..errors import ConfigError, FedloraError, Problem
+from ..federation import tensorboard
+from ..federation.engine import Schedule
+from ..federation.run import Federation
+from ..federation.setting import Evaluation, Sampling
+from ..methods.contract import Method
+from ..model.adapted import Adapted, matching
+from ..model.groups import groups
+from ..training.optimizers import SGD, AdamW, Optimizer
+from ..training.task import Task
+from ..training.tasks import TASKS
+from . import places
+
+if TYPE_CHECKING:
+    from . import Recipe
+
+T = TypeVar("T")
+
+
+def device_of(name: str, field: str = "model.device") -> str:
+    """The device to run on; "auto" takes cuda, then mps, then the CPU."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(d for d in ("cuda", "mps", "cpu") if found[d])
+    if not found.get(name.split(":")[0]):
+        have = [d for d, ok in found.items() if ok]
+        raise ConfigError([Problem(field, name, f"a device of this machine ({', '.join(have)})", "use auto")])
+    return name
+
+
+def optimizer_of(r: Recipe) -> Optimizer:
+    """The optimizer that the train section describes."""
+    t = r.train
+    if t.optimizer == "sgd":
+        return SGD(t.lr, t.momentum, t.weight_decay)
+    return AdamW(t.lr, t.betas, weight_decay=t.weight_decay)
+
+
+def task_of(r: Recipe, data: FederatedData) -> Task:
+    kind = TASKS[r.model.task]
+    return kind.of(kind.names(data), r.model.model_dump())
+
+
+def attention_of(r: Recipe, method: Method) -> str | None:
+    """None for transformers' own choice (fused where the model has it): where our kernels answer it, dropout included, or on a GPU.
+
+    Eager elsewhere: where there is attention dropout (its masks are ours), where attention must be differentiated twice, and on
+    CPUs, where the fused form is slower in bf16 and gains little in fp32 (bench/NOTES.md).
+    """
+    if r.model.attention != "auto":
+        if r.model.attention == "sdpa" and method.second_order:
+            raise ConfigError([Problem("model.attention", "sdpa", f"auto or eager, because {method.title} differentiates "
+                                       "the model twice and fused attention cannot", "set model.attention to auto")])  # fmt: skip
+        return r.model.attention
+    device = torch.device(device_of(r.model.device))
+    ours = r.model.kernels == "auto" and kernels.useful(device, pretrained.DTYPES[r.model.dtype])
+    if ours and r.data.max_length <= kernels.MOST:
+        return None
+    return "eager" if method.second_order or r.train.dropout or device.type == "cpu" else None
+
+
+def adapted_of(r: Recipe, loaded: pretrained.Pretrained, method: Method) -> Adapted:
+    """The base with the layers that the method needs."""
+    targets: Any = r.model.targets
+    if targets == "auto":
+        targets = peft.default_targets(loaded.model_type)
+    inside = [n for n in matching(loaded.base, targets) if n not in loaded.head]
+    found = groups(method.groups, loaded.base, loaded.model_type, inside, loaded.head)
+    return Adapted(loaded.base, found, checkpointing=r.model.gradient_checkpointing, dropout=r.train.dropout,
+                   compiled=r.model.kernels == "auto")  # fmt: skip
+
+
+def tokenizer_of(r: Recipe) -> Any:
+    """The tokenizer alone: data can be prepared before the model is loaded."""
+    return pretrained.load_tokenizer(r.model.name, r.model.revision)
+
+
+def data_of(r: Recipe, tokenizer: Any, cache: Path | None = None) -> FederatedData:
+    """The clients' data, tokenised and partitioned."""
+    return assemble(tokenizer, r.data.model_dump(), r.partition.model_dump(), TASKS[r.model.task], r.run.seed, cache)
+
+
+def method_of(r: Recipe) -> Method:
+    """The method with its optimizer and clipping filled in from the train section."""
+    return r.method_object()
+
+
+def federation(
+    r: Recipe, output: str | Path | None = None, source: Callable[[Recipe, Any], FederatedData] = data_of
+) -> Federation:
+    """Everything a recipe describes, ready to run. Raises ConfigError with all problems found.
+
+    source: gives the data, from the recipe and a tokenizer.
+    """
+    problems: list[Problem] = []
+
+    def attempt(field: str, make: Callable[[], T]) -> T | None:
+        try:
+            return make()
+        except ConfigError as e:
+            problems.extend(e.problems)
+        except FedloraError as e:
+            problems.append(Problem.told(field, e))
+        return None
+
+    if r.run.threads:
+        torch.set_num_threads(r.run.threads)
+    method = attempt("method", lambda: method_of(r))
+    attempt("model.device", lambda: device_of(r.model.device))
+    if r.run.tensorboard:
+        attempt("run.tensorboard", tensorboard.check)
+    attention = attempt("model.attention", lambda: attention_of(r, method)) if method else None
+    tokenizer = attempt("model", lambda: tokenizer_of(r))
+    data = attempt("data", lambda: source(r, tokenizer)) if tokenizer is not None else None
+    classes = (len(TASKS[r.model.task].names(data)) if data is not None else 0) or 2
+    loaded = None
+    if not any(p.field.startswith("model") for p in problems):
+        loaded = attempt(
+            "model",
+            lambda: pretrained.load(
+                r.model.name, r.model.task, classes, seed=r.run.seed, dtype=r.model.dtype,
+                attention=attention, revision=r.model.revision, device=device_of(r.model.device),
+            ),
+        )  # fmt: skip
+    model = attempt("model.targets", lambda: adapted_of(r, loaded, method)) if loaded and method else None
+    if problems or method is None or data is None or model is None:
+        raise ConfigError(problems)
+    fed = Federation(
+        model=model,
+        task=task_of(r, data),
+        data=data,
+        method=method,
+        output=output or r.output_folder(),
+        plan=LocalWork(r.train.steps, r.train.epochs, r.train.batch_size),
+        schedule=Schedule(r.train.schedule, r.train.warmup),
+        sampling=Sampling(
+            r.federation.rounds,
+            r.federation.clients_per_round,
+            r.federation.cohort,
+            r.federation.min_clients,
+            r.federation.precision,
+            r.federation.norm_bound,
+            r.guard_objects(),
+        ),
+        evaluation=Evaluation(
+            r.evaluation.every,
+            r.evaluation.views,
+            r.evaluation.cross_clients,
+            r.evaluation.batch_size,
+            analyses=r.evaluation.analyses,
+            threshold=r.evaluation.threshold,
+        ),
+        seed=r.run.seed,
+        block=r.run.block,
+        accumulation=r.train.accumulation,
+        keep=r.run.keep,
+        tensorboard=r.run.tensorboard,
+        name=r.name,
+        recipe=r.resolved(),
+        recipe_hash=r.hash,
+    )
+    fed.store.places = places.of(r, fed.store.root)
+    if fed.training:
+        attempt("federation.clients_per_round", lambda: fed.sampling.size(fed.training))
+    attempt("method", lambda: method.init(fed.context))
+    if problems:
+        raise ConfigError(problems)
+    return fed

@@ -1,0 +1,119 @@
+"""Causal language modelling: plain text, or completions of prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...data.columns import strings
+from ...data.labels import classes
+from ...data.load import Targets, Texts, field_of, filled
+from ...errors import Problem
+from ..metrics import Predictions, Scores, mean_loss
+from ..task import Prediction, Serving, Task, full
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class CausalLM(Task):
+    """Cross-entropy of the next token, mean over scored tokens; labels [N L], -100 where there is no loss."""
+
+    kind: ClassVar[str] = "causal-lm"
+    auto: ClassVar[str] = "AutoModelForCausalLM"
+    peft_type: ClassVar[str] = "CAUSAL_LM"
+    lower: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity", "bits_per_character"})
+    has_head: ClassVar[bool] = False
+    over_vocabulary: ClassVar[bool] = True
+    tokenwise: ClassVar[bool] = True
+
+    def row_losses(self, output: Tensor, labels: Tensor) -> Tensor:
+        n, length, vocabulary = output.shape
+        target = labels[:, 1:].reshape(-1)
+        scores = full(output[:, :-1]).reshape(-1, vocabulary)
+        return F.cross_entropy(scores, target, reduction="none", ignore_index=-100).view(n, length - 1).sum(1)
+
+    def row_counts(self, labels: Tensor) -> Tensor:
+        return (labels[:, 1:] != -100).sum(1).float()
+
+    def measures(self, clients: Sequence[Predictions]) -> list[Scores]:
+        return [_measures(p) for p in clients]
+
+    @classmethod
+    def config(cls, outputs: int) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def problems(cls, data: Any) -> Iterator[Problem]:
+        if isinstance(data.text, tuple):
+            what = "use data.prompt and data.completion"
+            yield Problem("data.text", list(data.text), "one column for causal-lm", what)
+        if data.text is not None and data.completion is not None:
+            yield Problem("data.text", data.text, "null beside data.completion", "drop one of the two")
+        if data.prompt is not None and data.completion is None:
+            yield Problem("data.completion", None, "a column beside data.prompt", "name the column of the answers")
+        if data.completion is not None and data.prompt is None and data.template is None:
+            yield Problem("data.prompt", None, "a column beside data.completion", "name the column of the questions")
+        if data.text is None and data.prompt is None and data.completion is None and data.template is None:
+            what = "name a text column, or data.prompt and data.completion"
+            yield Problem("data.text", None, "a column for causal-lm", what)
+
+    @classmethod
+    def grouped(cls, data: Any) -> bool:
+        return data.label is not None or data.source == "demo"
+
+    @classmethod
+    def texts(cls, table: pa.Table, data: Mapping[str, Any]) -> Texts:
+        completion, template = data.get("completion"), data.get("template")
+        first = filled(table, data) if template else None
+        if completion:
+            answers = strings(table, completion, "data.completion")
+            return Texts("continuations", first or strings(table, data["prompt"], "data.prompt"), answers)
+        return Texts("running", first or strings(table, data["text"], "data.text"))
+
+    @classmethod
+    def targets(cls, tables: Mapping[int, pa.Table], data: Mapping[str, Any]) -> Targets:
+        """A column of classes is for the partition alone."""
+        label = data.get("label")
+        if label is None:
+            return Targets()
+        first, names = classes(tables[0], label, data.get("classes"))
+        ids = [first] + [classes(t, label, names, field_of(o))[0] for o, t in tables.items() if o]
+        return Targets(None, ids, names)
+
+    def drawn(self, ids: np.ndarray, mask: np.ndarray, g: np.random.Generator) -> np.ndarray:
+        return np.where(mask > 0, ids, -100)
+
+    def answer(self, serving: Serving, requests: Sequence[Any]) -> list[Prediction]:
+        """Greedy continuations."""
+        return [_continue(serving, t if isinstance(t, str) else " ".join(t)) for t in requests]
+
+
+def _measures(p: Predictions) -> Scores:
+    loss = mean_loss(p)
+    if not p.counts.sum():
+        return {}
+    out = {"perplexity": math.exp(min(loss, 700.0))}
+    if p.chars is not None and p.chars.sum() > 0:
+        out["bits_per_character"] = float(p.losses.sum()) / math.log(2) / float(p.chars.sum())
+    return out
+
+
+def _continue(s: Serving, text: str) -> Prediction:
+    encoded = s.tokenizer(text, return_tensors="pt").to(s.model.device)
+    encoded.pop("token_type_ids", None)
+    with torch.inference_mode(), s.model.serving(s.deltas):
+        base: Any = s.model.base
+        pad = s.tokenizer.pad_token_id
+        ids = base.generate(**encoded, max_new_tokens=s.new_tokens, do_sample=False, pad_token_id=pad)
+    return Prediction(
+        text, s.tokenizer.decode(ids[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    )

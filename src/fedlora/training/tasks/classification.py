@@ -1,0 +1,83 @@
+"""Classification: one class a text, or a pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...data.labels import classes
+from ...data.load import Targets, field_of
+from ...errors import DataError
+from ..metrics import Predictions, Scores, owners, ratio
+from ..task import Task, full
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """Cross-entropy over `classes`; labels [N] int64."""
+
+    kind: ClassVar[str] = "classification"
+    metric: ClassVar[str] = "accuracy"
+    named: ClassVar[bool] = True
+    permutes: ClassVar[bool] = True
+    classes: int = 2
+
+    def row_losses(self, output: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(full(output), labels, reduction="none")
+
+    def answers(self, output: Tensor, labels: Tensor) -> Tensor:
+        return output.argmax(-1)
+
+    def measures(self, clients: Sequence[Predictions]) -> list[Scores]:
+        """As scikit-learn's accuracy_score, f1_score(average="macro") and matthews_corrcoef; the last is 0 where it is
+        undefined. All clients are counted at once: of each client and class, rows that are it, are called it, and both."""
+        k, whose = len(clients), owners([len(p.losses) for p in clients])
+        true = np.concatenate([p.labels for p in clients]).astype(np.int64)
+        said = np.concatenate([p.values for p in clients]).astype(np.int64)
+        c = int(max(true.max(), said.max())) + 1
+
+        def count(classes: np.ndarray, of: np.ndarray) -> np.ndarray:
+            return np.bincount(of * c + classes, minlength=k * c).reshape(k, c).astype(float)
+
+        right = true == said
+        t, s, hit = count(true, whose), count(said, whose), count(true[right], whose[right])
+        n, hits = t.sum(1), hit.sum(1)
+        f1 = ratio(2 * hit, t + s).sum(1) / ((t + s) > 0).sum(1)
+        spread = np.sqrt(n**2 - (s**2).sum(1)) * np.sqrt(n**2 - (t**2).sum(1))
+        matthews = ratio(hits * n - (t * s).sum(1), spread)
+        return [
+            {"accuracy": float(a), "macro_f1": float(f), "matthews": float(m)}
+            for a, f, m in zip(hits / n, f1, matthews, strict=True)
+        ]
+
+    @classmethod
+    def of(cls, names: Sequence[str], options: Mapping[str, Any]) -> Classification:
+        return cls(len(names))
+
+    @classmethod
+    def grouped(cls, data: Any) -> bool:
+        return True
+
+    @classmethod
+    def targets(cls, tables: Mapping[int, pa.Table], data: Mapping[str, Any]) -> Targets:
+        label = data["label"]
+        first, names = classes(tables[0], label, data.get("classes"))
+        ids = [first] + [classes(t, label, names, field_of(o))[0] for o, t in tables.items() if o]
+        if len(names) < 2:
+            raise DataError(f"data.label: column {label!r} holds only {names[0]!r}, expected two or more classes")
+        return Targets(ids, ids, names)
+
+    def drawn(self, ids: np.ndarray, mask: np.ndarray, g: np.random.Generator) -> np.ndarray:
+        return g.integers(0, self.classes, len(ids))
+
+    def say(self, output: Tensor, names: Sequence[str]) -> tuple[str, float | None]:
+        p, c = output.softmax(-1).max(-1)
+        return names[int(c)], float(p)
