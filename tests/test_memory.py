@@ -123,7 +123,7 @@ def test_onednn_is_understood() -> None:
 
 FAULTS = """
 import resource, torch
-from fedlora.federation.run.memory import kept
+from fedlora.federation.memory import kept
 torch.set_num_threads(1)
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()

@@ -494,7 +494,7 @@ def test_what_cannot_be_recorded_is_not_sent(home: Path, tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("scores", [True, False])
 def test_a_run_through_gates_comes_to_its_end(
-    scores: bool, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    scores: bool, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two sites whose columns have other names, with scores and without; the report and the tables do without them."""
     from test_deploy import Loop
@@ -502,10 +502,11 @@ def test_a_run_through_gates_comes_to_its_end(
     tables = pytest.importorskip("fedlora.cli.tables")
     from fedlora.report import write_run
 
-    r = recipe("deployment.clients=2", "federation.min_clients=2", model=str(home / "model"))
+    r = recipe("deployment.clients=2", "federation.min_clients=2", model="./model")
+    monkeypatch.chdir(home)
     given = told_to_sites(r)
     write_csv(tmp_path / "b.csv", [(t, c, w) for t, c, w in rows(90, 1)], ("note", "outcome", "who"))
-    p = policy(model={"known": {str(home / "model"): None}}, send={"scores": scores}, least={"score_rows": 9})
+    p = policy(model={"known": {"./model": None}}, send={"scores": scores}, least={"score_rows": 9})
     kinds = {0: ("a", home / "good.csv", {}), 1: ("b", tmp_path / "b.csv", {"text": "note", "label": "outcome"})}
     sites = {
         n: guarded(

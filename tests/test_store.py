@@ -234,7 +234,7 @@ def test_no_permission(tmp_path: Path) -> None:
 
 KILLED = """
 import os, sys, torch
-from fedlora.federation.run.store import Store
+from fedlora.federation.store import Store
 from fedlora.tree import Key
 at, count = int(sys.argv[2]), [0]
 def dying(name):

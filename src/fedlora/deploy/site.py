@@ -63,7 +63,8 @@ class Holding:
         unknown = [
             Problem(f"data.{k}", v, f"one of {', '.join(COLUMNS)}") for k, v in self.columns.items() if k not in COLUMNS
         ]
-        if self.model is None and str(raw["model"]["name"]).startswith(FOLDER_OF_SERVER):
+        foreign = str(raw["model"]["name"]).startswith(FOLDER_OF_SERVER)
+        if foreign and self.model is None and self.policy is None:  # a policy says itself which models it knows
             name = raw["model"]["name"].removeprefix(FOLDER_OF_SERVER)
             unknown.append(
                 Problem("--model", None, f"this site's copy of the server's folder {name}", "copy it here and name it")
