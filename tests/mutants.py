@@ -91,6 +91,10 @@ MUTANTS = (
     Mutant("guards of the server forget", "federation/run.py", "self.store.save_server(server.round, server.leaves,", "self.store.save_server(server.round, server.params,", "tests/test_guards.py -k servers_guards"),
     Mutant("check announces a message without its precision", "federation/summary.py", 'sent["up"] += channel.up(', 'sent["up"] += type(channel)().up(', "tests/test_guards.py -k announces"),
     Mutant("a message of another precision is taken", "federation/channel.py", "p = wire.unpack(message, self.precision)", "p = wire.unpack(message)", "tests/test_guards.py -k is_none"),
+    # summary and report
+    Mutant("a hand-over's scores are a round's", "federation/summary.py", "if isinstance(x, EvalLine) and x.stage is None]", "if isinstance(x, EvalLine)]", "tests/test_federation.py -k hand_over"),
+    Mutant("the untrained model is one of the last rounds", "federation/summary.py", "metric in x.mean and x.round]", "metric in x.mean]", "tests/test_federation.py -k hand_over"),
+    Mutant("the mean is of the first ten", "federation/summary.py", "for x in tested[-10:]]", "for x in tested[:10]]", "tests/test_federation.py -k last_ten"),
     # edges: heads, global models, stages, refusals, who takes part
     Mutant("a pooled method keeps its head from those it serves", "methods/sgd.py", '(self.head == "shared" or self.pooled)', 'self.head == "shared"', "tests/test_law_edges.py -k 'served and centralized'"),
     Mutant("the global model is the first client's", "serving/export.py", "return whole(fed, engine, server) if k is None else", "return served(fed, engine, server, [0], 'global')[0] if k is None else", "tests/test_law_edges.py -k not_cut"),
@@ -228,6 +232,7 @@ MUTANTS = (
     Mutant("a body may drip for ever", "flower/door.py", "asyncio.timeout(min(STALLED, max(end - time.monotonic(), 0.0)))", "asyncio.timeout(STALLED)", "tests/test_door.py -k drips"),
     Mutant("one address takes all connections", "flower/door.py", "crowded = self.inside[who] >= self.each", "crowded = False", "tests/test_door.py -k one_address"),
     Mutant("a connection that is closed still counts", "flower/door.py", "            self.inside[who] -= 1\n", "", "tests/test_door.py -k one_address"),
+    Mutant("the server's own socket is never answered", "flower/door.py", "        if not self.limited:\n", "        if False:\n", "tests/test_door.py -k own_door"),
     Mutant("the network reaches the control API", "flower/superlink.py", 'if not scope["path"].startswith(prefixes):', "if False:", "tests/test_flower.py -k strangers"),
     Mutant("nodes need no key", "flower/superlink.py", "self.open_to_all = keys is None", "self.open_to_all = True", "tests/test_flower.py -k strangers"),
     # data

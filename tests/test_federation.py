@@ -23,7 +23,7 @@ from fedlora.federation.callbacks import Callback
 from fedlora.federation.records import EvalLine
 from fedlora.federation.run import Federation
 from fedlora.federation.setting import Evaluation, Sampling
-from fedlora.federation.summary import chosen_round
+from fedlora.federation.summary import chosen_round, summarise
 from fedlora.methods import METHODS
 from fedlora.seeds import np_rng
 from fedlora.training.optimizers import SGD, AdamW
@@ -167,6 +167,26 @@ def test_the_round_is_chosen_on_validation() -> None:
     assert chosen_round(lines, "loss") == (2, "validation")
     assert chosen_round([x for x in lines if x.split == "test"], "accuracy") == (2, "test")
     assert chosen_round([], "accuracy")[0] is None
+
+
+def test_a_hand_over_and_the_start_are_no_rounds_of_training(tmp_path: Path) -> None:
+    """Scores before and after a hand-over are recorded and never chosen; the mean of the last rounds leaves out round 0."""
+    high, low = {"accuracy": 0.9}, {"accuracy": 0.1}
+    rows = [EvalLine(t, "personal", "validation", {}, low if t else high, {}, {}, stage="handover") for t in (1, 2)]
+    rows += [EvalLine(t, "personal", "validation", {}, {"accuracy": t / 10}, {}, {}) for t in (0, 1, 2)]
+    rows.insert(0, EvalLine(1, "personal", "validation", {}, high, {}, {}, stage="before"))
+    assert chosen_round(rows, "accuracy") == (2, "validation")
+    rows += [EvalLine(t, "personal", "test", {}, {"accuracy": t / 10}, {}, {}) for t in range(4)]
+    f = tiny.federation(METHODS["fedsa"](rank=4), tmp_path)
+    found = summarise(f, f.method.init(f.context), rows, [])
+    assert found["test_last10"] == pytest.approx((0.1 + 0.2 + 0.3) / 3) and found["last_rounds"] == 3
+
+
+def test_the_last_ten_are_the_last(tmp_path: Path) -> None:
+    rows = [EvalLine(t, "personal", "test", {}, {"accuracy": float(t)}, {}, {}) for t in range(15)]
+    f = tiny.federation(METHODS["fedsa"](rank=4), tmp_path)
+    found = summarise(f, f.method.init(f.context), rows, [])
+    assert found["test_last10"] == pytest.approx(sum(range(5, 15)) / 10) and found["last_rounds"] == 10
 
 
 def test_global_view_has_fresh_personal_leaves(tmp_path: Path) -> None:

@@ -306,6 +306,7 @@ def test_who_stands_far_from_the_others_is_named_or_refused() -> None:
     (said,) = claims.odd({"a": 10.0, "b": 12.0, "c": 4000.0}, "rows")
     assert "c claims rows 4000, 333 times the median" in said or "c claims rows 4000, 400 times" in said
     assert claims.odd({"a": 10.0, "b": 4000.0}, "rows") == []
+    assert len(claims.odd({"x": math.nan, "a": 10.0, "b": 12.0, "c": 4000.0, "y": math.nan}, "rows")) == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -306,3 +307,47 @@ def test_nobody_asks_which_task_it_is() -> None:
     ):  # fmt: skip
         assert asks_for_a_task(code), code
     assert not asks_for_a_task("load('regression'); x == 'other'; isinstance(t, Task)")
+
+
+# words ---------------------------------------------------------------------------------------------------------------
+DESCRIBED = ("methods", "adapters", "training", "federation", "evaluation", "model", "checkpoints", "data", "serving")
+
+
+def undescribed(files: dict[str, str]) -> list[str]:
+    """Public classes and functions without a docstring; one that overrides a function with a docstring has that one's."""
+    known: dict[str, list[tuple[list[str], dict[str, bool]]]] = {}
+    trees = {name: ast.parse(text) for name, text in files.items()}
+    for tree in trees.values():
+        for n in (x for x in ast.walk(tree) if isinstance(x, ast.ClassDef)):
+            bases = [b.id if isinstance(b, ast.Name) else getattr(b, "attr", "") for b in n.bases]
+            own = {m.name: bool(ast.get_docstring(m)) for m in n.body if isinstance(m, ast.FunctionDef)}
+            known.setdefault(n.name, []).append((bases, own))
+
+    def described(cls: str, method: str, seen: frozenset[str] = frozenset()) -> bool:
+        bases = [b for bs, _ in known.get(cls, []) for b in bs if b not in seen]
+        return any(
+            any(own.get(method) for _, own in known.get(b, [])) or described(b, method, seen | {b}) for b in bases
+        )
+
+    out = []
+    for name, tree in trees.items():
+        for n in tree.body:
+            if not isinstance(n, ast.FunctionDef | ast.ClassDef) or n.name.startswith("_"):
+                continue
+            out += [] if ast.get_docstring(n) else [f"{name}: {n.name}"]
+            for m in n.body if isinstance(n, ast.ClassDef) else ():
+                public = isinstance(m, ast.FunctionDef) and not m.name.startswith("_")
+                if public and not ast.get_docstring(m) and not described(n.name, m.name):
+                    out.append(f"{name}: {n.name}.{m.name}")
+    return out
+
+
+def test_everything_public_is_described() -> None:
+    files = {
+        str(f.relative_to(ROOT)): f.read_text(encoding="utf-8")
+        for room in DESCRIBED
+        for f in sorted((ROOT / "src/fedlora" / room).rglob("*.py"))
+    }
+    assert undescribed(files) == []
+    bad = "class A:\n    'x'\n    def f(self): 'y'\n    def g(self): ...\nclass B(A):\n    'x'\n    def f(self): ...\ndef h(): ..."
+    assert undescribed({"x": bad}) == ["x: A.g", "x: h"]

@@ -284,7 +284,7 @@ def fake(folder: Path, seed: int, method: str, scores: list[list[float]]) -> Pat
             )
     best = max(range(len(scores)), key=lambda t: sum(scores[t]))
     view = {k: {"accuracy": sum(scores[best]) / len(ids)} for k in ("mean", "weighted", "worst_decile")}
-    summary = {"metric": "accuracy", "chosen_round": best, "chosen_on": "validation", "test": view["mean"]["accuracy"], "test_last10": 0.0,
+    summary = {"metric": "accuracy", "chosen_round": best, "chosen_on": "validation", "test": view["mean"]["accuracy"], "test_last10": 0.0, "last_rounds": 10,
                "views": {"personal": view}, "method": {"title": method}, "parameters": {"trainable": 1, "shared": 1, "base": 1, "personal": 0, "head": 0},
                "bytes": {"total": 1500 * (len(scores) - 1), "up": 0, "down": 0}, "seconds": 1.0, "peak_memory_bytes": 1, "rounds": len(scores) - 1}  # fmt: skip
     for name, value in {

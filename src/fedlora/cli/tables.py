@@ -70,7 +70,12 @@ def result(out: Console, folder: Path) -> None:
     chosen = f"{s['metric']} on test at round {s['chosen_round']}, chosen on {s['chosen_on']}"
     if s["chosen_round"] is None:
         chosen = "no scores: nothing was evaluated, or sites keep them"
-    last = f"; mean of the last rounds {number(s['test_last10'])}" if s["test_last10"] is not None else ""
+    rounds = s.get("last_rounds", 10)
+    last = f"; mean of the last {rounds} {number(s['test_last10'])}" if s["test_last10"] is not None else ""
+    if s["chosen_round"] == 0:
+        chosen += ": no round is better than the start, so look at train.lr, or train longer"
+    elif s["chosen_on"] == "test" and s["chosen_round"] is not None:
+        chosen += ", the very rows that are scored: set partition.validation"
     known = s.get("constant")
     bar = "" if known is None else f"; always a client's most frequent class {number(known)}"
     out.print(
@@ -193,7 +198,7 @@ def plan(out: Console, r: Recipe, facts: Mapping[str, Any]) -> None:
 
 def comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """Methods side by side; rows as report.tables.compare_rows gives them."""
-    from ..report.tables import constant, has_global, heading, score
+    from ..report.tables import choice, constant, has_global, heading, score
 
     if not rows:
         return
@@ -202,7 +207,7 @@ def comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     spread = f", {max(seeds)} seeds" if alike and max(seeds) > 1 else ""
     head, globe = heading(rows), has_global(rows)
     columns = ["method", head, *(["global"] if globe else []), "worst", "trained", "sent", "time"]
-    title = f"{rows[0]['metric']} on test, at the round chosen on validation{spread}"
+    title = f"{rows[0]['metric']} on test, at the round chosen on {choice(rows)}{spread}"
     table = _table(title, *columns, *([] if alike else ["seeds"]))
     for r in rows:
         unfinished = f" ({r['unfinished']} unfinished)" if r["unfinished"] else ""

@@ -93,12 +93,15 @@ class Arrays:
 
     @property
     def labels(self) -> np.ndarray | None:
+        """The column of targets [n ...], None where there is none."""
         return self.columns.get("labels")
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of each row, int64 [m]; 1, since rows of arrays have one length."""
         return np.ones(len(rows), np.int64)
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """One batch [b ...] of some rows."""
         return {name: torch.from_numpy(np.ascontiguousarray(v[rows])) for name, v in self.columns.items()}
 
 

@@ -39,6 +39,7 @@ class Column:
     names: Sequence[Any]
 
     def at(self, rows: np.ndarray) -> Column:
+        """The column of some rows; its names stay all that there are."""
         return Column(self.codes[rows], self.names)
 
 

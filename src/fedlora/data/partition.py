@@ -104,6 +104,7 @@ def fill(owners: np.ndarray, clients: int, min_size: int, generator: np.random.G
 
 
 def check(n: int, clients: int, min_size: int) -> None:
+    """Raise ConfigError or DataError where n rows cannot give every client its least."""
     if clients < 1:
         raise ConfigError([Problem("partition.clients", clients, "an integer >= 1")])
     if min_size < 0:
@@ -114,5 +115,6 @@ def check(n: int, clients: int, min_size: int) -> None:
 
 
 def positive(field: str, value: float) -> None:
+    """Raise ConfigError unless a field's value is a finite number above zero."""
     if not 0 < value < float("inf"):
         raise ConfigError([Problem(field, value, "a finite number > 0")])

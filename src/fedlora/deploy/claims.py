@@ -93,6 +93,7 @@ def _order(n: float) -> float:
 # numbers -----------------------------------------------------------------------------------------------------------
 def odd(claims: Mapping[str, float], what: str) -> list[str]:
     """Sentences on clients whose claim is ODD times the median of at least three: believed, and said to whoever watches."""
+    claims = {c: v for c, v in claims.items() if math.isfinite(v)}  # a loss may stay at its site
     if len(claims) < 3:
         return []
     median = statistics.median_low(claims.values())

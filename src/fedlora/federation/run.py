@@ -58,6 +58,7 @@ class Federation(Setting):
 
     # rounds -----------------------------------------------------------------------------------------------------
     def engine(self, watch: Callback) -> Engine:
+        """The engine that trains this run's clients and reports to `watch`."""
         return Engine(
             self.method, self.context, self.loss, self.batches, lambda id, r: self.store.load_client(id, r),
             lambda id, r, p: self.store.save_client(id, r, p), self.schedule, self.block_size(), self.sampling.min_clients,

@@ -26,6 +26,7 @@ class Folder:
         self.root = Path(root)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a value as a sealed JSON file, whole or not at all. Raises StateError."""
         self.write(self.root / name, sealed.dumps(value))
 
     def read_json(self, name: str) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def chosen_round(lines: Iterable[Line], metric: str, lower: Collection[str] = ("
     Where sites were away, only the evaluations that miss the fewest clients are compared: means over other clients are no better
     or worse rounds. lower: the metrics of which less is better.
     """
-    evals = [x for x in lines if isinstance(x, EvalLine) and x.view in ("personal", "global") and metric in x.mean]
+    evals = [x for x in own_evals(lines) if x.view in ("personal", "global") and metric in x.mean]
     fewest = min((x.missing for x in evals), default=0)
     evals = [x for x in evals if x.missing == fewest]
     for split in ("validation", "test"):
@@ -115,11 +115,16 @@ def chosen_round(lines: Iterable[Line], metric: str, lower: Collection[str] = ("
     return None, "validation"
 
 
+def own_evals(lines: Iterable[Line]) -> list[EvalLine]:
+    """Evaluations of rounds. Those before and after a hand-over are no rounds: nobody can choose such a model."""
+    return [x for x in lines if isinstance(x, EvalLine) and x.stage is None]
+
+
 def summarise(f: Setting, server: ServerState, lines: Sequence[Line], timings: Sequence[Timing]) -> dict[str, Any]:
     """summary.json: parameters, chosen round, scores of every view there, costs. server: of the last round."""
     metric = f.task.metric
     chosen, chosen_on = chosen_round(lines, metric, f.task.lower)
-    evals = [x for x in lines if isinstance(x, EvalLine)]
+    evals = own_evals(lines)
 
     def at(view: str, split: str, round: int | None) -> dict[str, Any]:
         for x in evals:
@@ -129,7 +134,8 @@ def summarise(f: Setting, server: ServerState, lines: Sequence[Line], timings: S
 
     views = {v: at(v, "test", chosen) for v in ("personal", "global", "unseen")}
     main = "personal" if views["personal"] else "global"
-    last = [x.mean[metric] for x in evals if (x.view, x.split) == (main, "test") and metric in x.mean][-10:]
+    tested = [x for x in evals if (x.view, x.split) == (main, "test") and metric in x.mean and x.round]
+    last = [x.mean[metric] for x in tested[-10:]]  # without round 0, which nobody has trained
     sent = {d: sum(x.sent(d) for x in lines if isinstance(x, TrainLine)) for d in ("up", "down")}
     return {
         "name": f.name,
@@ -144,6 +150,7 @@ def summarise(f: Setting, server: ServerState, lines: Sequence[Line], timings: S
         "validation": at(main, "validation", chosen).get("mean", {}).get(metric),
         "test": views[main].get("mean", {}).get(metric),
         "test_last10": sum(last) / len(last) if last else None,
+        "last_rounds": len(last),
         "constant": f.data.constant() if metric == "accuracy" else None,
         "views": {v: x for v, x in views.items() if x},
         "parameters": f.parameters(server),

@@ -37,9 +37,11 @@ class Traffic:
 
     @property
     def total(self) -> int:
+        """All bytes."""
         return self.adapter + self.head + self.framing
 
     def as_dict(self) -> dict[str, int]:
+        """The parts as JSON has them."""
         return {"adapter": self.adapter, "head": self.head, "framing": self.framing}
 
     def __add__(self, other: Traffic) -> Traffic:

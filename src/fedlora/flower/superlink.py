@@ -59,6 +59,7 @@ class SuperLink:
         self._stop = threading.Event()
 
     def __enter__(self) -> SuperLink:
+        self._level = logging.getLogger("flwr").level
         logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what is refused is said by the guard
         app = create_app(self._config(), SuperLinkLifespan)
         self.state: Any = app.state.linkstate_factory.state()
@@ -93,6 +94,7 @@ class SuperLink:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
+        logging.getLogger("flwr").setLevel(self._level)
         self.grid.close()
         self._close()
         self._beat.join(5)

@@ -70,6 +70,7 @@ class Context:
 
     @property
     def head(self) -> Sequence[Layer]:
+        """The layers of the task head; () for a model without one."""
         return self.groups.get("head", ())
 
     def layers(self, group: str) -> Sequence[Layer]:
@@ -190,7 +191,8 @@ class Method(ABC):
 
     # client
     @abstractmethod
-    def begin(self, context: Context, info: RoundInfo, down: Params, kept: Params) -> Work: ...
+    def begin(self, context: Context, info: RoundInfo, down: Params, kept: Params) -> Work:
+        """What a block of clients starts its local work with. down, kept: leaves [K ...] of server and clients; they are read only."""
 
     @abstractmethod
     def step(self, work: Work, loss: Loss, lr: Tensor, *draws: Batch) -> tuple[Work, Metrics]:

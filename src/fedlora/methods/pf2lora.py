@@ -102,6 +102,7 @@ class PF2LoRA(SGDMethod):
 
     @property
     def form_personal(self) -> Form:
+        """The delta form of a client's own adapter: C [K r~ i], D [K o r~]."""
         own = (self.alpha_personal, self.rank_pattern_personal, "method.rank_pattern_personal")
         return make(self.adapter, max(self.rank_personal, 1), *own)
 

@@ -97,6 +97,7 @@ class SGDMethod(Method):
 
     @property
     def form(self) -> Form:
+        """The delta form of the trained adapter."""
         return make(self.adapter, self.rank, self.alpha, self.rank_pattern)
 
     @property
@@ -122,6 +123,7 @@ class SGDMethod(Method):
 
     # ------------------------------------------------------------------------------------------------------------
     def shared(self, k: Key) -> bool:
+        """Whether the server owns a trained leaf; its client does otherwise. Decides for the head too."""
         if k.adapter == "head":
             return self.shares_head and (self.head == "shared" or self.pooled)  # pooled data have one owner
         return "~" not in k.adapter and self.shares(k)

@@ -75,6 +75,7 @@ class Adapted:
 
     @property
     def device(self) -> torch.device:
+        """Where the base's weights are."""
         return next(self.base.parameters()).device
 
     @property

@@ -46,6 +46,7 @@ class Tables:
         self._homes[name] = sharing(self._base, self._modules[name])
 
     def is_table(self, name: str) -> bool:
+        """Whether a layer of the base is an embedding, whose weight is a table."""
         return name in self._modules
 
     def replace(self, changes: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ import yaml
 from ..units import NOTHING, number, seconds, size
 from . import figures
 from .read import Records
-from .tables import constant, flat, grouped, has_global, heading, paired, score
+from .tables import choice, constant, flat, grouped, has_global, heading, paired, score
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -72,10 +72,12 @@ def run_page(run: Records) -> dict[str, Any]:
             ),
         ]
     chosen = (
-        f"Test scores at round {s['chosen_round']}, the best one on {s['chosen_on']}."
+        f"Test scores at round {s['chosen_round']}, the best one on {choice([{'chosen_on': [s['chosen_on']]}])}."
         if s
         else "This run is not finished."
     )
+    if s and s["chosen_round"] == 0:
+        chosen += " It is the start: no round of training was better."
     blocks = [
         Block(f"{m} against rounds".capitalize(), "Mean over clients; the band holds the middle 80 % of them.", figures.progress(run)),
         Block(f"{m} against bytes".capitalize(), "What a network would carry: adapters, head and framing.", figures.progress(run, "bytes")),
@@ -113,9 +115,7 @@ def comparison_page(runs: Sequence[Records], rows: Sequence[Mapping[str, Any]]) 
     m = figures.words(metric)
     odd = sorted({k for r in runs for k, v in flat(r.recipe).items() if any(flat(o.recipe).get(k) != v for o in runs)})
     odd = [k for k in odd if k != "name" and not k.startswith("method.") and k not in ("run.output",)]
-    note = (
-        f"Test scores at the round chosen on validation. The runs differ in the method{''.join(f', {k}' for k in odd)}."
-    )
+    note = f"Test scores at the round chosen on {choice(rows)}. The runs differ in the method{''.join(f', {k}' for k in odd)}."
     if (bar := constant(rows)) is not None:
         note += f" Always giving a client's most frequent class, without a model, scores {bar}."
     first = runs[0]
@@ -185,7 +185,12 @@ def _to_target(rows: Sequence[Mapping[str, Any]], metric: str) -> Block:
     body = [
         (r["method"], "never", NOTHING, NOTHING)
         if r["target_round"] is None
-        else (r["method"], f"{r['target_round']:.0f}", size(r["target_bytes"]), seconds(r["target_seconds"]))
+        else (
+            r["method"],
+            f"{r['target_round']:.1f}".removesuffix(".0"),
+            size(r["target_bytes"]),
+            seconds(r["target_seconds"]),
+        )
         for r in rows
     ]
     return Block(
@@ -238,7 +243,7 @@ def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         *(["global"] if globe else []),
         *(["unseen"] if unseen else []),
         "worst tenth",
-        "last ten",
+        f"last {max(r['last_rounds'] for r in rows)}",
         "trained",
         "shared",
         "sent",

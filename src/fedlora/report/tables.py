@@ -45,6 +45,12 @@ def has_global(rows: Sequence[Mapping[str, Any]]) -> bool:
     return heading(rows) != "global" and any(r["global"] is not None for r in rows)
 
 
+def choice(rows: Sequence[Mapping[str, Any]]) -> str:
+    """On which rows the round was chosen: of validation, or of test where a run has no others."""
+    found = sorted({on for r in rows for on in r["chosen_on"]}, reverse=True) or ["validation"]
+    return " or ".join(found) + (", the very rows that are scored" if "test" in found else "")
+
+
 def score(row: Mapping[str, Any], heading: str) -> str:
     """A row's test score with its spread over seeds, and its view where the heading does not say it."""
     if (shown := number(row["test"])) == NOTHING:
@@ -65,7 +71,11 @@ class Reached:
 def reach(run: Records, target: float) -> Reached | None:
     """When the mean score of the main view first reached `target`, None if it never did."""
     evals = run.evals(run.main, "validation") or run.evals(run.main, "test")
-    good = [x for x in evals if run.metric in x.mean and not beats(target, x.mean[run.metric], run.lower_is_better)]
+    good = [
+        x
+        for x in evals
+        if x.round and run.metric in x.mean and not beats(target, x.mean[run.metric], run.lower_is_better)
+    ]
     if not good:
         return None
     last = good[0].round
@@ -203,6 +213,8 @@ def _row(label: str, runs: Sequence[Records]) -> Row:
         "worst_decile": _mean(_known([_view(s, view, "worst_decile") for s in done])),
         "test_last10": _mean(_known([s["test_last10"] for s in done])),
         "constant": _mean(_known([s.get("constant") for s in done])),
+        "last_rounds": max((s.get("last_rounds", 10) for s in done), default=0),
+        "chosen_on": sorted({s["chosen_on"] for s in done}),
         "chosen_round": _mean(_known([s["chosen_round"] for s in done])),
         "trainable": done[0]["parameters"]["trainable"] if done else None,
         "shared": done[0]["parameters"]["shared"] if done else None,

@@ -44,10 +44,12 @@ class Optimizer(ABC):
         """Values that the state holds for each value trained."""
 
     @abstractmethod
-    def init(self, p: Params) -> State: ...
+    def init(self, p: Params) -> State:
+        """The state before the first step, for leaves p [K ...]."""
 
     @abstractmethod
-    def update(self, g: Params, s: State, p: Params, lr: Tensor) -> tuple[Params, State]: ...
+    def update(self, g: Params, s: State, p: Params, lr: Tensor) -> tuple[Params, State]:
+        """(new leaves, new state) after one step along -g. g, p: leaves [K ...]; lr: factor [K] on the optimizer's own rate."""
 
 
 def _check(name: str, **rules: tuple[float, bool, str]) -> None:
