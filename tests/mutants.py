@@ -91,6 +91,7 @@ MUTANTS = (
     Mutant("guards of the server forget", "federation/run.py", "self.store.save_server(server.round, server.leaves,", "self.store.save_server(server.round, server.params,", "tests/test_guards.py -k servers_guards"),
     Mutant("check announces a message without its precision", "federation/summary.py", 'sent["up"] += channel.up(', 'sent["up"] += type(channel)().up(', "tests/test_guards.py -k announces"),
     Mutant("a message of another precision is taken", "federation/channel.py", "p = wire.unpack(message, self.precision)", "p = wire.unpack(message)", "tests/test_guards.py -k is_none"),
+    Mutant("check knows the first stage alone", "federation/summary.py", "            out.append((t, server))\n", "", "tests/test_guards.py -k all_rounds"),
     # summary and report
     Mutant("a hand-over's scores are a round's", "federation/summary.py", "if isinstance(x, EvalLine) and x.stage is None]", "if isinstance(x, EvalLine)]", "tests/test_federation.py -k hand_over"),
     Mutant("the untrained model is one of the last rounds", "federation/summary.py", "metric in x.mean and x.round]", "metric in x.mean]", "tests/test_federation.py -k hand_over"),

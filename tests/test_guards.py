@@ -118,17 +118,31 @@ def trained(f: Federation) -> list[dict[str, Any]]:
     return [x for x in map(json.loads, text.splitlines()) if x["kind"] == "train"]
 
 
+PRICED = ("fedsa", "hetlora", "pf2lora", "sft", "homlora-dora", "bitfit")  # the others in the slow suite
+
+
 # what check announces ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("guards", [(), (ROWS["feedback-topk"],), (ROWS["feedback-int4"],)], ids=["-", "topk", "int4"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
-@pytest.mark.parametrize("method", ["fedsa", "hetlora", "pf2lora", "sft", "homlora-dora", "bitfit"])
+@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m in PRICED else pytest.mark.slow) for m in TABLE])
 def test_check_announces_what_a_run_sends(method: str, precision: Any, guards: Any, tmp_path: Path) -> None:
+    if guards and guards[0].cannot(TABLE[method].method):
+        pytest.skip("this guard cannot serve the method")
     sampling = Sampling(rounds=1, precision=precision, guards=guards)
     f = tiny.federation(TABLE[method].method, tmp_path, **SHORT | {"sampling": sampling})
     announced = plan(f, f.block_size())["bytes_per_round"]
     f.run()
     (line,) = trained(f)
     assert {d: sum(v.values()) for d, v in line["bytes"].items()} == announced
+
+
+@pytest.mark.parametrize("method", ["slora", "slora-keep", "slora-pf2lora", "fedsa"])
+def test_check_announces_what_all_rounds_send(method: str, tmp_path: Path) -> None:
+    """Of a method with stages too, whose later messages hold other leaves."""
+    f = tiny.federation(TABLE[method].method, tmp_path, **SHORT | {"sampling": Sampling(rounds=4)})
+    announced = plan(f, f.block_size())["bytes"]
+    f.run()
+    assert {d: sum(sum(x["bytes"][d].values()) for x in trained(f)) for d in ("up", "down")} == announced
 
 
 # laws ---------------------------------------------------------------------------------------------------------------

@@ -169,7 +169,8 @@ def bench(out: Console, found: Mapping[str, Any]) -> None:
 
 def plan(out: Console, r: Recipe, facts: Mapping[str, Any]) -> None:
     """What `fedlora check` shows."""
-    p, b = facts["parameters"], facts["bytes_per_round"]
+    p, b, total = facts["parameters"], facts["bytes_per_round"], facts["bytes"]
+    frozen = f", of which {p['frozen']:,} are not trained" if p["frozen"] else ""
     table = _table(f"{r.name} ({r.hash}) is valid", "what", "value")
     rows = [
         ("method", f"{facts['method']}"),
@@ -178,8 +179,9 @@ def plan(out: Console, r: Recipe, facts: Mapping[str, Any]) -> None:
         ("clients", f"{facts['clients']:,} train, {facts['unseen']:,} unseen, {facts['cohort']:,} a round, {facts['block']} in a block"),
         ("rounds", f"{r.federation.rounds}, {facts['steps']} local steps of batch {r.train.batch_size}"),
         ("trainable parameters", f"{p['trainable']:,} a client, of which head {p['head']:,}"),
-        ("shared / personal", f"{p['shared']:,} / {p['personal']:,}"),
-        ("bytes per round", f"{size(b['down'])} down, {size(b['up'])} up ({size(b['down'] + b['up'])} x {r.federation.rounds} rounds)"),
+        ("shared / personal", f"{p['shared']:,}{frozen} / {p['personal']:,}"),
+        *([("guards", ", ".join(facts["guards"]))] if facts["guards"] else []),
+        ("bytes per round", f"{size(b['down'])} down, {size(b['up'])} up; of {r.federation.rounds} rounds {size(total['down'] + total['up'])}"),
         ("memory, estimated", f"{size(facts['memory_bytes'])}"),
     ]  # fmt: skip
     for name, value in rows:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -176,6 +177,33 @@ def round_bytes(f: Setting, server: ServerState, cohort: Sequence[Client]) -> di
     return {d: n * len(cohort) // len(some) for d, n in sent.items()}
 
 
+def stages(f: Setting) -> list[tuple[int, ServerState]]:
+    """(rounds done when it begins, the server's leaves then) of every stage of the method; one for most methods.
+
+    The leaves have the shapes of a run's, and the values of a start. A stage that begins by the scores is taken to begin at
+    the latest round that the method allows.
+    """
+    server = f.method.init(f.context)
+    out = [(0, server)]
+    for t in range(1, f.sampling.rounds):
+        new = f.method.advance(f.context, replace(server, round=t))
+        if new.params.keys() != server.params.keys():
+            server = new
+            out.append((t, server))
+    return out
+
+
+def run_bytes(f: Setting, cohort: Sequence[Client]) -> dict[str, int]:
+    """Bytes of a whole run, both ways, if every round has such a cohort and nobody prunes a rank."""
+    found = stages(f)
+    ends = [t for t, _ in found[1:]] + [f.sampling.rounds]
+    sent = {"down": 0, "up": 0}
+    for (start, server), end in zip(found, ends, strict=True):
+        each = round_bytes(f, server, cohort)
+        sent = {d: n + each[d] * (end - start) for d, n in sent.items()}
+    return sent
+
+
 def plan(f: Setting, block: int) -> dict[str, Any]:
     """What would run, for `fedlora check`: clients, histograms, parameters, bytes per round, estimated memory.
 
@@ -197,6 +225,8 @@ def plan(f: Setting, block: int) -> dict[str, Any]:
         "steps": f.plan.count(int(train.sizes.max()), f.method.draws),
         "parameters": parameters,
         "bytes_per_round": round_bytes(f, f.method.init(f.context), cohort),
+        "bytes": run_bytes(f, cohort),
+        "guards": [repr(g) for g in f.sampling.channel.guards],
         "memory_bytes": parameters["base"] * width + client_bytes(f) * min(block, len(cohort)),
         "ids": list(f.data.ids[:64]),
         "label_names": list(f.data.label_names),
