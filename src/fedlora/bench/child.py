@@ -69,24 +69,33 @@ def wait(device: str) -> None:
         torch.accelerator.synchronize(device)
 
 
+LONG_ENOUGH = 0.25  # seconds of one product
+
+
 def gemm(threads: int, device: str) -> dict[str, float]:
-    """Peak of matrix products on this machine now, GFLOP/s, by dtype."""
+    """Peak of matrix products on this machine now, GFLOP/s, by dtype.
+
+    Squares are doubled until one product takes LONG_ENOUGH seconds: a CPU without bf16 instructions would need minutes for the
+    size at which one that has them is at its peak.
+    """
     import torch
 
     torch.set_num_threads(threads)
     out = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        n = 2048 if device == "cpu" else 8192
-        a = torch.randn(n, n, device=device).to(dtype)
-        a @ a
-        wait(device)
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ a
+        n, largest, best, took = 256, 2048 if device == "cpu" else 8192, 0.0, 0.0
+        while n <= largest and took < LONG_ENOUGH:
+            a = torch.randn(n, n, device=device).to(dtype)
             wait(device)
-            seconds.append(time.perf_counter() - start)
-        out[name] = 2 * n**3 / min(seconds) / 1e9
+            seconds = []
+            for _ in range(6 if took < LONG_ENOUGH / 8 else 3):  # the first also sets the operator up
+                start = time.perf_counter()
+                a @ a
+                wait(device)
+                seconds.append(time.perf_counter() - start)
+            took = min(seconds)
+            best, n = max(best, 2 * n**3 / took / 1e9), 2 * n
+        out[name] = best
     return out
 
 
