@@ -52,7 +52,7 @@ class PiSSA(LoRA):
     }
     shapes: ClassVar[tuple[frozenset[str], ...]] = ()  # none of its own: the delta reaches the model as LoRA's
     leaves: ClassVar[frozenset[str]] = frozenset({"dA", "dB"})
-    low_rank: ClassVar[bool] = False  # but its leaves are no factors of the delta
+    low_rank: ClassVar[bool] = False  # its own leaves are changes of factors, not factors
     first: ClassVar[frozenset[str]] = frozenset({"dA"})
     second: ClassVar[frozenset[str]] = frozenset({"dB"})
 

@@ -30,7 +30,7 @@ from .attendance import Attendance, Link
 from .packets import EVERYBODY, PROTOCOL, Kind, Packet, reply_of
 
 SPLITS = ("train", "validation", "test")
-LINES = 12  # of a list that a person reads
+LINES = 12  # at most, of a list that a person reads
 FORMS = 8  # leaves of a message for each leaf that is declared, at most: guards and int8 send more than one
 
 
@@ -163,7 +163,7 @@ class Remote:
             try:
                 said = reply_of(reply, schema.Trained, "train", self.run, info.round)
                 assert isinstance(reply, Packet)
-            except Exception as e:  # nothing of one site ends the round
+            except Exception as e:  # an error in one site's reply must not end the round
                 why = schema.reason(e)
                 log.refused |= dict.fromkeys(mine, why)
                 state |= dict.fromkeys(mine, "failed")
@@ -202,7 +202,9 @@ class Remote:
             self._drop(c, why, arrived, log)
         for u in used:
             see(u)
-        log.losses = {u.client.id: log.losses[u.client.id] for u in used}  # their mean, too, is that of a simulation
+        log.losses = {
+            u.client.id: log.losses[u.client.id] for u in used
+        }  # in this order their mean has the bits of a simulation's
         log.examples = sum(u.client.examples for u in used)
         for text in claims.odd_uploads(fed.method, used):
             self.say(f"odd: {text}")
@@ -269,7 +271,7 @@ class Remote:
         for node, reply in self.link.exchange(packets, self.terms.deadline):
             try:
                 said = reply_of(reply, schema.Evaluated, "evaluate", self.run, info.round)
-            except Exception as e:  # nothing of one site ends the evaluation
+            except Exception as e:  # an error in one site's reply must not end the evaluation
                 self.say(f"evaluation at site {self.here.name(node)}: {schema.reason(e)}")
                 continue
             for one in said.lines:

@@ -136,7 +136,7 @@ class Site:
             head |= {"run": order.run, "round": order.round}
             with kept():
                 return self._answer(packet, order, head)
-        except Exception as e:  # whatever it is: the server learns a code, and the next order may be a better one
+        except Exception as e:  # any error: the server learns a code, and this site goes on with its next order
             self.say(f"failed: {particulars(e)}")
             if self.gate is not None:
                 self.gate.refused(packet, e)
@@ -233,7 +233,7 @@ class Site:
             assert done.sent is not None
             parts[client.id] = done.sent.encode()
             facts[client.id] = {"examples": client.examples, "metrics": done.metrics, "tokens": tokens}
-        fed.store.sync()  # once for all, before the server hears of them
+        fed.store.sync()  # one sync for all clients, before the server hears of their uploads
         for client in cohort:
             fed.store.forget(client.id, accepted[client.id], info.round)
         losses = ", ".join(f"{f['metrics'].get('loss', float('nan')):.3f}" for f in list(facts.values())[:4])

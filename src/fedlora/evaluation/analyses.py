@@ -29,7 +29,7 @@ def product_error(uploads: Sequence[tuple[Params, float]], new: Params) -> float
     deltas = {(a, s): parts for s, each in at_layers(new).items() for a, parts in each.items() if a != "head"}
     if not all(low_rank(parts) for parts in deltas.values()):
         return None
-    for adapter, layer in sorted(deltas):  # one order of the sum, whatever a file gave
+    for adapter, layer in sorted(deltas):  # sorted, so that the sum does not depend on a file's order
         ka, kb = Key(adapter, layer, "A"), Key(adapter, layer, "B")
         if not all(ka in p and kb in p for p, _ in uploads):
             return None
@@ -84,7 +84,7 @@ def asymmetry(clients: Sequence[Params], start: Params) -> dict[str, dict[str, f
         a0, b0 = zero[layer]
         pairs = [(i, j) for i in range(len(each)) for j in range(i)]
         facts = {"A": _cosines(a, pairs), "B": _cosines(b, pairs)}
-        if a[0].shape == a0.shape:  # not where ranks differ
+        if a[0].shape == a0.shape:  # left out where ranks differ
             facts |= {"dA": _cosines([x - a0 for x in a], pairs), "dB": _cosines([x - b0 for x in b], pairs)}
         facts |= {"angle_A": _angles([x.mT for x in a], pairs), "angle_B": _angles(b, pairs)}
         out[layer] = facts

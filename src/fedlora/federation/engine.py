@@ -43,7 +43,7 @@ class Trained:
     upload: Params
     kept: Params
     metrics: dict[str, float]
-    served: Params = field(default_factory=dict)  # if it was asked for
+    served: Params = field(default_factory=dict)  # filled only where `serve` was asked for
     sent: Sent | None = None  # the upload as it travels and arrives; `kept` then holds what guards keep as well
 
 
@@ -90,7 +90,10 @@ def train_block(
     k = len(down)
     out = []
     for j, (p, s) in enumerate(zip(unstack(_to(up | mine, "cpu"), k), unstack(_to(served, "cpu"), k), strict=True)):
-        upload, kept_ = {key: p[key] for key in up}, {key: p[key] for key in mine}  # cut to one rank, then apart
+        upload, kept_ = (
+            {key: p[key] for key in up},
+            {key: p[key] for key in mine},
+        )  # unstacking cuts every leaf to its client's rank, so it comes before the two are told apart
         out.append(Trained(upload, kept_, {n: float(v[j]) for n, v in means.items()}, s))
     return out
 
@@ -101,7 +104,9 @@ def _mean(values: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
 
 
 def _to(p: Params, device: torch.device | str) -> Params:
-    return {k: v if k.part == "steps" else v.to(device) for k, v in p.items()}  # step counters are the host's
+    return {
+        k: v if k.part == "steps" else v.to(device) for k, v in p.items()
+    }  # step counters stay on the CPU, where the optimizer reads them
 
 
 def _to_batch(batch: Batch, device: torch.device) -> Batch:
@@ -119,7 +124,7 @@ class RoundLog:
     down: wire.Traffic = field(default_factory=wire.Traffic)
     examples: int = 0
     tokens: int = 0
-    cohort: Sequence[str] | None = None  # who was asked, where that is not who was to be asked
+    cohort: Sequence[str] | None = None  # the clients that were asked, if they are others than planned
 
 
 @dataclass
@@ -141,7 +146,7 @@ class Engine:
     channel: Channel = Channel()
     on_block: Callable[[int], None] = lambda n: None
     on_lowered: Callable[[int, int], None] = lambda block, clients: None
-    received: Callable[[Client], Params] | None = None  # at a site: what the server has sent
+    received: Callable[[Client], Params] | None = None  # only at a site: the broadcast that came for this client
 
     def down(self, server: ServerState, client: Client) -> Params:
         """What this client receives, as it arrives."""
@@ -245,7 +250,7 @@ class Engine:
                         f"{self.method.title}: a single client does not fit into memory ({str(e)[:200]}); set "
                         "train.accumulation, model.gradient_checkpointing or model.dtype=bf16, or lower train.batch_size"
                     ) from e
-            self.block = -(-n // 2)  # out here: the error's traceback holds on to what has to go
+            self.block = -(-n // 2)  # outside the except clause, since the error's traceback keeps tensors alive
             self.on_lowered(self.block, n)
         parts = [slice(i, i + self.block) for i in range(0, n, self.block)]
         return [t for s in parts for t in self._trained(info, down[s], kept[s], work[s])]

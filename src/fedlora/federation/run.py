@@ -68,7 +68,7 @@ class Federation(Setting):
     def _lowered(self, block: int, clients: int, watch: Callback) -> None:
         """A resumed run starts with the blocks that fitted."""
         facts = self.store.read_json("environment.json")
-        if facts:  # a site has none
+        if facts:  # a site writes no environment.json
             self.store.write_json("environment.json", facts | {"block": block})
         self.store.facts["block"] = block
         watch.lowered(block, clients)
@@ -77,7 +77,7 @@ class Federation(Setting):
         """Clients trained at once: as set, or what memory allows; 1 for models whose clients cannot share a forward."""
         rows = self.data.splits["train"].rows[:2]
         if not len(rows):
-            return 1  # a server has none
+            return 1  # a server has no rows
         batch = batch_of(self.data, np.zeros(len(rows), np.int64), rows)
         together = self.model.probe({n: v[None].to(self.model.device) for n, v in batch.items()})
         if self.block != "auto":

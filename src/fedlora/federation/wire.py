@@ -89,7 +89,9 @@ def pack(params: Params, precision: Precision = "fp32") -> Params:
         elif precision == "int8":
             scale = v.abs().amax(-1, keepdim=True) / 127
             out[k] = (v / scale.masked_fill(scale == 0, 1.0)).nan_to_num().round().to(torch.int8)
-            out[k._replace(part=k.part + SCALE)] = scale  # not finite where the row is not, so that it stays refused
+            out[k._replace(part=k.part + SCALE)] = (
+                scale  # a row with a value that is not finite has such a scale, so the upload is still refused
+            )
         else:
             out[k] = v.to(torch.float16 if precision == "fp16" else torch.bfloat16)
     return out

@@ -96,7 +96,7 @@ class Door(socket.socket):
             guest.close()
             limit = f"{self.each} connections open" if crowded else f"come while {self.most} connections are open"
             self.say(who, "door", f"refused: {who} has {limit}, no more are taken")
-            raise ConnectionAbortedError  # asyncio tries the next one
+            raise ConnectionAbortedError  # asyncio goes on to the next connection
         return guest, address
 
     def _leave(self, who: str) -> None:
@@ -121,7 +121,7 @@ class Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         if self.cycle is not before:
             self._expect(False)  # the head is here
         elif self._wait is None and (self.cycle is None or self.cycle.response_complete):
-            self._expect()  # a part of the next one
+            self._expect()  # bytes of the next request
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect(False)

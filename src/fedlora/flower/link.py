@@ -80,7 +80,10 @@ class GridLink:
                     try:
                         for message in self.grid.pull_messages([id]):
                             arrived.put((message.metadata.reply_to_message_id, message))
-                    except (httpx.HTTPError, RuntimeError):  # closed under our hands, or asked too much: the next time
+                    except (
+                        httpx.HTTPError,
+                        RuntimeError,
+                    ):  # the link was closed meanwhile, or is overloaded: it is tried again next time
                         if over.is_set():
                             return
                     except Exception as e:  # a reply that Flower cannot read ends neither this thread nor the run

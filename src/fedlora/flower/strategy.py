@@ -110,7 +110,7 @@ class MethodStrategy(Strategy):
                 params = self.channel.read(params_of(arrays), down, declared(down, self._client(node)))
                 examples, loss = _count(metrics[CLIENT]), _loss(metrics.get("loss", math.nan))
                 del self.sent[node]
-            except Exception as e:  # nothing of one node ends the round
+            except Exception as e:  # an error in one node's reply must not end the round
                 log(WARNING, "fedlora: reply of node %s refused: %s", node, printable(f"{type(e).__name__}: {e}"))
                 continue
             self.examples[node] = examples
@@ -157,7 +157,7 @@ class MethodStrategy(Strategy):
                 (metrics,) = reply.content.metric_records.values()
                 n = float(_count(metrics.get(CLIENT, 1)))
                 scores = {k: _loss(v) for k, v in metrics.items() if k != CLIENT and isinstance(v, int | float)}
-            except Exception as e:  # nothing of one node ends the evaluation
+            except Exception as e:  # an error in one node's reply must not end the evaluation
                 node = reply.metadata.src_node_id
                 log(WARNING, "fedlora: scores of node %s refused: %s", node, printable(f"{type(e).__name__}: {e}"))
                 continue

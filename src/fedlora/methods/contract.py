@@ -58,7 +58,7 @@ class Upload:
 
     client: Client
     params: Params
-    metrics: Mapping[str, float] = field(default_factory=dict)  # declared ones: the mean training loss
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what the client reports of its training: the mean loss
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .contract import Client, Context, Method, Metrics, RoundInfo, ServerState, 
 
 Head = Literal["shared", "personal", "frozen"]
 Weights = Literal["examples", "uniform"]
-MOST_RANK = 100_000  # no layer is wider
+MOST_RANK = 100_000  # no layer of any base is wider than this
 
 
 def rank_problems(field: str, patterns: Pattern) -> list[Problem]:
@@ -75,7 +75,7 @@ class SGDMethod(Method):
         if not isinstance(self.rank, int) or not 1 <= self.rank <= MOST_RANK:
             bad.append(Problem("method.rank", self.rank, f"an integer from 1 to {MOST_RANK:,}", "choose 4, 8 or 16"))
             if not isinstance(self.rank, int):
-                raise ConfigError(bad)  # what is asked below cannot be asked
+                raise ConfigError(bad)  # the checks below compare the rank with numbers
         if not self.alpha > 0:
             bad.append(Problem("method.alpha", self.alpha, "a number > 0", "alpha = 2 * rank is usual"))
         if self.needs_halves and not self.form.first:

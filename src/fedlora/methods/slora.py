@@ -178,7 +178,7 @@ class SLoRA(SFT):
             p[Key(second.label, s.name, "A")], p[Key(second.label, s.name, "B")] = a, b
             total = float(dw.square().sum())
             energy[s.name] = float((scale * b @ a).square().sum()) / total if total else 1.0
-            if self.base == "keep":  # scale is applied by the method, so the frozen product carries it
+            if self.base == "keep":  # only B of trained leaves is scaled later, so this product carries its scale
                 p[Key("primed", s.name, "A")], p[Key("primed", s.name, "B")] = a.clone(), -scale * b
         if self.base == "keep":
             p |= {Key("stage1", k.layer, "values"): v for k, v in server.params.items() if k.adapter == "sparse"}

@@ -193,7 +193,7 @@ class Adapted:
         self._mode = ClientDropout(seeds, int(batch["common"][0]) if "common" in batch else 0, self._now)
         self.base.train()
         try:
-            with self._operators(), self._mode:  # dropout is asked first: what it drops in, no kernel knows
+            with self._operators(), self._mode:  # dropout comes first, since no kernel knows what it drops
                 yield
         finally:
             self.base.eval()

@@ -38,7 +38,7 @@ KEYS_VALUES: dict[str, tuple[str, ...]] = {  # architecture -> keys and values, 
     "bert": (r".*\.attention\.self\.(key|value)",),
     "albert": (r".*\.attention\.(key|value)",),
     "distilbert": (r".*\.attention\.(k_lin|v_lin)",),
-    "deberta": (r".*\.attention\.self\.in_proj",),  # queries too: one layer computes all three
+    "deberta": (r".*\.attention\.self\.in_proj",),  # one layer computes queries, keys and values
     "deberta-v2": (r".*\.attention\.self\.(key|value)_proj",),
     "gpt2": (r".*\.attn\.c_attn",),  # queries too
     "llama": (r".*\.self_attn\.(k|v)_proj",),
@@ -59,7 +59,9 @@ def group(name: str, base: nn.Module, model_type: str, targets: Sequence[str], h
     tied = getattr(getattr(base, "config", None), "tie_word_embeddings", False)
     embeddings: Any = getattr(base, "get_output_embeddings", None)
     outside = embeddings() if embeddings is not None else None
-    linear = [n for n in linear if not (tied and layers[n][0] is outside)]  # trained where the table is
+    linear = [
+        n for n in linear if not (tied and layers[n][0] is outside)
+    ]  # trained as part of the table that it shares
     if name == "linear":
         return linear
     if name == "bias":

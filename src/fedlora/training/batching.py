@@ -45,7 +45,9 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
 
 OVERHEAD = {"cpu": 128}  # what a further forward and backward costs, in padded tokens
 LAUNCHES = 16_384  # the same on an accelerator, where many small kernels cost more than padding
-HALF = {"cpu": 8}  # how many times as much in half precision: tokens are faster, and oneDNN packs the weights anew
+HALF = {
+    "cpu": 8
+}  # factor on OVERHEAD in half precision: a token costs less there, and weights are packed anew for each product
 INF = float("inf")
 INT = torch.iinfo(torch.int64).max
 CACHED = {torch.float32: 2048, torch.bfloat16: 4096}  # padded tokens whose activations a CPU's caches still hold, about

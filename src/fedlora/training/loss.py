@@ -91,7 +91,7 @@ class Loss:
         total = self._count(batch)
         value, sums = torch.zeros_like(total), None
         for piece in self.pieces(batch):
-            with torch.enable_grad(), self.model.training(piece):  # also for a caller who serves under no_grad
+            with torch.enable_grad(), self.model.training(piece):  # even if the caller has switched gradients off
                 part = self._share(ready(leaves), piece, total)
                 found = list(differentiate(part, leaves))
             value = value + part.detach()
