@@ -221,7 +221,7 @@ MUTANTS = (
     Mutant("an aggregate that is not finite is committed", "deploy/claims.py", "        if why is None:\n            return new", "        if True:\n            return new", f"{PACKETS} -k largest_uploads"),
     Mutant("the smallest upload is blamed", "deploy/claims.py", "largest = max(kept,", "largest = min(kept,", f"{PACKETS} -k 'largest_uploads or norm_bound'"),
     Mutant("a simulation commits what is not finite", "federation/run.py", "if why := finite_state(new.leaves):", "if why := finite_state({}):", f"{PACKETS} -k never_committed"),
-    Mutant("an error nobody thought of ends a site", "deploy/site.py", "except Exception as e:  # whatever it is", "except FedloraError as e:  # whatever it is", f"{PACKETS} -k no_leaves"),
+    Mutant("an error nobody thought of ends a site", "deploy/site.py", "except Exception as e:  # any error", "except FedloraError as e:  # any error", f"{PACKETS} -k no_leaves"),
     Mutant("a site that did not join is never asked again", "deploy/attendance.py", "(n not in self.failed or self.failed[n].again <= now)", "n not in self.failed", f"{PACKETS} -k asked_again"),
     Mutant("leaves are made before they are counted", "federation/wire.py", "if len(described) > most + 1:", "if False:", f"{PACKETS} -k no_upload"),
     Mutant("a rank may be zero", "federation/wire.py", "v.ndim == len(shape) and 1 <= rank(k, v) <= shape[axis]:", "v.ndim == len(shape) and rank(k, v) <= shape[axis]:", "tests/test_wire.py -k below_one"),

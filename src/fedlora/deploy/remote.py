@@ -202,9 +202,8 @@ class Remote:
             self._drop(c, why, arrived, log)
         for u in used:
             see(u)
-        log.losses = {
-            u.client.id: log.losses[u.client.id] for u in used
-        }  # in this order their mean has the bits of a simulation's
+        # In this order their mean has the bits of a simulation's.
+        log.losses = {u.client.id: log.losses[u.client.id] for u in used}
         log.examples = sum(u.client.examples for u in used)
         for text in claims.odd_uploads(fed.method, used):
             self.say(f"odd: {text}")
