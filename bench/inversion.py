@@ -47,7 +47,7 @@ def attack(model: str, texts: list[tuple[str, str]], folder: Path, trust: bool) 
         }
     )  # fmt: skip
     told = told_to_sites(recipe)
-    own = Holding("a", str(folder / "private.csv"), {}, threads=1)
+    own = Holding("a", str(folder / "private.csv"), {}, model=model, threads=1)
     policy = None if trust else Policy().with_columns({}, model)
     site = guarded(replace(own, policy=policy), folder / "state", accept=[digest(told)])
     server = coordinator(recipe, folder / "server", lambda: None)  # type: ignore[arg-type, return-value]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-ROWS = 300  # of a file that is only evaluated on
+ROWS = 60  # of a file that is only evaluated on
 COPIES: dict[tuple[str, str | None], dict[str, str]] = {  # (data.source, data.subset) -> what is set instead
     ("nyu-mll/glue", "sst2"): {"source": "sst2/train.parquet"},
     ("nyu-mll/glue", "mnli"): {"source": "mnli/train_10k.parquet", "test": "mnli/dev_matched.parquet"},
