@@ -197,7 +197,7 @@ def test_ranks_of_a_method_that_prunes_are_checked(tmp_path: Path) -> None:
     """HetLoRA may send less, but both halves of a site alike, and as stated."""
     method = TABLE["hetlora"].method
     for change, reason in (
-        (at(A_SITE, lambda v: v[:1].contiguous()), "another leaf of its site"),
+        (at(A_SITE, lambda v: v[:1].contiguous()), "another leaf of its layer"),
         (at(Key("lora", "", "rank"), lambda v: v * 0 + 1), "the stated one"),
         (at(A_SITE, lambda v: torch.cat([v, v, v])), "expected"),
     ):

@@ -77,7 +77,7 @@ FIELDS = [
     ("train", "schedule", "cosin", "'constant', 'linear' or 'cosine'", "did you mean 'cosine'"),
     ("federation", "rounds", True, "an integer", "the default is 10"),
     ("federation", "rounds", 0, "an integer >= 1", "the default is 10"),
-    ("federation", "clients_per_round", 1.0, "a number < 1.0", "null for all"),
+    ("federation", "clients_per_round", 1.5, "a number <= 1.0", "null for all"),
     ("evaluation", "views", ["personel"], "a list of 'personal'", "did you mean 'personal'"),
     ("run", "seed", -1, "an integer >= 0", "the default is 0"),
     ("run", "block", 0, "'auto' or an integer >= 1", "at once"),
