@@ -47,4 +47,4 @@ def test_the_command(folder: Path) -> None:
     done = fedlora("methods", "--cost", str(folder / "nowhere"), code=1)
     assert "does not exist" in done.stderr
     done = fedlora("methods", "--cost", str(folder), "--task", "poetry", code=2)
-    assert "classification or causal-lm" in done.stderr
+    assert "expected one of causal-lm, classification, multi-la" in done.stderr

@@ -82,7 +82,7 @@ def test_a_tiny_llama_learns_in_blocks(name: str, shared: Path, tmp_path: Path) 
         model=model,
         causal=True,
         data=data,
-        plan=tiny.Plan(6, None, 8),
+        plan=tiny.LocalWork(6, None, 8),
     )
     summary = f.run()
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
