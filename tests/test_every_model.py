@@ -46,7 +46,8 @@ def test_a_block_is_one_by_one_and_a_crash_changes_nothing(name: str, family: st
     broken = tiny.federation(method, tmp_path / "2", base(family), block=2)
     with pytest.raises(KeyboardInterrupt):
         broken.run(tiny.Crash(broken))
-    tiny.federation(method, tmp_path / "2", base(family), block=2).run()
+    broken = tiny.federation(method, tmp_path / "2", base(family), block=2)
+    broken.run()
     whole = tiny.federation(method, tmp_path / "3", base(family), block=2)
     whole.run()
     for other, tol in ((broken, 0.0), (alone, TURNED.get(name, 5e-5))):
