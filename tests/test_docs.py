@@ -168,7 +168,7 @@ def test_contributing_example_is_a_delta_form(tmp_path: Path) -> None:
 def test_contributing_example_is_a_guard(tmp_path: Path) -> None:
     tests = ["tests/test_guards.py", "-k", "fedsa-damped or slora-pf2lora-damped or every_guard_has_a_row"]
     where = "tests/test_guards.py: ROWS: dict[str, Guard] = {\n"
-    passes_with_example(tmp_path, {"src/fedlora/guards/damped.py": "", "row of a guard": where}, tests, 7)
+    passes_with_example(tmp_path, {"src/fedlora/federation/guards/damped.py": "", "row of a guard": where}, tests, 7)
 
 
 def test_contributing_example_is_a_partition(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_contributing_example_is_a_partition(tmp_path: Path) -> None:
 
 
 def test_contributing_example_is_a_metric(tmp_path: Path) -> None:
-    file = "src/fedlora/tasks/classification.py"
+    file = "src/fedlora/training/tasks/classification.py"
     examples = {file: file, "row of a metric": "tests/test_metrics.py: ORACLES = {\n"}
     passes_with_example(tmp_path, examples, ["tests/test_metrics.py"], 6)
 
@@ -187,7 +187,7 @@ def test_contributing_example_is_a_metric(tmp_path: Path) -> None:
 def test_contributing_example_is_a_task(tmp_path: Path) -> None:
     """The worked example, put where CONTRIBUTING says, passes the contract and is trained from a recipe."""
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    path = "src/fedlora/tasks/ordinal.py"
+    path = "src/fedlora/training/tasks/ordinal.py"
     (tmp_path / path).write_text(block(CONTRIBUTING, f"example: {path}"), encoding="utf-8")
     own = environment() | {"PYTHONPATH": f"{tmp_path / 'src'}{os.pathsep}{ROOT / 'tests'}"}
     command = [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests/test_task_contract.py"), "-k", "ordinal",
