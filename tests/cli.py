@@ -89,7 +89,7 @@ def write_recipe(folder: Path, **sections: Any) -> Path:
 
 def fedlora(*arguments: object, code: int | None = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """`fedlora ...` in a process of its own; `code` is the exit code it must have. Never a traceback."""
-    done = forked.run([str(a) for a in arguments], cwd or Path.cwd(), environment(), timeout=300)
+    done = forked.run([str(a) for a in arguments], cwd or Path.cwd(), environment(), timeout=1200)
     said = done.stdout + done.stderr
     assert "Traceback" not in said, said
     assert code is None or done.returncode == code, f"exit code {done.returncode}\n{said}"
