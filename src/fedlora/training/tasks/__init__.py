@@ -5,10 +5,10 @@ NAMES are known without loading torch; TASKS, from names to classes, is made whe
 
 from __future__ import annotations
 
-import inspect
-from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
+
+from ...registry import classes
 
 if TYPE_CHECKING:
     from ..task import Task
@@ -22,15 +22,10 @@ def _found() -> dict[str, type[Task]]:
     """The one concrete Task class of every file."""
     from ..task import Task
 
-    out: dict[str, type[Task]] = {}
-    for name in NAMES:
-        module = import_module(f"{__name__}.{name.replace('-', '_')}")
-        own = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Task)
-               and c.__module__ == module.__name__ and not inspect.isabstract(c)]  # fmt: skip
-        assert len(own) == 1, f"{module.__name__} holds {len(own)} tasks, expected one"
-        assert own[0].kind == name, f"the task of {module.__name__} is called {own[0].kind!r}, expected {name!r}"
-        out[name] = own[0]
-    return out
+    kinds = {(cls.kind, cls.__module__): cls for cls in classes(__name__, __path__, Task)}  # type: ignore[type-abstract]
+    own = {(name, f"{__name__}.{name.replace('-', '_')}") for name in NAMES}
+    assert kinds.keys() == own, f"every file holds the one task of its name, but {sorted(kinds.keys() ^ own)} differ"
+    return {name: cls for (name, _), cls in sorted(kinds.items())}
 
 
 def lower_is_better(metric: str) -> bool:
