@@ -29,7 +29,9 @@ def show(clear: bool, json: bool) -> None:
     elif clear:
         out.print(f"{place}: {len(found)} files deleted, {total}", soft_wrap=True, highlight=False)
     else:
-        shown = _table(f"{place}: {len(found)} files, {total}", "kind", "size", "age", "file")
+        # A table's title would be broken to the table's width, and a folder's name with it.
+        out.print(f"{place}: {len(found)} files, {total}", soft_wrap=True, highlight=False)
+        shown = _table("", "kind", "size", "age", "file")
         for entry in found:
             shown.add_row(entry.kind, size(entry.size), seconds(entry.age), entry.path.name)
         out.print(shown)

@@ -25,7 +25,7 @@ MOST_CLIENTS = 16  # rows of the class table before it is cut
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for i, c in enumerate(columns):
         table.add_column(c, justify="left" if i == 0 else "right")
     return table
