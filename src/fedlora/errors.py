@@ -44,7 +44,7 @@ class TrainingError(FedloraError):
     """Training cannot go on."""
 
 
-TOLD = "(see text)"  # what a problem got, where its text says all
+TOLD = "(see text)"  # `got` of a problem whose text already says everything
 
 
 @dataclass(frozen=True)

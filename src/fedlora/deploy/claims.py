@@ -21,7 +21,7 @@ from .schema import LARGEST, PacketError, parsed, shown
 from .schema import Scores as Claimed
 
 FAR = 1e3  # times the usual norm of an upload: no local training of a round goes that far from where the others end
-ODD = 100.0  # times the median: what is named, and believed
+ODD = 100.0  # an upload this many times larger than the median is named in the log, but used
 SLACK = 1e-3  # of a score: sums in float32 are not exact
 
 
@@ -66,7 +66,7 @@ def aggregated(
         try:
             new = aggregate(kept)
             why = finite_state(new.leaves) or finite_state(_uploaded(new.params, kept), most)
-        except (RuntimeError, ValueError, ArithmeticError) as e:  # an SVD of what is not finite
+        except (RuntimeError, ValueError, ArithmeticError) as e:  # the SVD fails on values that are not finite
             why = f"the uploads cannot be aggregated ({type(e).__name__})"
         if why is None:
             return new, kept, left
@@ -111,7 +111,7 @@ def odd_uploads(method: Method, uploads: Sequence[Upload]) -> list[str]:
     found: dict[str, dict[str, float]] = {
         "a loss of": {
             u.client.id: abs(n) for u in uploads if math.isfinite(n := u.metrics["loss"])
-        },  # some sites tell none
+        },  # a site may keep its losses
         "an upload of norm": {u.client.id: magnitude(u.params) for u in uploads},
         "a weight of": {u.client.id: float(weight(u)) for u in uploads} if weight else {},
     }

@@ -42,7 +42,7 @@ class Gate:
     ):  # fmt: skip
         self.policy, self.folder, self.typed, self.accept, self.ask, self.say = policy, folder, typed, accept, ask, say
         self.audit = Audit(folder, clock)
-        self._admitted: dict[str, Recipe] = {}  # by digest: checked once
+        self._admitted: dict[str, Recipe] = {}  # recipes that were checked, by digest
         self._declined: set[str] = set()
         self._end = math.inf
         facts = "none: the server is trusted" if policy is None else policy.model_dump(mode="json")
@@ -120,9 +120,8 @@ class Gate:
         columns = [*((d.text,) if isinstance(d.text, str) else d.text or ()), d.prompt, d.completion, d.template]
         work = f"{t.steps} steps" if t.steps else f"{t.epochs} epochs"
         method: Any = r.method_object()
-        plain = {
-            f.name: () for f in dataclasses.fields(method) if "pattern" in f.name
-        }  # of layers that only the model has
+        # Patterns name layers, and only the model, which is not loaded yet, knows its layers.
+        plain = {f.name: () for f in dataclasses.fields(method) if "pattern" in f.name}
         sent, stays = leaves(dataclasses.replace(method, **plain))
         asked = bool((given.get("deployment") or {}).get("histograms"))
         lines = {

@@ -30,7 +30,7 @@ from .attendance import Attendance, Link
 from .packets import EVERYBODY, PROTOCOL, Kind, Packet, reply_of
 
 SPLITS = ("train", "validation", "test")
-LINES = 12  # at most, of a list that a person reads
+LINES = 12  # most entries of a list that is printed for a person
 FORMS = 8  # leaves of a message for each leaf that is declared, at most: guards and int8 send more than one
 
 
@@ -49,7 +49,7 @@ class Terms:
 class Remote:
     """Clients at their sites. say: what a person at the server should know at once."""
 
-    block = 1  # of the server; sites have their own
+    block = 1  # the server trains nobody; each site chooses the size of its own blocks
 
     def __init__(
         self, fed: Federation, watch: Callback, link: Link, terms: Terms, recipe: Mapping[str, Any],

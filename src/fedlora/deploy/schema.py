@@ -17,9 +17,9 @@ from pydantic_core import from_json
 from ..errors import UploadError, printable
 
 Split = Literal["train", "validation", "test"]
-MOST_CLIENTS = 10_000  # of one site
+MOST_CLIENTS = 10_000  # clients that one site may hold
 LONGEST_ID = 200  # characters of a client's id
-MOST_ROWS = 10**9  # of one client's split
+MOST_ROWS = 10**9  # rows in one split of one client
 MOST_ROUNDS = 10**6
 MOST_TOKENS = 10**15
 LARGEST = 1e15  # magnitude of a loss; larger ones say nothing
@@ -59,7 +59,7 @@ def _shallow(value: dict[str, Any]) -> dict[str, Any]:
 
 
 Id = Annotated[str, Field(min_length=1, max_length=LONGEST_ID), AfterValidator(_printable)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.@~-]{1,64}$")]  # of a metric, a view
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.@~-]{1,64}$")]  # characters of the name of a metric or a view
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")]
 Round = Annotated[int, Field(ge=0, le=MOST_ROUNDS)]

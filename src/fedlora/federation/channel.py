@@ -27,7 +27,7 @@ class Sent:
     message: Params
     params: Params
     header: Mapping[str, int]
-    kept: Params = field(default_factory=dict)  # what the sender's guards keep, to be stored beside personal leaves
+    kept: Params = field(default_factory=dict)  # state of the sender's guards, stored beside its personal leaves
 
     @property
     def traffic(self) -> wire.Traffic:

@@ -43,7 +43,7 @@ class Trained:
     upload: Params
     kept: Params
     metrics: dict[str, float]
-    served: Params = field(default_factory=dict)  # filled only where `serve` was asked for
+    served: Params = field(default_factory=dict)  # filled only if the caller asked for models to serve
     sent: Sent | None = None  # the upload as it travels and arrives; `kept` then holds what guards keep as well
 
 
@@ -276,7 +276,7 @@ def enough(round: int, accepted: int, asked: int, least: int, refused: Mapping[s
 
 def in_order(cohort: Sequence[Client]) -> list[Client]:
     """The order in which uploads are summed: large clients first. The last bits of a sum depend on it."""
-    return sorted(cohort, key=lambda c: -c.examples)  # stable: it does not depend on the block size
+    return sorted(cohort, key=lambda c: -c.examples)  # a stable sort: the size of blocks does not matter
 
 
 def blocks(cohort: Sequence[Client], size: int) -> Iterator[Sequence[Client]]:

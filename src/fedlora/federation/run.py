@@ -77,7 +77,7 @@ class Federation(Setting):
         """Clients trained at once: as set, or what memory allows; 1 for models whose clients cannot share a forward."""
         rows = self.data.splits["train"].rows[:2]
         if not len(rows):
-            return 1  # a server has no rows
+            return 1  # the server of a deployment holds no rows
         batch = batch_of(self.data, np.zeros(len(rows), np.int64), rows)
         together = self.model.probe({n: v[None].to(self.model.device) for n, v in batch.items()})
         if self.block != "auto":

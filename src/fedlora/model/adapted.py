@@ -57,7 +57,7 @@ class Adapted:
         self.compiled = kernels.Compiled(base, self._now, packs=not checkpointing) if useful and self._now else None
         self._bound: dict[str, list[tuple[type[Form], Parts]]] = {}  # the deltas of each layer
         self._fired: set[str] = set()  # layers that some forward has reached
-        self._common: set[str] = set()  # layers that work on a tensor all examples share
+        self._common: set[str] = set()  # layers whose input is one tensor that all examples share
         self._clients, self._all_rows = 1, 1  # K and K * b of the batch at hand
         self._mode: ClientDropout | None = None
         self.groups: dict[str, tuple[Layer, ...]] = {}
@@ -225,7 +225,7 @@ class Adapted:
         with self._packed(batch), self._operators() if self._mode is None else nullcontext():
             y: Tensor = self.call(self.base, inputs)
         if silent := [s for s in self._bound if s not in self._fired and self._tables.is_table(s)]:
-            for s in silent:  # nothing has called them, so the base reads their weight
+            for s in silent:  # no forward pass has called them, so the base reads their weight itself
                 self._tables.add(s)
             return self.forward(p, batch)
         return y.unflatten(0, first.shape[:2])
@@ -255,12 +255,12 @@ class Adapted:
             for name in (n for n in layers if self._tables.is_table(n) and n not in self._fired):
                 t = (
                     torch.arange(layers[name].in_ * layers[name].out, device=self.device) % 7 - 3.0
-                )  # seen through any norm
+                )  # gradients pass through any normalisation on top
                 one = {n: v[:1] for n, v in batch.items()}
                 if not torch.equal(
                     self.forward({Key("probe", name, "table"): t.view(1, layers[name].in_, -1)}, one)[0], y[0]
                 ):
-                    self._fired.add(name)  # the base reads its weight
+                    self._fired.add(name)  # the base reads the weight itself instead of calling the layer
         self.bind({})
         if unused := [n for n in layers if n not in self._fired]:
             raise ModelError(

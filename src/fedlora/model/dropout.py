@@ -30,7 +30,7 @@ ATTENTION = (
     "attn_mask",
     "dropout_p",
     "is_causal",
-)  # of scaled_dot_product_attention, by place
+)  # the positional arguments of scaled_dot_product_attention
 
 
 def mix(z: Tensor) -> Tensor:

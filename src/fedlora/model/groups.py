@@ -40,9 +40,9 @@ KEYS_VALUES: dict[str, tuple[str, ...]] = {  # architecture -> keys and values, 
     "distilbert": (r".*\.attention\.(k_lin|v_lin)",),
     "deberta": (r".*\.attention\.self\.in_proj",),  # one layer computes queries, keys and values
     "deberta-v2": (r".*\.attention\.self\.(key|value)_proj",),
-    "gpt2": (r".*\.attn\.c_attn",),  # queries too
+    "gpt2": (r".*\.attn\.c_attn",),  # the same layer also computes the queries
     "llama": (r".*\.self_attn\.(k|v)_proj",),
-    "phi3": (r".*\.self_attn\.qkv_proj",),  # queries too
+    "phi3": (r".*\.self_attn\.qkv_proj",),  # the same layer also computes the queries
     "t5": (r".*\.(SelfAttention|EncDecAttention)\.(k|v)",),
     "bart": (r".*\.(self_attn|encoder_attn)\.(k|v)_proj",),
 }

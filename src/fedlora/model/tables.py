@@ -26,7 +26,7 @@ class Tables:
         self._base = base
         self._modules = {n: m for n, m in base.named_modules() if isinstance(m, nn.Embedding)}
         self._homes: dict[str, list[nn.Module]] = {}
-        self._weights: dict[str, nn.Parameter] = {}  # what stands in a replaced table's place
+        self._weights: dict[str, nn.Parameter] = {}  # the placeholder that replaces a table
         names = [n for n in names if n in self._modules]
         for n in names:
             module = self._modules[n]

@@ -111,7 +111,7 @@ def packed(batch: Batch, lengths: Tensor, parts: int, tokenwise: Collection[str]
     pieces = []
     for i in range(min(parts, lengths.shape[1])):
         if not lengths[:, i].any():
-            break  # only padding is left
+            break  # every real row is already in a piece
         rows = {n: v[:, i::parts] if v.ndim > 1 else v for n, v in batch.items()}
         piece = fitted(rows, int(lengths[:, i].max()), tokenwise)
         pieces.append(piece | {"lengths": lengths[:, i::parts].clamp_min(1)})
@@ -163,7 +163,7 @@ def pieces(model: Adapted, batch: Batch, parts: int, tokenwise: Collection[str] 
     }
     lengths = lengths.gather(1, order)
     batch = filled(batch, lengths)
-    longest = lengths.amax(0).tolist()  # of the j-th longest rows
+    longest = lengths.amax(0).tolist()  # tokens of the longest j-th row among the clients
     device = batch["weight"].device.type
     tokens = CACHED.get(model.dtype, INF) if device == "cpu" else INF
     tokens = COMPILED if model.compiled else tokens

@@ -13,7 +13,7 @@ from ..data.examples import Words
 
 Scores = dict[str, float]
 
-RANGE = {  # that a score can have; of other metrics a score is any finite number
+RANGE = {  # the range of a metric's scores; a metric that is not listed may have any finite score
     "accuracy": (0.0, 1.0), "macro_f1": (0.0, 1.0), "matthews": (-1.0, 1.0), "pearson": (-1.0, 1.0), "spearman": (-1.0, 1.0),
     "micro_f1": (0.0, 1.0), "exact_match": (0.0, 1.0), "f1": (0.0, 1.0), "precision": (0.0, 1.0), "recall": (0.0, 1.0),
     "perplexity": (0.0, math.exp(700.0)),

@@ -51,7 +51,7 @@ class Serving:
     tokenizer: Any
     names: Sequence[str]
     max_length: int
-    new_tokens: int = 64  # that a language model writes at most
+    new_tokens: int = 64  # most new tokens that a language model writes
 
     def outputs(self, rows: Tokens) -> Iterator[tuple[Tensor, Tensor]]:
         """The model's output of each row in fp32 [...], and its labels, on the CPU."""
@@ -74,7 +74,7 @@ class Task(ABC):
     kind: ClassVar[str]
     auto: ClassVar[str] = "AutoModelForSequenceClassification"  # transformers' class that loads such a model
     peft_type: ClassVar[str] = "SEQ_CLS"  # a member of PEFT's TaskType
-    metric: ClassVar[str] = "loss"  # by which rounds are chosen
+    metric: ClassVar[str] = "loss"  # the metric that chooses the best round
     lower: ClassVar[frozenset[str]] = frozenset({"loss"})  # metrics of which less is better
     named: ClassVar[bool] = False  # whether the model's outputs have names, in which all parties must agree
     has_head: ClassVar[bool] = True  # whether layers are put on top of the base for it
