@@ -103,9 +103,8 @@ def test_a_run_records_them(tmp_path: Path) -> None:
         layers = [x for x in lines if x["kind"] == "asymmetry"][-1]["sites"]
         assert len(layers) == 4
         if name == "fedsa":
-            assert all(
-                s["A"] == pytest.approx(1) and s["B"] < 0.999 for s in layers.values()
-            )  # A is one, B is each one's own
+            # A is one, B is each one's own.
+            assert all(s["A"] == pytest.approx(1) and s["B"] < 0.999 for s in layers.values())
         if name == "local":
             assert all(s["A"] > s["B"] for s in layers.values())  # most of A's likeness is the common start
         if name == "hetlora":

@@ -55,9 +55,8 @@ def test_own_module_and_data(tmp_path: Path) -> None:
     assert summary["parameters"]["trainable"] == 2 * (8 + 6) + 2 * (8 + 4) + 8 * 3 + 3
     base = Sensor()
     fitted = own(fl.HomLoRA(rank=2), tmp_path / "q").model.base
-    assert all(
-        torch.equal(p, q) for p, q in zip(base.parameters(), fitted.parameters(), strict=True)
-    )  # the base never moves
+    # The base never moves.
+    assert all(torch.equal(p, q) for p, q in zip(base.parameters(), fitted.parameters(), strict=True))
 
 
 def test_every_shipped_method_runs_on_an_own_module(tmp_path: Path) -> None:

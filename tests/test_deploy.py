@@ -428,9 +428,10 @@ def test_message_precision_is_that_of_the_simulation(precision: Any, tmp_path: P
     tiny.close(state(here), state(full), tol=0.05)
     assert any(not torch.equal(a, b) for a, b in zip(state(here).values(), state(full).values(), strict=True))
     sent = [sum(x["bytes"]["up"]["adapter"] for x in lines(f) if x["kind"] == "train") for f in (here, full)]
+    # Int8: rows of 16 entries with one float32 scale each.
     assert sent[0] / sent[1] == pytest.approx(
         {"fp16": 1 / 2, "bf16": 1 / 2, "int8": 1 / 4 + 1 / 16}[precision], rel=0.05
-    )  # int8: rows of 16 entries with one float32 scale each
+    )
 
 
 def test_a_site_of_many_clients_trains_them_in_blocks(tmp_path: Path) -> None:

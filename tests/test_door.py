@@ -15,9 +15,8 @@ pytest.importorskip("flwr")
 
 from fedlora.flower import door, superlink
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # asyncio's, of sockets that were cut
+# Asyncio's, of sockets that were cut.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 HEAD = b"POST /v1/fleet/echo HTTP/1.1\r\nhost: x\r\n"
 
 

@@ -372,9 +372,8 @@ class Cable:
 
 
 @needs_text
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # asyncio's own, of sockets that were cut
+# Asyncio's own, of sockets that were cut.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_cut_connection_is_taken_up_again(alone: Place) -> None:
     """One site's cable is cut twice while it works: nothing is lost; and what it carries is encrypted."""
     recipe = recipe_of("fedsa", {}).override("federation.rounds=4", "evaluation.every=9", "deployment.deadline=90")

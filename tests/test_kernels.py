@@ -219,9 +219,8 @@ def encoders() -> dict[str, Any]:
 
 FAMILIES = {
     **{name: (make, False) for name, make in encoders().items()},
-    **{
-        name: (make, False) for name, make in tiny.families().items() if not name.startswith("deberta")
-    },  # which has no sdpa
+    # Which has no sdpa.
+    **{name: (make, False) for name, make in tiny.families().items() if not name.startswith("deberta")},
     **{f"causal {name}": (make, True) for name, make in tiny.causal_families().items()},
 }
 

@@ -162,9 +162,8 @@ def test_algorithm_1_transcribed_with_dense_jacobians() -> None:
 
         for pi, xi, xi_, zeta in steps:
             y_new = ys - 0.7 * g_y(xs, ys, pi)
-            j = torch.autograd.functional.jacobian(
-                lambda t, ys=ys, zeta=zeta, g_y=g_y: g_y(t, ys, zeta, True), xs
-            )  # [y x]
+            # [y x]
+            j = torch.autograd.functional.jacobian(lambda t, ys=ys, zeta=zeta, g_y=g_y: g_y(t, ys, zeta, True), xs)
             xs = xs - 0.3 * (g_x(xs, y_new, xi) - 0.7 * j.T @ g_y(xs, y_new, xi_))
             ys = y_new
         mine = work["train"]

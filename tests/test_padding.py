@@ -26,12 +26,13 @@ from fedlora.training.tasks.classification import Classification
 from fedlora.tree import Key
 
 FAMILIES = ("gpt2-eos", "llama-5", "qwen2-49", "roberta-1", "bart-1", "t5-0")
+# Rows of four clients; the last has the longest alone.
 HELD = (
     [0, 1, 2, 3, 4, 5, 6],
     [7, 8],
     [9, 10, 11, 12, 13],
     [14],
-)  # rows of four clients; the last has the longest alone
+)
 TARGETS = {"gpt2": "c_attn", "bart": "q_proj", "t5": "q", "roberta": "query"}
 
 

@@ -25,6 +25,7 @@ from fedlora.errors import ConfigError, DataError
 from fedlora.seeds import np_rng
 
 LABELS = np_rng("labels").integers(0, 5, 1000)
+# Those that give every row away.
 KINDS: dict[str, Partition] = {
     "iid": PARTITIONS["iid"](),
     "dirichlet": PARTITIONS["dirichlet"](alpha=0.3),
@@ -32,7 +33,7 @@ KINDS: dict[str, Partition] = {
     "classes": PARTITIONS["classes"](classes=2),
     "quantity": PARTITIONS["quantity"](alpha=0.3),
     "domain": PARTITIONS["domain"](domains=1),
-}  # those that give every row away
+}
 
 
 def test_every_partition_is_here() -> None:

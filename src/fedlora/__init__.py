@@ -42,13 +42,14 @@ _HOME = {
     "training.tasks.regression": "Regression",
     "tree": "Key Params",
 }
+# What names of earlier versions are called now.
 _NOW = {
     "Order": "RoundInfo",
     "Plan": "LocalWork",
     "Scene": "Context",
     "Server": "ServerState",
     "Watch": "Callback",
-}  # what names of earlier versions are called now
+}
 _WHERE = {name: home for home, names in _HOME.items() for name in names.split()}
 
 __all__ = sorted(_WHERE)

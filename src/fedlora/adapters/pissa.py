@@ -27,9 +27,8 @@ from ..tree import Key, Params, factor
 from .base import all_match, zeros
 from .lora import LoRA
 
-_PRINCIPAL: WeakKeyDictionary[nn.Module, dict[int, tuple[Tensor, Tensor]]] = (
-    WeakKeyDictionary()
-)  # of the frozen base's layers
+# Of the layers of the frozen base: its principal factors.
+_PRINCIPAL: WeakKeyDictionary[nn.Module, dict[int, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
 
 def principal(layer: Layer, r: int) -> tuple[Tensor, Tensor]:

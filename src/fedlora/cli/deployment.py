@@ -39,9 +39,8 @@ def _say(quiet: bool) -> Callable[[str], None]:
 
     def say(text: str) -> None:
         if not quiet:
-            first, *more = (
-                printable(line, 10**6) for line in text.split("\n")
-            )  # it may hold what the other side has sent
+            # It may hold what the other side has sent.
+            first, *more = (printable(line, 10**6) for line in text.split("\n"))
             err.print("\n".join([f"{now()} {first}", *more]), soft_wrap=True, highlight=False, markup=False)
 
     return say

@@ -109,9 +109,8 @@ def odd_uploads(method: Method, uploads: Sequence[Upload]) -> list[str]:
     """Sentences on uploads whose loss, norm or weight stands far from all others'."""
     weight = getattr(method, "weight", None)
     found: dict[str, dict[str, float]] = {
-        "a loss of": {
-            u.client.id: abs(n) for u in uploads if math.isfinite(n := u.metrics["loss"])
-        },  # a site may keep its losses
+        # A site may keep its losses.
+        "a loss of": {u.client.id: abs(n) for u in uploads if math.isfinite(n := u.metrics["loss"])},
         "an upload of norm": {u.client.id: magnitude(u.params) for u in uploads},
         "a weight of": {u.client.id: float(weight(u)) for u in uploads} if weight else {},
     }

@@ -178,9 +178,10 @@ class Declared:
 def first_upload(method: Method, context: Context, info: RoundInfo, down: Params, client: Client) -> Params:
     """The upload of a client that has received `down` and has not trained: leaves as in every upload, values as received."""
     ranks = {(k.adapter, k.layer): rank(k, v) for k, v in down.items() if rank_axis(k) is not None}
+    # A client that has pruned the half it receives has pruned its own.
     kept = {
         k: cut_rank(k, v, ranks.get((k.adapter.partition("~")[0], k.layer), rank(k, v)))
         for k, v in method.keep(context, client).items()
-    }  # a client that has pruned the half it receives has pruned its own
+    }
     up, _ = method.finish(method.begin(context, info, stack([down]), stack([kept])))
     return unstack(up, 1)[0]

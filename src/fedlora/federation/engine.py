@@ -90,10 +90,11 @@ def train_block(
     k = len(down)
     out = []
     for j, (p, s) in enumerate(zip(unstack(_to(up | mine, "cpu"), k), unstack(_to(served, "cpu"), k), strict=True)):
+        # Unstacking cuts every leaf to its client's rank, so it comes before the two are told apart.
         upload, kept_ = (
             {key: p[key] for key in up},
             {key: p[key] for key in mine},
-        )  # unstacking cuts every leaf to its client's rank, so it comes before the two are told apart
+        )
         out.append(Trained(upload, kept_, {n: float(v[j]) for n, v in means.items()}, s))
     return out
 
@@ -104,9 +105,8 @@ def _mean(values: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
 
 
 def _to(p: Params, device: torch.device | str) -> Params:
-    return {
-        k: v if k.part == "steps" else v.to(device) for k, v in p.items()
-    }  # step counters stay on the CPU, where the optimizer reads them
+    # Step counters stay on the CPU, where the optimizer reads them.
+    return {k: v if k.part == "steps" else v.to(device) for k, v in p.items()}
 
 
 def _to_batch(batch: Batch, device: torch.device) -> Batch:

@@ -73,9 +73,8 @@ class Personal(Folder):
         with self.writing(self.root):
             self.root.mkdir(mode=durable.FOLDER, parents=True, exist_ok=True)
             durable.make(self.client_folder(id), self.root)
-        apart = {
-            k: v.clone() for k, v in params.items()
-        }  # VeRA's layers share tensors, and a file holds each under one name
+        # VeRA's layers share tensors, and a file holds each under one name.
+        apart = {k: v.clone() for k, v in params.items()}
         self.write(self.client_folder(id) / SERVED, seal(apart, {"client": id}))
 
     def load_served(self, id: str) -> Params | None:

@@ -40,9 +40,8 @@ def served(f: Setting, engine: Engine, server: ServerState, clients: Sequence[in
                 train_batches(f.data, k, plan, tuner.draws, f.seed, "tune", server.round, f.data.ids[k])
                 for k in clients[i : i + engine.block]
             ]
-            kept = [
-                select(p, lambda k: "~" not in k.adapter) for p in kept
-            ]  # fresh moments, and the full learning rate
+            # Fresh moments, and the full learning rate.
+            kept = [select(p, lambda k: "~" not in k.adapter) for p in kept]
             done = train_block(tuner, f.context, f.loss, info, down_each, kept, work, Schedule(), serve=True)
             out += [r.served for r in done]
         else:

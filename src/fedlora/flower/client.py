@@ -98,9 +98,8 @@ def serve(uplink: Uplink, site: Site, say: Callable[[str], None], stop: threadin
             turned_away = turned_away + pause if isinstance(e, httpx.HTTPStatusError) else 0.0
             _explain(e, uplink, turned_away)
             say(f"{uplink.address}: {_short(e)}; trying again in {pause:.0f} s")
-            stop.wait(
-                pause * random.Random(time.monotonic_ns()).uniform(0.8, 1.2)
-            )  # so that sites do not come all at once
+            # So that sites do not come all at once.
+            stop.wait(pause * random.Random(time.monotonic_ns()).uniform(0.8, 1.2))
             pause = min(2 * pause, LONGEST_WAIT)
 
 

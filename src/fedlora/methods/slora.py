@@ -211,9 +211,8 @@ class SLoRA(SFT):
     def parts(self, down: Params, kept: Params) -> tuple[Params, Params, Params]:
         """(what the stage's method receives, what it keeps, personal leaves that wait for stage 2)."""
         if self.now(down).label != "sparse" and any(k.adapter.startswith("sparse~") for k in kept):
-            kept = select(
-                kept, lambda k: "~" not in k.adapter
-            )  # moments of stage 1, and its count of steps, end with it
+            # Moments of stage 1, and its count of steps, end with it.
+            kept = select(kept, lambda k: "~" not in k.adapter)
         idle = select(kept, lambda k: self.idle(k, down))
         return select(down, lambda k: not self.frozen(k)), select(kept, lambda k: k not in idle), idle
 

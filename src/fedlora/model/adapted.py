@@ -22,9 +22,8 @@ from ..tree import Key, Params
 from .dropout import ClientDropout
 from .tables import Tables
 
-Batch = dict[
-    str, Tensor
-]  # leaves [K b ...]; "labels" [K b ...], "weight" [K b] 0 on padding rows, "seed" [K b] of dropout; "lengths" [K b] if packed
+# Leaves [K b ...]; "labels" [K b ...], "weight" [K b] 0 on padding rows, "seed" [K b] of dropout; "lengths" [K b] if packed.
+Batch = dict[str, Tensor]
 NOT_INPUTS = frozenset({"labels", "weight", "seed", "common", "lengths"})
 
 
@@ -253,9 +252,8 @@ class Adapted:
         with torch.inference_mode():
             y = self.forward({}, batch)
             for name in (n for n in layers if self._tables.is_table(n) and n not in self._fired):
-                t = (
-                    torch.arange(layers[name].in_ * layers[name].out, device=self.device) % 7 - 3.0
-                )  # gradients pass through any normalisation on top
+                # Gradients pass through any normalisation on top.
+                t = torch.arange(layers[name].in_ * layers[name].out, device=self.device) % 7 - 3.0
                 one = {n: v[:1] for n, v in batch.items()}
                 if not torch.equal(
                     self.forward({Key("probe", name, "table"): t.view(1, layers[name].in_, -1)}, one)[0], y[0]

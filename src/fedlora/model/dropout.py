@@ -23,6 +23,7 @@ from ..kernels.attention import attends, attention
 from ..kernels.dropout import GOLDEN, WIDEST, Drop, dropped, drops
 
 MIX = (-4658895280553007687, -7723592293110705685)  # splitmix64's multipliers (Steele, Lea & Flood, OOPSLA 2014)
+# The positional arguments of scaled_dot_product_attention.
 ATTENTION = (
     "query",
     "key",
@@ -30,7 +31,7 @@ ATTENTION = (
     "attn_mask",
     "dropout_p",
     "is_causal",
-)  # the positional arguments of scaled_dot_product_attention
+)
 
 
 def mix(z: Tensor) -> Tensor:

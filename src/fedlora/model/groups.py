@@ -59,9 +59,8 @@ def group(name: str, base: nn.Module, model_type: str, targets: Sequence[str], h
     tied = getattr(getattr(base, "config", None), "tie_word_embeddings", False)
     embeddings: Any = getattr(base, "get_output_embeddings", None)
     outside = embeddings() if embeddings is not None else None
-    linear = [
-        n for n in linear if not (tied and layers[n][0] is outside)
-    ]  # trained as part of the table that it shares
+    # Trained as part of the table that it shares.
+    linear = [n for n in linear if not (tied and layers[n][0] is outside)]
     if name == "linear":
         return linear
     if name == "bias":

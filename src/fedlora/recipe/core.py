@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 ORDER = ("name", "model", "data", "partition", "method", "train", "federation", "evaluation", "deployment", "run")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 SHOWN = ("target", "bandwidth")  # fields of the section evaluation that only reports use
+# These fields came after 0.1; at their defaults they are left out of the hash, so that older hashes stay.
 LATER = {
     "model": ("kernels", "threshold"),
     "data": ("classes", "site"),
     "federation": ("precision", "norm_bound", "guards"),
-}  # these fields came after 0.1; at their defaults they are left out of the hash, so that older hashes stay
+}
 RESULT = ("seed",)  # the fields of the section run that change the result; the others are not hashed
 
 

@@ -222,6 +222,7 @@ class Run(Section):
     """Threads of torch; null leaves torch's own choice."""
 
 
+# In the order of the file; "method" comes after "partition".
 SECTIONS: dict[str, type[Section]] = {
     "model": Model,
     "data": Data,
@@ -231,4 +232,4 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluation": Evaluation,
     "deployment": Deployment,
     "run": Run,
-}  # in the order of the file; "method" comes after "partition"
+}

@@ -17,9 +17,8 @@ from ..kernels import width
 from ..model.adapted import Adapted, Batch
 
 TOKENWISE = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "labels"})  # leaves [K b L]
-FILL = {
-    "labels": -100
-}  # what a leaf holds where there is no token: -100 is no target; all others hold 0, and are masked
+# What a leaf holds where there is no token: -100 is no target; all others hold 0, and are masked.
+FILL = {"labels": -100}
 
 
 def stack_batches(batches: Sequence[Batch]) -> Batch:
@@ -45,9 +44,8 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
 
 OVERHEAD = {"cpu": 128}  # what a further forward and backward costs, in padded tokens
 LAUNCHES = 16_384  # the same on an accelerator, where many small kernels cost more than padding
-HALF = {
-    "cpu": 8
-}  # factor on OVERHEAD in half precision: a token costs less there, and weights are packed anew for each product
+# Factor on OVERHEAD in half precision: a token costs less there, and weights are packed anew for each product.
+HALF = {"cpu": 8}
 INF = float("inf")
 INT = torch.iinfo(torch.int64).max
 CACHED = {torch.float32: 2048, torch.bfloat16: 4096}  # padded tokens whose activations a CPU's caches still hold, about
