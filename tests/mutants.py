@@ -84,7 +84,7 @@ MUTANTS = (
     Mutant("rounding is not part of the rest", "federation/channel.py", "arrived = self.opened(message, down)", "arrived = self.opened(wire.pack(self.encoded(p, down)), down) if self.precision == 'fp32' else p", "tests/test_guards.py -k loses_nothing"),
     Mutant("int4 rounds down", "federation/guards/feedback.py", ".nan_to_num().round().to(torch.int16)", ".nan_to_num().to(torch.int16)", "tests/test_guards.py -k nearest"),
     Mutant("a compressed leaf writes where it likes", "federation/guards/feedback.py", "int(at[-1]) < like.numel()", "int(at[-1]) < 2**31", "tests/test_guards.py -k is_none"),
-    Mutant("a client may skip the compression", "federation/guards/feedback.py", "if whole := sorted(map(str, values(out, down))):", "if whole := []:", "tests/test_guards.py -k is_none"),
+    Mutant("a client may skip the compression", "federation/guards/feedback.py", "if whole := sorted(map(str, values(out, down))):", "if whole := []:", "tests/test_guards.py -k as_large_as"),
     Mutant("clipping forgets what was received", "federation/guards/clip.py", "d = change(up, down)", "d = change(up, {k: v * 0 for k, v in down.items()})", "tests/test_guards.py -k clip"),
     Mutant("one side alone is trimmed", "federation/guards/trimmed.py", "[b : len(seen) - b]", "[b:]", "tests/test_guards.py -k trimmed"),
     Mutant("the trimmed share is rounded in floating point", "federation/guards/trimmed.py", "int(Fraction(str(self.share)) * len(seen))", "round(self.share * len(seen))", "tests/test_guards.py -k trimmed"),

@@ -274,6 +274,14 @@ def test_a_compressed_upload_that_is_none_is_refused(name: str) -> None:
         channel.read(BAD[name](good), down, wire.expect(down))
 
 
+def test_an_upload_as_large_as_without_compression_is_refused() -> None:
+    """Well formed leaves, all of them declared, that a client has not compressed: it would spend the run's bandwidth."""
+    channel = Channel("fp32", None, (GUARDS["feedback"](share=0.5),))
+    down, up = leaves(0), leaves(1)
+    with pytest.raises(UploadError, match="not compressed"):
+        channel.read(Channel("fp32").up(up, down, {}, ORDER, Client("a", 1)).message, down, wire.expect(down))
+
+
 @pytest.mark.parametrize(
     ("guards", "method", "said"),
     [
