@@ -113,6 +113,10 @@ MUTANTS = (
     # HetLoRA
     Mutant("the loss before the hand-over is only there by chance", "federation/run.py", 'if self._due(server.round) else {"before": server, "handover": new}', 'if True else {}', "tests/test_law_slora.py"),
     Mutant("stage 1 forgets the densities of layers", "methods/slora.py", "density_pattern=self.density_pattern, ", "", "tests/test_law_slora.py"),
+    Mutant("the clients of a run are repetitions", "report/statistics.py", "gaps.append(float(np.mean([one[seed][c] - two[seed][c] for c in clients])))", "gaps += [one[seed][c] - two[seed][c] for c in clients]", "tests/test_law_statistics.py"),
+    Mutant("p is of one pair, however many are shown", "report/statistics.py", "min(1.0, (len(p) - i) * p[at])", "p[at]", "tests/test_law_statistics.py"),
+    Mutant("a bootstrap keeps the seeds", "report/statistics.py", "picked = draw.integers(len(runs), size=(len(runs), DRAWS))", "picked = np.arange(len(runs))[:, None].repeat(DRAWS, 1)", "tests/test_law_statistics.py"),
+    Mutant("a normal interval of few seeds", "report/statistics.py", "stats.t.ppf((1 + LEVEL) / 2, n - 1)", "stats.norm.ppf((1 + LEVEL) / 2)", "tests/test_law_statistics.py"),
     Mutant("a global score stands under personal", "report/tables.py", "return views.pop() if len(views) == 1 else", "return 'personal' if True else", "tests/test_report.py"),
     Mutant("the worst tenth is of personal models or not at all", "report/tables.py", '_view(s, view, "worst_decile")', '_view(s, "personal", "worst_decile")', "tests/test_report.py"),
     Mutant("aggregation weights by examples", "methods/hetlora.py", "return lambda k: sizes.get(whole._replace(layer=k.layer), sizes[whole])", "return lambda k: float(u.client.examples)", "tests/test_law_hetlora.py"),

@@ -327,15 +327,19 @@ def test_cost_to_a_common_target_by_hand(tmp_path: Path) -> None:
 
 
 def test_pairs_by_hand(tmp_path: Path) -> None:
-    """Seven pairs that all differ in one direction: Wilcoxon's exact two-sided p is 2 / 2^7."""
+    """Three seeds of two clients each: gaps 0.02, 0.04 and 0.09, so Student's interval is 0.05 +- 4.303 * 0.0361 / sqrt(3)."""
     from fedlora.report.tables import grouped, paired
 
-    low = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
-    high = [v + 0.01 * (i + 1) for i, v in enumerate(low)]
-    runs = [records(fake(tmp_path / m, 0, m, [low, s])) for m, s in (("x", high), ("y", low))]
+    gaps = (0.02, 0.04, 0.09)
+    runs = []
+    for seed, gap in enumerate(gaps):
+        for method, more in (("x", gap), ("y", 0.0)):
+            scores = [[0.1, 0.2], [0.4 + more, 0.6 + more]]
+            runs.append(records(fake(tmp_path / f"{method}{seed}", seed, method, scores)))
     [pair] = paired(grouped(runs))
-    assert (pair.a, pair.b, pair.pairs) == ("x", "y", 7)
-    assert pair.difference == pytest.approx(0.04)
-    assert pair.p == pytest.approx(2 / 128)
-    other = records(fake(tmp_path / "z", 1, "z", [low, high]))
+    assert (pair.a, pair.b, pair.seeds, pair.p) == ("x", "y", 3, None)
+    assert pair.difference == pytest.approx(0.05)
+    assert (pair.low, pair.high) == (pytest.approx(-0.03957, abs=1e-4), pytest.approx(0.13957, abs=1e-4))
+    assert pair.verdict == "3 seeds cannot tell"
+    other = records(fake(tmp_path / "z", 7, "z", [[0.1, 0.2], [0.3, 0.4]]))
     assert paired(grouped([runs[0], other])) == []  # another seed is another partition

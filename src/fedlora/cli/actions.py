@@ -170,7 +170,8 @@ def run_folders(folders: Sequence[Path]) -> list[Path]:
 
 def compare(folders: Sequence[Path], output: Path | None, json: bool) -> None:
     from .. import report as pages
-    from ..report.tables import compare_rows
+    from ..report.read import records
+    from ..report.tables import compare_rows, grouped, paired
 
     found = run_folders(folders)
     rows = compare_rows(found)
@@ -178,6 +179,7 @@ def compare(folders: Sequence[Path], output: Path | None, json: bool) -> None:
         sys.stdout.write(json_.dumps(rows) + "\n")
     else:
         tables.comparison(out, rows)
+        tables.pairs(out, paired(grouped([records(f) for f in found])))
     try:
         page = pages.write_comparison(
             found, output or (folders[0] if len(folders) == 1 else Path()) / "comparison.html"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..bench.examples import Course
     from ..recipe import Recipe
     from ..recipe.shipped import Shipped
+    from ..report.statistics import Pair
 
 MOST_CLIENTS = 16  # rows of the class table before it is cut
 
@@ -200,7 +201,7 @@ def plan(out: Console, r: Recipe, facts: Mapping[str, Any]) -> None:
 
 def comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """Methods side by side; rows as report.tables.compare_rows gives them."""
-    from ..report.tables import choice, constant, has_global, heading, score
+    from ..report.tables import choice, constant, has_global, heading, score, unequal
 
     if not rows:
         return
@@ -227,4 +228,21 @@ def comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         column.no_wrap = column.header not in ("method", "seeds")
     if (bar := constant(rows)) is not None:
         table.caption, table.caption_justify = f"always a client's most frequent class: {bar}", "left"
+    out.print(table)
+    if different := unequal(rows):
+        out.print(different, soft_wrap=True, highlight=False)
+
+
+def pairs(out: Console, found: Sequence[Pair]) -> None:
+    """Differences between settings on one partition, and what so many seeds can tell."""
+    if not found or max(x.seeds for x in found) < 2:
+        return
+    table = _table("differences on test, seed by seed", "comparison", "difference", "95 %", "p", "tells")
+    for x in found:
+        between = NOTHING if x.low is None else f"{x.low:+.3f} to {x.high:+.3f}"
+        table.add_row(
+            f"{x.a} - {x.b}", f"{x.difference:+.3f}", between, NOTHING if x.p is None else f"{x.p:.2g}", x.verdict
+        )
+    for column in table.columns[1:4]:
+        column.no_wrap = True
     out.print(table)

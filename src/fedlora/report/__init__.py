@@ -35,7 +35,7 @@ def write_run(folder: str | Path, out: str | Path | None = None) -> Path:
 
 def write_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
     """Write the comparison of run folders to `out`; returns it. Raises as write_run."""
-    from .page import comparison_page
+    from .comparison import comparison_page
 
     runs = [records(f) for f in folders]
     if len({r.metric for r in runs}) > 1:

@@ -11,8 +11,6 @@ from .read import Records
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from ..bench.examples import Course
-
 # Okabe and Ito's palette, told apart with any colour vision.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6914")
 VIEWS = {"personal": PALETTE[0], "global": PALETTE[1], "unseen": PALETTE[2]}
@@ -26,7 +24,8 @@ def words(metric: str) -> str:
     return {"macro_f1": "macro F1", "bits_per_character": "bits per character"}.get(metric, metric)
 
 
-def _figure(x: str, y: str, height: int = 380, **layout: Any) -> go.Figure:
+def figure(x: str, y: str, height: int = 380, **layout: Any) -> go.Figure:
+    """An empty figure with named axes in the house's style. height: pixels."""
     import plotly.graph_objects as go
 
     axis = {
@@ -54,7 +53,7 @@ def _figure(x: str, y: str, height: int = 380, **layout: Any) -> go.Figure:
     )
 
 
-def _whole(fig: go.Figure, most: int) -> None:
+def whole(fig: go.Figure, most: int) -> None:
     """Ticks at whole rounds only."""
     if most <= 12:
         fig.update_xaxes(dtick=1)
@@ -74,9 +73,10 @@ def _quantile(values: Sequence[float], q: float) -> float:
     return v[low] + (at - low) * (v[high] - v[low])
 
 
-def _band(
+def band(
     fig: go.Figure, x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str, name: str
 ) -> None:
+    """Fill between two curves, without an entry in the legend."""
     import plotly.graph_objects as go
 
     fig.add_trace(
@@ -91,7 +91,7 @@ def progress(run: Records, against: str = "rounds") -> go.Figure | None:
     """Metric on test against rounds or megabytes: a line per view, the middle 80 % of clients as a band."""
     import plotly.graph_objects as go
 
-    fig = _figure(
+    fig = figure(
         "round" if against == "rounds" else "megabytes sent so far, all clients, both ways",
         f"{words(run.metric)} on test",
     )
@@ -103,7 +103,7 @@ def progress(run: Records, against: str = "rounds") -> go.Figure | None:
         x = [e.round if against == "rounds" else sent[e.round] / 1e6 for e in lines]
         spread = [[c[run.metric] for c in e.clients.values() if run.metric in c] for e in lines]
         if max(map(len, spread)) > 2:
-            _band(fig, x, [_quantile(s, 0.1) for s in spread], [_quantile(s, 0.9) for s in spread], colour, view)
+            band(fig, x, [_quantile(s, 0.1) for s in spread], [_quantile(s, 0.9) for s in spread], colour, view)
         fig.add_trace(
             go.Scatter(x=x, y=[e.mean[run.metric] for e in lines], name=f"{view} model", mode="lines+markers",
                        legendgroup=view, line={"color": colour, "width": 2.5}, marker={"size": 6})
@@ -111,7 +111,7 @@ def progress(run: Records, against: str = "rounds") -> go.Figure | None:
     if not fig.data:
         return None
     if against == "rounds":
-        _whole(fig, max(x.round for x in run.evals()))
+        whole(fig, max(x.round for x in run.evals()))
     if run.summary and run.chosen is not None and against == "rounds":
         note = {
             "text": f"round {run.chosen}, chosen on {run.summary['chosen_on']}",
@@ -130,11 +130,11 @@ def losses(run: Records) -> go.Figure | None:
     lines = [x for x in run.trains if x.loss == x.loss]
     if not lines:
         return None
-    fig = _figure("round", "training loss")
+    fig = figure("round", "training loss")
     x = [t.round for t in lines]
     each = [[v for v in t.losses.values() if v == v] for t in lines]
-    _band(fig, x, [_quantile(v, 0.1) for v in each], [_quantile(v, 0.9) for v in each], PALETTE[0], "loss")
-    _whole(fig, x[-1])
+    band(fig, x, [_quantile(v, 0.1) for v in each], [_quantile(v, 0.9) for v in each], PALETTE[0], "loss")
+    whole(fig, x[-1])
     fig.add_trace(
         go.Scatter(
             x=x,
@@ -159,11 +159,11 @@ def spread(run: Records) -> go.Figure | None:
         return None
     first = next(iter(scores))
     if len(scores[first]) > BARS:
-        return _boxes(
+        return boxes(
             {f"{v} model": list(s.values()) for v, s in scores.items()}, run.metric, [VIEWS[v] for v in scores]
         )
     order = sorted(scores[first], key=lambda c: scores[first][c])
-    fig = _figure(f"{words(run.metric)} on the client's own test data", "", height=max(300, 90 + 22 * len(order)))
+    fig = figure(f"{words(run.metric)} on the client's own test data", "", height=max(300, 90 + 22 * len(order)))
     if len(scores) == 2:
         for c in order:
             fig.add_trace(
@@ -183,10 +183,11 @@ def spread(run: Records) -> go.Figure | None:
     return fig
 
 
-def _boxes(values: Mapping[str, Sequence[float]], metric: str, colours: Sequence[str]) -> go.Figure:
+def boxes(values: Mapping[str, Sequence[float]], metric: str, colours: Sequence[str]) -> go.Figure:
+    """A box for each name, with all its points."""
     import plotly.graph_objects as go
 
-    fig = _figure("", f"{words(metric)} on test")
+    fig = figure("", f"{words(metric)} on test")
     for (name, v), colour in zip(values.items(), colours, strict=False):
         fig.add_trace(go.Box(y=v, name=name, boxpoints="all" if len(v) <= 400 else "outliers", jitter=0.4, pointpos=0,
                              marker={"color": colour, "size": 5, "opacity": 0.6}, fillcolor=_light(colour, 0.15), showlegend=False))  # fmt: skip
@@ -204,9 +205,9 @@ def partition(run: Records, split: str = "train") -> go.Figure | None:
     counts = p.get("histogram", {}).get(split)
     if counts is None:
         fig = (
-            _figure("rows", "", height=max(300, 90 + 22 * len(ids)))
+            figure("rows", "", height=max(300, 90 + 22 * len(ids)))
             if len(ids) <= BARS
-            else _figure("rows of a client", "clients")
+            else figure("rows of a client", "clients")
         )
         if len(ids) <= BARS:
             fig.add_trace(go.Bar(x=sizes, y=ids, orientation="h", marker={"color": PALETTE[0]}))
@@ -216,7 +217,7 @@ def partition(run: Records, split: str = "train") -> go.Figure | None:
         return fig
     names = p["label_names"]
     if len(ids) <= BARS and len(names) <= 12:
-        fig = _figure(
+        fig = figure(
             "rows", "", height=max(300, 110 + 22 * len(ids) + 18 * (-(-len(names) // 3))), barmode="stack", bargap=0.25
         )
         fig.update_layout(legend={"traceorder": "normal"})
@@ -234,7 +235,7 @@ def partition(run: Records, split: str = "train") -> go.Figure | None:
         return fig
     chosen = range(len(ids)) if len(ids) <= HEAT else [round(i * (len(ids) - 1) / (HEAT - 1)) for i in range(HEAT)]
     share = [[x / max(1, sum(counts[k])) for x in counts[k]] for k in chosen]
-    fig = _figure("class", "client", height=min(900, max(320, 120 + 14 * len(share))))
+    fig = figure("class", "client", height=min(900, max(320, 120 + 14 * len(share))))
     fig.add_trace(go.Heatmap(z=share, x=[_short(n) for n in names], y=[ids[k] for k in chosen], colorscale="Blues", zmin=0,
                              customdata=[counts[k] for k in chosen], hovertemplate="%{y}, %{x}: %{customdata} rows<extra></extra>",
                              colorbar={"title": {"text": "share of<br>the client"}, "tickformat": ".0%"}))  # fmt: skip
@@ -263,7 +264,7 @@ def cross(run: Records) -> go.Figure | None:
     if line is None:
         return None
     n = len(line.ids)
-    fig = _figure("data of client", "model of client", height=max(340, 140 + 36 * n))
+    fig = figure("data of client", "model of client", height=max(340, 140 + 36 * n))
     fig.add_trace(go.Heatmap(z=line.matrix, x=line.ids, y=line.ids, colorscale="Viridis", reversescale=run.lower_is_better,
                              texttemplate="%{z:.2f}" if n <= 16 else None, colorbar={"title": {"text": words(line.metric)}}))  # fmt: skip
     fig.update_yaxes(type="category", autorange="reversed")
@@ -278,7 +279,7 @@ def exactness(run: Records) -> go.Figure | None:
     points = [(x.round, x.exactness["product_error"]) for x in run.trains if x.exactness]
     if not points or max(v for _, v in points) < 1e-6:
         return None
-    fig = _figure("round", "relative error of the averaged product", height=300)
+    fig = figure("round", "relative error of the averaged product", height=300)
     fig.add_trace(
         go.Scatter(
             x=[r for r, _ in points],
@@ -305,7 +306,7 @@ def ranks(run: Records) -> go.Figure | None:
     if not curves:
         return None
     effective = any(isinstance(x, EffectiveRanksLine) for x in run.lines)
-    fig = _figure("round", "effective rank, mean over layers" if effective else "rank")
+    fig = figure("round", "effective rank, mean over layers" if effective else "rank")
     for i, (c, points) in enumerate(list(curves.items())[:BARS]):
         line = {"color": PALETTE[i % len(PALETTE)], "width": 2}
         fig.add_trace(
@@ -322,7 +323,7 @@ def likeness(run: Records) -> go.Figure | None:
     line = next((x for x in reversed(run.lines) if isinstance(x, AsymmetryLine)), None)
     if line is None:
         return None
-    fig = _figure("", "mean cosine between clients")
+    fig = figure("", "mean cosine between clients")
     names = {"A": "A", "B": "B", "dA": "change of A"}
     layers = list(line.sites)
     for i, (key, name) in enumerate(names.items()):
@@ -337,64 +338,4 @@ def likeness(run: Records) -> go.Figure | None:
             )
         )
     fig.update_xaxes(type="category", tickangle=-45, showticklabels=len(layers) <= 40)
-    return fig
-
-
-# comparisons ----------------------------------------------------------------------------------------------------------
-
-
-def race(groups: Mapping[str, Sequence[Records]], against: str = "rounds", view: str = "personal") -> go.Figure | None:
-    """Metric on test of every setting against rounds or megabytes: mean over seeds, the range of seeds as a band."""
-    import plotly.graph_objects as go
-
-    metric = next(iter(groups.values()))[0].metric
-    fig = _figure(
-        "round" if against == "rounds" else "megabytes sent so far, all clients, both ways", f"{words(metric)} on test"
-    )
-    for i, (name, runs) in enumerate(groups.items()):
-        colour = PALETTE[i % len(PALETTE)]
-        curves = []
-        for r in runs:
-            sent = r.bytes_by_round()
-            lines = [x for x in r.evals(view, "test") if metric in x.mean]
-            curves.append({e.round: (sent[e.round] / 1e6, e.mean[metric]) for e in lines})
-        rounds = sorted(set.intersection(*(set(c) for c in curves)))
-        if not rounds:
-            continue
-        x = [t if against == "rounds" else sum(c[t][0] for c in curves) / len(curves) for t in rounds]
-        ys = [[c[t][1] for c in curves] for t in rounds]
-        if len(curves) > 1:
-            _band(fig, x, [min(v) for v in ys], [max(v) for v in ys], colour, name)
-        line = {"color": colour, "width": 2.5, "dash": ("solid", "dash", "dot")[i // len(PALETTE) % 3]}
-        fig.add_trace(
-            go.Scatter(x=x, y=[sum(v) / len(v) for v in ys], name=name, legendgroup=name, mode="lines+markers", line=line, marker={"size": 6})
-        )  # fmt: skip
-    if against == "rounds" and fig.data:
-        _whole(fig, max(max(t.x) for t in fig.data))
-    return fig if fig.data else None
-
-
-def client_boxes(groups: Mapping[str, Sequence[Records]]) -> go.Figure | None:
-    """Every client's score at the chosen round, a box per setting, seeds together."""
-    metric = next(iter(groups.values()))[0].metric
-    values: dict[str, list[float]] = {}
-    for name, runs in groups.items():
-        for r in runs:
-            e = r.at(r.main, "test", r.chosen) if r.chosen is not None else None
-            values.setdefault(name, []).extend(s[metric] for s in e.clients.values() if metric in s) if e else None
-    values = {k: v for k, v in values.items() if v}
-    return _boxes(values, metric, [PALETTE[i % len(PALETTE)] for i in range(len(values))]) if values else None
-
-
-def courses(found: Sequence[Course], client: str) -> go.Figure:
-    """Relative error of one client's update against rounds, a line a method."""
-    import plotly.graph_objects as go
-
-    fig = _figure("round", "relative error")
-    for c, colour in zip(found, PALETTE, strict=False):
-        fig.add_trace(
-            go.Scatter(x=c.rounds, y=c.errors[client], name=c.label, mode="lines", line={"color": colour, "width": 2.5})
-        )
-    fig.update_yaxes(type="log", dtick=1, exponentformat="power")
-    fig.update_layout(margin={"t": 84})
     return fig

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..units import NOTHING, number, seconds, size
-from . import figures
+from ..units import number, seconds, size
+from . import figures, races
 from .read import Records
-from .tables import choice, constant, flat, grouped, has_global, heading, paired, score
+from .tables import choice
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -47,7 +47,7 @@ def run_page(run: Records) -> dict[str, Any]:
     s, m = run.summary, figures.words(run.metric)
     done = run.trains[-1].round if run.trains else 0
     model, data = run.recipe.get("model", {}), run.recipe.get("data", {})
-    lead = f"{run.title} on {_source(data)} with {_short(model['name'])}" if model else run.title
+    lead = f"{run.title} on {source(data)} with {short(model['name'])}" if model else run.title
     lead += f": {len(run.partition.get('ids', []))} clients, {done} rounds."
     tiles: list[Tile] = []
     if s:
@@ -104,47 +104,8 @@ def run_page(run: Records) -> dict[str, Any]:
                 wide=True,
             )
         )
-    blocks += _about(run)
+    blocks += about(run)
     return {"title": run.name, "lead": lead, "note": chosen, "tiles": tiles, "blocks": blocks}
-
-
-def comparison_page(runs: Sequence[Records], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Title and blocks of a comparison."""
-    groups = grouped(runs)
-    metric = runs[0].metric
-    m = figures.words(metric)
-    odd = sorted({k for r in runs for k, v in flat(r.recipe).items() if any(flat(o.recipe).get(k) != v for o in runs)})
-    odd = [k for k in odd if k != "name" and not k.startswith("method.") and k not in ("run.output",)]
-    note = f"Test scores at the round chosen on {choice(rows)}. The runs differ in the method{''.join(f', {k}' for k in odd)}."
-    if (bar := constant(rows)) is not None:
-        note += f" Always giving a client's most frequent class, without a model, scores {bar}."
-    first = runs[0]
-    alike = len({str(r.partition.get("histogram")) for r in runs}) == 1
-    whose = "" if alike else f"; of {first.name}"
-    blocks = [
-        Block("Side by side", table=_side_by_side(rows), wide=True),
-        Block(f"{m}, personal models".capitalize(), "Mean over clients, each on its own test data; the band is the range of seeds.", figures.race(groups)),
-        Block(f"{m} against bytes".capitalize(), "The same, against what was sent.", figures.race(groups, "bytes")),
-        Block(f"{m}, global model".capitalize(), "The shared part alone, for a client that keeps nothing.", figures.race(groups, view="global")),
-        Block("Spread over clients", "One point per client at the chosen round.", figures.client_boxes(groups)),
-        Block("Who holds what", f"Training rows of each client, by class{whose}.", figures.partition(first)),
-    ]  # fmt: skip
-    blocks += [_to_target(rows, m), _pairs(groups)]
-    blocks = [b for b in blocks if b.figure is not None or b.table]
-    blocks += _about(first)
-    count = f"{len(groups)} settings, {len(runs)} runs"
-    lead = (
-        f"{count} on {_source(first.recipe['data'])} with {_short(first.recipe['model']['name'])}."
-        if first.recipe
-        else f"{count}."
-    )
-    return {
-        "title": " against ".join(groups) if len(groups) <= 4 else f"{len(groups)} settings",
-        "lead": lead,
-        "note": note,
-        "tiles": [],
-        "blocks": blocks,
-    }
 
 
 def example_page(found: Sequence[Course], true: Mapping[str, int], seed: int) -> dict[str, Any]:
@@ -167,7 +128,7 @@ def example_page(found: Sequence[Course], true: Mapping[str, int], seed: int) ->
                 Block(
                     f"Client {c}: true rank {true[c]}",
                     "Lower is better; the scale is logarithmic.",
-                    figures.courses(found, c),
+                    races.courses(found, c),
                 )
                 for c in clients
             ),
@@ -176,90 +137,26 @@ def example_page(found: Sequence[Course], true: Mapping[str, int], seed: int) ->
     }
 
 
-def _to_target(rows: Sequence[Mapping[str, Any]], metric: str) -> Block:
-    """What it took to reach a score that is the same for all."""
-    target = rows[0]["target"]
-    if target is None:
-        return Block("")
-    head = ("method", "round", "sent", "simulated")
-    body = [
-        (r["method"], "never", NOTHING, NOTHING)
-        if r["target_round"] is None
-        else (
-            r["method"],
-            f"{r['target_round']:.1f}".removesuffix(".0"),
-            size(r["target_bytes"]),
-            seconds(r["target_seconds"]),
-        )
-        for r in rows
-    ]
-    return Block(
-        f"To reach {metric} {number(target)}",
-        "On validation. Simulated: clients work at the same time at this machine's speed, over the recipe's bandwidth.",
-        table=[head, *body],
-    )
-
-
-def _pairs(groups: Mapping[str, Sequence[Records]]) -> Block:
-    """Differences between settings on the same clients and seeds."""
-    found = [] if len(groups) > 12 else paired(groups)
-    head = ("comparison", "difference", "pairs", "p")
-    body = [
-        (f"{x.a} – {x.b}", f"{x.difference:+.3f}", str(x.pairs), "too few" if x.p is None else f"{x.p:.2g}")
-        for x in found
-    ]
-    about = "Mean difference on test over clients and seeds, with Wilcoxon's signed-rank test (two-sided, uncorrected)."
-    return Block("Pair by pair", about, table=[head, *body] if body else ())
-
-
-def _shared(x: Any) -> Any:
+def shared(x: Any) -> Any:
     """A recipe without the folders of the machine it ran on: a page is given to others."""
     if isinstance(x, Mapping):
-        return {k: _shared(v) for k, v in x.items()}
+        return {k: shared(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
-        return [_shared(v) for v in x]
-    return _short(x) if isinstance(x, str) and (x.startswith(("/", "~")) or PureWindowsPath(x).is_absolute()) else x
+        return [shared(v) for v in x]
+    return short(x) if isinstance(x, str) and (x.startswith(("/", "~")) or PureWindowsPath(x).is_absolute()) else x
 
 
-def _short(path: str) -> str:
+def short(path: str) -> str:
     """The last two parts of a path."""
     return "/".join(path.rstrip("/").replace("\\", "/").split("/")[-2:])
 
 
-def _source(data: Mapping[str, Any]) -> str:
+def source(data: Mapping[str, Any]) -> str:
     source = data.get("source", "own data")
     if source == "demo":
         return "the documentation of Python's standard library"
     first = source if isinstance(source, str) else source[0]
-    return _short(str(first))
-
-
-def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    unseen = any(r["unseen"] is not None for r in rows)
-    view, globe = heading(rows), has_global(rows)
-    head = (
-        "method",
-        view,
-        *(["global"] if globe else []),
-        *(["unseen"] if unseen else []),
-        "worst tenth",
-        f"last {max(r['last_rounds'] for r in rows)}",
-        "trained",
-        "shared",
-        "sent",
-        "time",
-        "memory",
-        "seeds",
-    )
-    exact = lambda n: NOTHING if n is None else f"{n:,}"  # noqa: E731
-    out: list[tuple[str, ...]] = [head]
-    for r in rows:
-        out.append((
-            r["method"], score(r, view), *([number(r["global"])] if globe else []), *([number(r["unseen"])] if unseen else []), number(r["worst_decile"]),
-            number(r["test_last10"]), exact(r["trainable"]), exact(r["shared"]), size(r["bytes_total"]), seconds(r["seconds"]),
-            size(r["peak_memory_bytes"]), str(r["seeds"]) + (f" ({r['unfinished']} unfinished)" if r["unfinished"] else ""),
-        ))  # fmt: skip
-    return out
+    return short(str(first))
 
 
 def _scores(s: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -297,7 +194,7 @@ def _costs(run: Records, s: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(str(a), str(b)) for a, b in rows]
 
 
-def _about(run: Records) -> list[Block]:
+def about(run: Records) -> list[Block]:
     e = run.environment
     versions = ", ".join(f"{k} {v}" for k, v in e.get("packages", {}).items())
     operators = e.get("kernels", "PyTorch's")
@@ -306,7 +203,7 @@ def _about(run: Records) -> list[Block]:
         f"{e.get('processor', '')}, {e.get('cores', '?')} cores, {e.get('threads', '?')} threads, "
         f"device {e.get('device', '?')}{more}; Python {e.get('python', '?')}, {versions}"
     )
-    recipe = yaml.safe_dump(_shared(run.recipe), sort_keys=False, allow_unicode=True) if run.recipe else ""
+    recipe = yaml.safe_dump(shared(run.recipe), sort_keys=False, allow_unicode=True) if run.recipe else ""
     out = [Block("Machine and versions", where if e else "unknown", wide=True)]
     if recipe:
         out.append(Block("Recipe", f"Hash {run.hash}.", code=recipe, wide=True, folded=True))

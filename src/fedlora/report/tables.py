@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from ..training.metrics import beats
 from ..units import NOTHING, number
 from .read import Records, records
+from .statistics import Pair, Seed, differences, interval
 
 Row = dict[str, Any]
 BANDWIDTH = (50.0, 10.0)  # megabits a second, for runs without a recipe
@@ -21,7 +21,8 @@ BANDWIDTH = (50.0, 10.0)  # megabits a second, for runs without a recipe
 def compare_rows(folders: Sequence[str | Path]) -> list[Row]:
     """One row per setting: scores on test at the round chosen on validation, mean over seeds, and costs.
 
-    test_std: sample standard deviation over seeds, None for one seed.
+    test_std: sample standard deviation over seeds; test_interval: 95 % by a two-level bootstrap over seeds and their
+    clients. Both are None for one seed.
     """
     groups = grouped([records(f) for f in folders])
     target = common_target(groups)
@@ -57,6 +58,40 @@ def score(row: Mapping[str, Any], heading: str) -> str:
         return NOTHING
     spread = f" ± {number(row['test_std'])}" if row["test_std"] is not None else ""
     return shown + spread + (f" {row['view']}" if heading == "test" else "")
+
+
+def spread(row: Mapping[str, Any]) -> str:
+    """A row's 95 % interval over seeds and clients."""
+    found = row["test_interval"]
+    return NOTHING if found is None else f"{number(found[0])} to {number(found[1])}"
+
+
+def unequal(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence where settings have trained on other amounts of text, as PF2LoRA's four minibatches a step make them."""
+    seen = {r["method"]: r["tokens"] for r in rows if r["tokens"]}
+    if not seen or max(seen.values()) < 1.1 * min(seen.values()):
+        return ""
+    least = min(seen, key=seen.__getitem__)
+    more = [f"{m} {n / seen[least]:.1f}" for m, n in seen.items() if n >= 1.1 * seen[least]]
+    return f"Not equal: tokens trained on, in multiples of {least}'s: {', '.join(more)}."
+
+
+def settings(groups: Mapping[str, Sequence[Records]]) -> list[tuple[str, ...]]:
+    """A table of the fields in which methods differ, the defaults included, under a head; empty where nothing differs."""
+    plain = {label: flat(runs[0].recipe) for label, runs in groups.items()}
+    names = dict.fromkeys(k for p in plain.values() for k in p if k.split(".")[0] in ("method", "train"))
+    odd = [
+        k
+        for k in names
+        if k not in ("method.name", "method.title")
+        and len(values := [json.dumps(p[k]) for p in plain.values() if k in p]) > 1
+        and len(set(values)) > 1
+    ]
+    if not odd:
+        return []
+    shown = lambda v: NOTHING if v is None else f"{v:g}" if isinstance(v, float) else str(v)  # noqa: E731
+    body = [(label, *(shown(p[k]) if k in p else "" for k in odd)) for label, p in plain.items()]
+    return [("method", *(k.removeprefix("method.") for k in odd)), *body]
 
 
 @dataclass(frozen=True)
@@ -119,42 +154,19 @@ def cost_to(runs: Sequence[Records], target: float | None) -> Row:
     }
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Setting `a` against `b` on the same clients and seeds."""
-
-    a: str
-    b: str
-    pairs: int
-    difference: float  # mean of a - b
-    p: float | None  # Wilcoxon's signed-rank test, two-sided; None below 6 pairs that differ
-
-
 def paired(groups: Mapping[str, Sequence[Records]]) -> list[Pair]:
-    """Every two settings, client by client and seed by seed; only where partitions are the same."""
-    from scipy import stats
-
-    scores = {label: _scores_of(runs) for label, runs in groups.items()}
-    out = []
-    for a, b in itertools.combinations(groups, 2):
-        common = sorted(scores[a].keys() & scores[b].keys())
-        if not common:
-            continue
-        differences = [scores[a][k] - scores[b][k] for k in common]
-        enough = sum(d != 0 for d in differences) >= 6
-        p = float(stats.wilcoxon(differences).pvalue) if enough else None
-        out.append(Pair(a, b, len(common), sum(differences) / len(differences), p))
-    return out
+    """Every two settings, seed by seed; only where partitions are the same."""
+    return differences({label: scores(runs) for label, runs in groups.items()})
 
 
-def _scores_of(runs: Sequence[Records]) -> dict[tuple[Any, ...], float]:
-    """(seed, partition, client) -> test score at the chosen round."""
-    out = {}
+def scores(runs: Sequence[Records]) -> dict[Seed, dict[str, float]]:
+    """(seed, partition) -> client -> test score at the chosen round."""
+    out: dict[Seed, dict[str, float]] = {}
     for r in runs:
         line = r.at(r.main, "test", r.chosen) if r.chosen is not None else None
-        for client, s in (line.clients if line else {}).items():
-            if r.metric in s:
-                out[(r.recipe.get("run", {}).get("seed", 0), str(r.partition.get("sizes")), client)] = s[r.metric]
+        found = {client: s[r.metric] for client, s in (line.clients if line else {}).items() if r.metric in s}
+        if found:
+            out[(r.recipe.get("run", {}).get("seed", 0), str(r.partition.get("sizes")))] = found
     return out
 
 
@@ -207,6 +219,7 @@ def _row(label: str, runs: Sequence[Records]) -> Row:
         "view": view,  # whose score "test", "weighted" and "worst_decile" are
         "test": _mean(tests),
         "test_std": statistics.stdev(tests) if len(tests) > 1 else None,
+        "test_interval": interval(scores(runs)),
         "global": _mean(_known([_view(s, "global", "mean") for s in done])),
         "unseen": _mean(_known([_view(s, "unseen", "mean") for s in done])),
         "weighted": _mean(_known([_view(s, view, "weighted") for s in done])),
@@ -220,6 +233,7 @@ def _row(label: str, runs: Sequence[Records]) -> Row:
         "shared": done[0]["parameters"]["shared"] if done else None,
         "bytes_total": _mean([s["bytes"]["total"] for s in done]),
         "seconds": _mean([s["seconds"] for s in done]),
+        "tokens": _mean([float(sum(t.tokens for t in r.timings)) for r in runs if r.summary]),
         "peak_memory_bytes": max((s["peak_memory_bytes"] for s in done), default=None),
         "seeds": len(runs),
         "unfinished": len(runs) - len(done),

@@ -1,0 +1,134 @@
+"""The page of several runs: their scores side by side, what they cost, and what their differences tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..units import NOTHING, count, number, seconds, size
+from . import figures, races
+from .page import Block, about, short, source
+from .read import Records
+from .statistics import LEAST
+from .tables import choice, constant, flat, grouped, has_global, heading, paired, score, settings, spread, unequal
+
+
+def comparison_page(runs: Sequence[Records], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Title and blocks of a comparison."""
+    groups = grouped(runs)
+    metric = runs[0].metric
+    m = figures.words(metric)
+    odd = sorted({k for r in runs for k, v in flat(r.recipe).items() if any(flat(o.recipe).get(k) != v for o in runs)})
+    odd = [k for k in odd if k != "name" and not k.startswith("method.") and k not in ("run.output",)]
+    note = f"Test scores at the round chosen on {choice(rows)}. The runs differ in the method{''.join(f', {k}' for k in odd)}."
+    if (bar := constant(rows)) is not None:
+        note += f" Always giving a client's most frequent class, without a model, scores {bar}."
+    if has_global(rows):
+        note += f" The column global is of the round that was chosen for {heading(rows)}."
+    if different := unequal(rows):
+        note += f" {different}"
+    first = runs[0]
+    alike = len({str(r.partition.get("histogram")) for r in runs}) == 1
+    whose = "" if alike else f"; of {first.name}"
+    blocks = [
+        Block("Side by side", table=_side_by_side(rows), wide=True),
+        Block(f"{m}, personal models".capitalize(), "Mean over clients, each on its own test data; the band is the range of seeds.", races.race(groups)),
+        Block(f"{m} against bytes".capitalize(), "The same, against what was sent.", races.race(groups, "bytes")),
+        Block(f"{m}, global model".capitalize(), "The shared part alone, for a client that keeps nothing.", races.race(groups, view="global")),
+        Block("Spread over clients", "One point per client at the chosen round.", races.client_boxes(groups)),
+        Block("Who holds what", f"Training rows of each client, by class{whose}.", figures.partition(first)),
+    ]  # fmt: skip
+    differing = "Fields of the recipes in which the settings differ, defaults included."
+    blocks += [Block("Settings that differ", differing, table=settings(groups)), _to_target(rows, m), _pairs(groups)]
+    blocks = [b for b in blocks if b.figure is not None or b.table]
+    blocks += about(first)
+    count = f"{len(groups)} settings, {len(runs)} runs"
+    lead = (
+        f"{count} on {source(first.recipe['data'])} with {short(first.recipe['model']['name'])}."
+        if first.recipe
+        else f"{count}."
+    )
+    return {
+        "title": " against ".join(groups) if len(groups) <= 4 else f"{len(groups)} settings",
+        "lead": lead,
+        "note": note,
+        "tiles": [],
+        "blocks": blocks,
+    }
+
+
+def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    unseen = any(r["unseen"] is not None for r in rows)
+    view, globe = heading(rows), has_global(rows)
+    head = (
+        "method",
+        view,
+        "95 %",
+        *(["global"] if globe else []),
+        *(["unseen"] if unseen else []),
+        "worst tenth",
+        f"last {max(r['last_rounds'] for r in rows)}",
+        "trained",
+        "shared",
+        "sent",
+        "tokens",
+        "time",
+        "memory",
+        "seeds",
+    )
+    exact = lambda n: NOTHING if n is None else f"{n:,}"  # noqa: E731
+    out: list[tuple[str, ...]] = [head]
+    for r in rows:
+        unfinished = f" ({r['unfinished']} unfinished)" if r["unfinished"] else ""
+        row = [r["method"], score(r, view), spread(r)]
+        row += [number(r[k]) for k, there in (("global", globe), ("unseen", unseen)) if there]
+        row += [number(r["worst_decile"]), number(r["test_last10"]), exact(r["trainable"]), exact(r["shared"])]
+        row += [size(r["bytes_total"]), count(r["tokens"]), seconds(r["seconds"]), size(r["peak_memory_bytes"])]
+        out.append((*row, f"{r['seeds']}{unfinished}"))
+    return out
+
+
+def _to_target(rows: Sequence[Mapping[str, Any]], metric: str) -> Block:
+    """What it took to reach a score that is the same for all."""
+    target = rows[0]["target"]
+    if target is None:
+        return Block("")
+    head = ("method", "round", "sent", "simulated")
+    body = [
+        (r["method"], "never", NOTHING, NOTHING)
+        if r["target_round"] is None
+        else (
+            r["method"],
+            f"{r['target_round']:.1f}".removesuffix(".0"),
+            size(r["target_bytes"]),
+            seconds(r["target_seconds"]),
+        )
+        for r in rows
+    ]
+    return Block(
+        f"To reach {metric} {number(target)}",
+        "On validation. Simulated: clients work at the same time at this machine's speed, over the recipe's bandwidth.",
+        table=[head, *body],
+    )
+
+
+def _pairs(groups: Mapping[str, Sequence[Records]]) -> Block:
+    """Differences between settings on the same clients and seeds."""
+    found = [] if len(groups) > 12 else paired(groups)
+    head = ("comparison", "difference", "95 % interval", "seeds", "p", "what it tells")
+    body = [
+        (
+            f"{x.a} – {x.b}",
+            f"{x.difference:+.3f}",
+            NOTHING if x.low is None else f"{x.low:+.3f} to {x.high:+.3f}",
+            str(x.seeds),
+            NOTHING if x.p is None else f"{x.p:.2g}",
+            x.verdict,
+        )
+        for x in found
+    ]
+    told = (
+        "Difference on test, seed by seed on one partition; interval and p are Student's over seeds, since the clients of one "
+        f"run are not independent. p is given from {LEAST} seeds on and corrected over all pairs (Holm)."
+    )
+    return Block("Pair by pair", told, table=[head, *body] if body else ())
