@@ -12,7 +12,7 @@ SETUP := pyproject.toml constraints.txt
 help:
 	@echo "make demo     compare four methods on real text, with a report (about five minutes after installation)"
 	@echo "make test     lint, types, import rules and tests"
-	@echo "make slow     the slower tests: every method over real processes"
+	@echo "make slow     the slower tests: over real processes, and every variant of what the quick ones sample"
 	@echo "make lint     ruff and its formatter, without changing anything"
 	@echo "make format   let ruff mend what it can"
 	@echo "make docs     write docs/recipes.md from the types"
@@ -39,7 +39,7 @@ imports: $(VENV)/.installed-dev
 pytest: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" --durations=20 --durations-min=10
 
-# Every method over real processes, and the app under Flower's own commands: minutes more.
+# Real processes, Flower's own commands, and every variant of what the quick tests sample: an hour or more.
 slow: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m slow
 

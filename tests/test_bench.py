@@ -64,7 +64,9 @@ def test_systems_agree_on_a_language_model(tmp_path: Path) -> None:
         assert m.difference is not None and m.difference < 2e-5
 
 
-@pytest.mark.parametrize("method", ["pf2lora", "hetlora", "slora"])
+@pytest.mark.parametrize(
+    "method", ["hetlora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("pf2lora", "slora"))]
+)
 def test_blocks_do_what_one_client_after_another_does(method: str, folder: Path) -> None:
     """Methods without a peer: the first system is the reference."""
     work = Work(str(folder), method_name=method, max_length=16, regime=Regime("tiny", 3, 1, 4), threads=1)
@@ -105,6 +107,7 @@ def test_ratios_pair_rounds() -> None:
     assert ratios(Measured("a", "", seconds=[1.0, 2.0]), Measured("b", "", seconds=[3.0, 8.0])) == [3.0, 4.0]
 
 
+@pytest.mark.slow
 def test_the_command(folder: Path, tmp_path: Path) -> None:
     done = fedlora("bench", "--model", folder, "--regime", "small", "--system", "peft", "--system", "blocks", "--rounds", 1,
                    "--threads", 1, "-o", tmp_path)  # fmt: skip
@@ -113,6 +116,9 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     assert result["environment"]["versions"]["torch"] == torch.__version__
     assert {m["system"] for m in result["regimes"][0]["systems"]} == {"peft", "blocks"}
+
+
+def test_the_command_says_what_is_wrong(folder: Path, tmp_path: Path) -> None:
     done = fedlora("bench", "--regime", "huge", code=2)
     assert all(r in done.stderr for r in REGIMES)
     fedlora("bench", "--system", "magic", code=2)

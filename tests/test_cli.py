@@ -146,7 +146,9 @@ def until(process: subprocess.Popen[str], trained: int) -> None:
         seen += json.loads(line)["kind"] == "train"
 
 
-@pytest.mark.parametrize("method", ["fedsa", "pf2lora", "hetlora"])
+@pytest.mark.parametrize(
+    "method", ["pf2lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fedsa", "hetlora"))]
+)
 def test_kill_and_resume_is_bit_identical(method: str, tmp_path: Path) -> None:
     """kill -9 twice at arbitrary moments of a run of ten rounds with dropout; then resume."""
     sections = {"method": {"name": method, "rank": 4, "alpha": 4}, "federation": {"rounds": 10, "clients_per_round": 3}}

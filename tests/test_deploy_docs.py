@@ -42,6 +42,7 @@ def test_every_block_is_run() -> None:
     assert DEPLOY.count("```") == 2 * len(MARKS)
 
 
+@pytest.mark.slow
 def test_from_two_empty_machines_to_a_personal_adapter(tmp_path: Path) -> None:
     pytest.importorskip("flwr")
     model_folder(tmp_path / "model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,15 +41,27 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_readme_commands(notes: Path) -> None:
-    import shlex
+MEASURED = "methods --cost"  # every method on a whole base: minutes
 
-    lines = [x for x in block(README, "test: commands").splitlines() if x.strip()]
+
+def commands() -> list[list[str]]:
+    """The arguments of the README's commands, line by line."""
+    lines = [shlex.split(x, comments=True) for x in block(README, "test: commands").splitlines() if x.strip()]
     assert len(lines) == 10
-    for line in lines:
-        command, *arguments = shlex.split(line, comments=True)
-        assert command == "fedlora"
-        fedlora(*arguments, cwd=notes)
+    assert {x[0] for x in lines} == {"fedlora"}
+    return [x[1:] for x in lines]
+
+
+@pytest.mark.slow
+def test_the_readme_command_that_measures(notes: Path) -> None:
+    [command] = [c for c in commands() if " ".join(c).startswith(MEASURED)]
+    fedlora(*command, cwd=notes)
+
+
+def test_readme_commands(notes: Path) -> None:
+    for command in commands():
+        if not " ".join(command).startswith(MEASURED):
+            fedlora(*command, cwd=notes)
     assert (notes / "runs/comparison.html").exists()
     assert {p.name for p in (notes / "adapters").iterdir()} == {"north", "south", "east"}
 
@@ -159,18 +172,21 @@ def test_contributing_example_is_a_method(tmp_path: Path) -> None:
     passes_with_example(tmp_path, examples, ["tests/test_contract.py", "-k", "even or every_method_has_a_row"], 7)
 
 
+@pytest.mark.slow
 def test_contributing_example_is_a_delta_form(tmp_path: Path) -> None:
     tests = ["tests/test_contract.py", "tests/test_export.py", "-k", "loudness or every_delta_form_has_a_row"]
     examples = {"src/fedlora/adapters/loudness.py": "", "row of a form": TABLE_OF_TESTS}
     passes_with_example(tmp_path, examples, tests, 10)
 
 
+@pytest.mark.slow
 def test_contributing_example_is_a_guard(tmp_path: Path) -> None:
     tests = ["tests/test_guards.py", "-k", "fedsa-damped or slora-pf2lora-damped or every_guard_has_a_row"]
     where = "tests/test_guards.py: ROWS: dict[str, Guard] = {\n"
     passes_with_example(tmp_path, {"src/fedlora/federation/guards/damped.py": "", "row of a guard": where}, tests, 7)
 
 
+@pytest.mark.slow
 def test_contributing_example_is_a_partition(tmp_path: Path) -> None:
     tests = ["tests/test_partition.py", "-k", "power or every_partition"]
     where = "tests/test_partition.py: KINDS: dict[str, Partition] = {\n"
@@ -178,12 +194,14 @@ def test_contributing_example_is_a_partition(tmp_path: Path) -> None:
     passes_with_example(tmp_path, examples, tests, 5)
 
 
+@pytest.mark.slow
 def test_contributing_example_is_a_metric(tmp_path: Path) -> None:
     file = "src/fedlora/training/tasks/classification.py"
     examples = {file: file, "row of a metric": "tests/test_metrics.py: ORACLES = {\n"}
     passes_with_example(tmp_path, examples, ["tests/test_metrics.py"], 6)
 
 
+@pytest.mark.slow
 def test_contributing_example_is_a_task(tmp_path: Path) -> None:
     """The worked example, put where CONTRIBUTING says, passes the contract and is trained from a recipe."""
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))

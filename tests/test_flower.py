@@ -211,7 +211,9 @@ def same_run(place: Place, method: str, more: Mapping[str, Any]) -> None:
 
 
 @needs_text
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=() if m in ("fedsa", "pf2lora") else pytest.mark.slow) for m in METHODS]
+)
 def test_server_equals_simulation(method: str, place: Place, residents: list[subprocess.Popen[str]]) -> None:
     """Bit for bit in fp32, over TLS, with three processes."""
     same_run(place, method, METHODS[method])
@@ -231,7 +233,9 @@ def alone(place: Place, tmp_path: Path) -> Place:
 
 
 @needs_text
-@pytest.mark.parametrize("trouble", ["nan", "die", "half", "slow"])
+@pytest.mark.parametrize(
+    "trouble", ["nan", "half", *(pytest.param(t, marks=pytest.mark.slow) for t in ("die", "slow"))]
+)
 def test_a_site_in_trouble_does_not_stop_the_others(trouble: str, alone: Place) -> None:
     """The round goes on without it, and says why."""
     recipe = recipe_of("fedsa", {}, min_clients=2).override("evaluation.every=9", "deployment.deadline=8")
@@ -373,6 +377,7 @@ class Cable:
 
 @needs_text
 # Asyncio's own, of sockets that were cut.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_cut_connection_is_taken_up_again(alone: Place) -> None:
     """One site's cable is cut twice while it works: nothing is lost; and what it carries is encrypted."""

@@ -129,6 +129,7 @@ def test_the_flower_app_runs_under_flower(place: Path) -> None:
     assert json.loads((place / "run" / "partition.json").read_text())["ids"] == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_without_tls_it_must_be_said_on_both_sides(place: Path) -> None:
     port = free_port()
     said = subprocess.run(

@@ -44,7 +44,13 @@ def test_a_recipe_names_what_its_reader_can_get(recipe: Shipped) -> None:
     assert {int(runs[2])} == {r.federation.rounds for r in expand(recipe.path)}
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
+# Those of the papers are many and long: two of them stand for all in the quick suite.
+QUICK = {r.name for r in RECIPES if not r.paper} | {"fedsa-sst2", "hetlora-huffpost"}
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(r, marks=() if r.name in QUICK else pytest.mark.slow, id=r.name) for r in RECIPES]
+)
 def test_recipe_runs(recipe: Shipped, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
     limit = "data.limit=600" if "20news" in recipe.name else "data.limit=300"

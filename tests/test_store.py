@@ -259,8 +259,12 @@ with s.lock():
 """
 
 
-def test_killed_at_every_system_call(tmp_path: Path) -> None:
-    """kill -9 before the n-th write, sync or rename, for every n; a second process finishes, with the same files."""
+@pytest.mark.parametrize("first, step", [(2, 9), pytest.param(1, 1, marks=pytest.mark.slow)])
+def test_killed_at_every_system_call(first: int, step: int, tmp_path: Path) -> None:
+    """kill -9 before the n-th write, sync or rename; a second process finishes, with the same files.
+
+    Each moment is a process that imports torch: every ninth in the quick suite, every single one in the slow.
+    """
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
 
@@ -272,7 +276,7 @@ def test_killed_at_every_system_call(tmp_path: Path) -> None:
 
     assert go(tmp_path / "whole", 0) == 0
     whole = content(tmp_path / "whole")
-    at, step = 1, 3  # every third call: each is a process that imports torch
+    at = first
     while go(tmp_path / str(at), at) == -9:
         assert go(tmp_path / str(at), 0) == 0
         left = content(tmp_path / str(at))
