@@ -24,7 +24,9 @@ from fedlora.federation.records import EvalLine
 from fedlora.federation.run import Federation
 from fedlora.federation.setting import Evaluation, Sampling
 from fedlora.federation.summary import chosen_round, summarise
+from fedlora.federation.views import served
 from fedlora.methods import METHODS
+from fedlora.methods.contract import ServerState
 from fedlora.seeds import np_rng
 from fedlora.training.optimizers import SGD, AdamW
 from fedlora.tree import Params, stack
@@ -199,12 +201,24 @@ def test_global_view_has_fresh_personal_leaves(tmp_path: Path) -> None:
     assert own[-1]["mean"]["loss"] < own[0]["mean"]["loss"]
 
 
-def test_cross_matrix_has_the_personal_scores_on_its_diagonal(tmp_path: Path) -> None:
-    f = tiny.federation(METHODS["fedsa"](rank=2), tmp_path, evaluation=Evaluation(views=("personal", "cross")))
+def test_the_cross_matrix_is_every_model_on_everybodys_rows(tmp_path: Path) -> None:
+    """Row i is client i's model; its own scores are on the diagonal."""
+    f = tiny.federation(
+        METHODS["fedsa"](rank=2, head="personal", optimizer=AdamW(2e-2)), tmp_path,
+        evaluation=Evaluation(views=("personal", "cross")),
+    )  # fmt: skip
     f.run()
     [cross] = [x for x in lines(f) if x["kind"] == "cross"]
     last = [x for x in lines(f) if x["kind"] == "eval" and (x["view"], x["split"]) == ("personal", "test")][-1]
     assert [cross["matrix"][i][i] for i in range(4)] == [last["clients"][c]["accuracy"] for c in cross["ids"]]
+    loaded = f.store.load_server()
+    assert loaded is not None
+    for i, p in enumerate(served(f, f.engine(Callback()), ServerState(*loaded), range(4), "personal")):
+        for j in range(4):
+            batch = {n: v[None] for n, v in f.data.examples.collate(f.data.splits["test"][j]).items()}
+            right = f.model.forward(stack([p]), batch)[0].argmax(-1) == batch["labels"][0]
+            assert cross["matrix"][i][j] == pytest.approx(float(right.double().mean())), (i, j)
+    assert cross["matrix"] != [list(column) for column in zip(*cross["matrix"], strict=True)]
 
 
 # what is refused --------------------------------------------------------------------------------------------------------

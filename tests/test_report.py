@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from cli import write_recipe
 
 import fedlora as fl
 from fedlora import report
 from fedlora.cli.actions import run_folders
+from fedlora.data.examples import Rows
 from fedlora.errors import StateError
+from fedlora.federation.summary import partition_facts
 from fedlora.files import sealed
 from fedlora.report import figures
 from fedlora.report.read import records
@@ -343,3 +347,38 @@ def test_pairs_by_hand(tmp_path: Path) -> None:
     assert pair.verdict == "3 seeds cannot tell"
     other = records(fake(tmp_path / "z", 7, "z", [[0.1, 0.2], [0.3, 0.4]]))
     assert paired(grouped([runs[0], other])) == []  # another seed is another partition
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("rows", "another"),
+        ("ids", ["a", "z"]),
+        ("histogram", {"train": [[5, 1], [1, 5]]}),
+        ("sizes", {"train": [1, 2]}),
+    ],
+)
+def test_runs_on_other_partitions_are_no_pair(field: str, value: Any, tmp_path: Path) -> None:
+    """Equal sizes do not make an equal partition: the same client must have the same rows, and the same classes where that is
+    all that is known."""
+    from fedlora.report.tables import grouped, paired
+
+    runs = [records(fake(tmp_path / m, 1, m, [[0.1, 0.2], [0.4, 0.6]])) for m in ("x", "y")]
+    held = {"ids": ["a", "b"], "sizes": {"train": [6, 6]}} | (
+        {"rows": "some"} if field == "rows" else {"histogram": {"train": [[3, 3], [3, 3]]}}
+    )
+    alike = [dataclasses.replace(r, partition=dict(held)) for r in runs]
+    assert len(paired(grouped(alike))) == 1
+    alike[1].partition[field] = value
+    assert paired(grouped(alike)) == []
+
+
+def test_a_run_tells_which_rows_each_client_has() -> None:
+    """The digest of a partition changes where two clients exchange a row of one class."""
+    d = tiny.data()
+    train = d.splits["train"]
+    first, second = train.rows[train.offsets[0]], train.rows[train.offsets[1]]
+    moved = train.rows.copy()
+    moved[[train.offsets[0], train.offsets[1]]] = second, first
+    other = dataclasses.replace(d, splits=d.splits | {"train": Rows(train.offsets, moved)})
+    assert partition_facts(d)["rows"] == partition_facts(tiny.data())["rows"] != partition_facts(other)["rows"]

@@ -50,6 +50,19 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert Store(tmp_path / "new").load_server() is None
 
 
+def test_a_site_keeps_what_a_server_may_go_back_to(tmp_path: Path) -> None:
+    """A server has two states. Whichever it goes on from, the leaves that it names are at the site, and little else."""
+    s = Store(tmp_path, keep="all")
+    accepted: list[int] = []
+    for r, taken in enumerate([True, False, True, True, False, False, True, True, False, True]):
+        s.save_client("a", r, leaves(r))
+        s.forget("a", accepted[-1] if accepted else None, r)
+        accepted += [r] if taken else []
+        for named in accepted[-2:]:
+            assert same(s.load_round("a", named), leaves(named))
+        assert len(list(s.client_folder("a").iterdir())) <= 3
+
+
 @pytest.mark.parametrize("id", ["", "..", "a/b", "C", "c", "ü" * 200, "x" * 300, "nul", "a b\n", "c.", "-" * 81])
 def test_any_id_is_a_client(id: str, tmp_path: Path) -> None:
     """Ids that are no file names, and ids that some file systems hold to be equal."""

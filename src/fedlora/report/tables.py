@@ -166,8 +166,13 @@ def scores(runs: Sequence[Records]) -> dict[Seed, dict[str, float]]:
         line = r.at(r.main, "test", r.chosen) if r.chosen is not None else None
         found = {client: s[r.metric] for client, s in (line.clients if line else {}).items() if r.metric in s}
         if found:
-            out[(r.recipe.get("run", {}).get("seed", 0), str(r.partition.get("sizes")))] = found
+            out[(r.recipe.get("run", {}).get("seed", 0), partition_of(r))] = found
     return out
+
+
+def partition_of(r: Records) -> str:
+    """The same for two runs where the same client has the same rows; of a deployment, whose rows nobody knows, the same counts."""
+    return str([r.partition.get(k) for k in ("ids", "rows" if "rows" in r.partition else "histogram", "sizes")])
 
 
 def grouped(runs: Sequence[Records]) -> dict[str, list[Records]]:
