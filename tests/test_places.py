@@ -15,7 +15,7 @@ from fedlora.deploy.site import Holding
 from fedlora.errors import ConfigError, StateError
 from fedlora.federation.store import Store
 from fedlora.recipe import Recipe, places
-from fedlora.report.page import _shared
+from fedlora.report.page import shared
 
 RAW = {"model": {"name": "nets/tiny"}, "data": {"source": ["rows.csv", "more-*.csv"], "text": "text", "label": "label"},
        "method": "fedsa", "run": {"output": "run"}}  # fmt: skip
@@ -90,7 +90,7 @@ def test_no_folder_of_a_machine_istold_to_sites(tmp_path: Path) -> None:
     raw["data"] = {"source": str(tmp_path / "rows.csv"), "validation": str(tmp_path / "v.csv"), "text": "text", "label": "label",
                    "classes": ["a", "b"]}  # fmt: skip
     recipe = Recipe.from_dict(raw)
-    for said in (told_to_sites(recipe), _shared(recipe.resolved())):
+    for said in (told_to_sites(recipe), shared(recipe.resolved())):
         assert str(tmp_path) not in json.dumps(said)
     with pytest.raises(ConfigError, match=r"--model: got None, expected this site's copy of the server's folder net"):
         Holding("a", "rows.csv", {}).recipe(told_to_sites(recipe))
