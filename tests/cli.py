@@ -21,8 +21,11 @@ WORDS = {
 }
 
 
-def model_folder(folder: Path, causal: bool = False) -> Path:
-    """A BERT (or a Llama) of two layers with a word tokenizer, as `save_pretrained` writes it."""
+def model_folder(folder: Path, causal: bool = False, bare: bool = False) -> Path:
+    """A BERT (or a Llama) of two layers with a word tokenizer, as `save_pretrained` writes it.
+
+    The BERT is a classifier of the WORDS' kinds, so nothing is said of its head; bare: it has no head.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -37,7 +40,15 @@ def model_folder(folder: Path, causal: bool = False) -> Path:
         tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
         model_max_length=64, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )  # fmt: skip
-    tiny.seeded(tiny.causal_families()["llama"] if causal else tiny.bert).save_pretrained(folder)
+    base = tiny.seeded(tiny.causal_families()["llama"] if causal else tiny.bert)
+    if bare:
+        base = base.bert
+    elif not causal:
+        base.config.id2label, base.config.label2id = (
+            dict(enumerate(sorted(WORDS))),
+            {w: i for i, w in enumerate(sorted(WORDS))},
+        )
+    base.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -240,6 +240,17 @@ MUTANTS = (
     Mutant("the server's own socket is never answered", "flower/door.py", "        if not self.limited:\n", "        if False:\n", "tests/test_door.py -k own_door"),
     Mutant("the network reaches the control API", "flower/superlink.py", 'if not scope["path"].startswith(prefixes):', "if False:", "tests/test_flower.py -k strangers"),
     Mutant("nodes need no key", "flower/superlink.py", "self.open_to_all = keys is None", "self.open_to_all = True", "tests/test_flower.py -k strangers"),
+    # heads, requests, cut rows
+    Mutant("a head keeps its own order of classes", "checkpoints/heads.py", "p.copy_(p[order].clone())", "pass", "tests/test_pretrained.py -k follows"),
+    Mutant("a head is moved the wrong way", "checkpoints/heads.py", "order = [place.get(_folded(n), -1) for n in names]", "order = [[_folded(m) for m in names].index(_folded(n)) if _folded(n) in [_folded(m) for m in names] else -1 for n in own]", "tests/test_pretrained.py -k follows"),
+    Mutant("a head of other classes is kept", "checkpoints/pretrained.py", "if not name_outputs(base, output, names, trained, name):", "name_outputs(base, output, names, trained, name)\n        if False:", "tests/test_pretrained.py -k other_classes_is_drawn_anew"),
+    Mutant("outputs without names are the data's", "checkpoints/heads.py", 'own = [n.removeprefix("LABEL_") for n in own]', "own = list(names)", "tests/test_pretrained.py -k other_classes_is_drawn_anew"),
+    Mutant("a tokenizer may be larger than the table", "checkpoints/pretrained.py", "if rows is None or len(tokenizer) <= rows:", "if True:", "tests/test_pretrained.py -k larger"),
+    Mutant("requests are asked without their template", "serving/predict.py", "    elif data.get(\"template\"):\n        if len(columns)", "    elif False:\n        if len(columns)", "tests/test_predict.py -k template_of_use"),
+    Mutant("a prompt ends like a text", "training/tasks/causal_lm.py", "ids = [*before, *s.tokenizer(text, add_special_tokens=False, verbose=False)[\"input_ids\"]]", "ids = list(s.tokenizer(text)[\"input_ids\"])", "tests/test_predict.py -k tokens_of_training"),
+    Mutant("a long prompt keeps its beginning", "training/tasks/causal_lm.py", "[*p[:before], *p[len(p) - room + before :]]", "p[:room]", "tests/test_predict.py -k tokens_of_training"),
+    Mutant("rows are cut in silence", "data/load.py", "if how in LOST and (cut := sum(e.truncated for e in encoded)):", "if False:", "tests/test_tokenize.py -k are_cut"),
+    Mutant("rows that the cache holds are whole", "data/load.py", 'return Encoded(**{**found, "truncated": int(found["truncated"][0])})', 'return Encoded(**{**found, "truncated": 0})', "tests/test_tokenize.py -k are_cut"),
     # whole runs, and pairs of them
     Mutant("pairs are of any partitions of one size", "report/tables.py", '"rows" if "rows" in r.partition else "histogram", "sizes")])', '"sizes")])', "tests/test_report.py -k other_partitions"),
     Mutant("a partition is told by its sizes", "federation/summary.py", "rows.update(split.encode() + part.tobytes())", "rows.update(split.encode() + str(len(part)).encode())", "tests/test_report.py -k which_rows"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,6 +77,21 @@ def test_check_shows_what_would_run_and_trains_nothing(tmp_path: Path) -> None:
     assert {d: sum(v.values()) for d, v in first["bytes"].items()} == facts["bytes_per_round"]  # as announced
     assert json.loads((tmp_path / "run/summary.json").read_text())["parameters"] == facts["parameters"]
     assert facts["histogram"] == json.loads((tmp_path / "run/partition.json").read_text())["histogram"]["train"]
+
+
+def test_rows_that_are_cut_are_said_wherever_a_run_is_looked_at(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    done = fedlora("check", recipe, "--set", "data.max_length=5")
+    cut = re.search(r"data.max_length: (\d+) of 120 rows are longer than 5 tokens", done.stderr)
+    assert cut and f"{cut[1]} rows are cut to 5 tokens" in " ".join(done.stdout.split())
+    assert json.loads(fedlora("check", recipe, "--set", "data.max_length=5", "--json").stdout)["truncated"] == int(
+        cut[1]
+    )
+    assert "are longer than" not in fedlora("check", recipe).stderr
+    said = fedlora("run", recipe, "--quiet", "--set", "data.max_length=5", "--set", "federation.rounds=1").stderr
+    assert f"{cut[1]} of 120 rows are longer" in said
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert f"{cut[1]} rows were longer than 5 tokens and were cut." in page
 
 
 def test_json_and_quiet(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def write_rows(path: Path, task: str, n: int = 160) -> Path:
 
 def write_recipe(folder: Path, task: str, **more: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    model_folder(folder / "model")
+    model_folder(folder / "model", bare=True)
     write_rows(folder / "rows.jsonl", task)
     raw = {
         "name": "new", "model": {"name": str(folder / "model"), "task": task, "device": "cpu"},

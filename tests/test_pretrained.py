@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,13 +96,94 @@ def test_a_tiny_llama_learns_in_blocks(name: str, shared: Path, tmp_path: Path) 
 
 def test_a_head_for_other_classes_is_drawn_from_the_seed(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "m")
-    same, other, again = (load(str(folder), classes=c, seed=s) for c, s in ((3, 0), (5, 0), (5, 1)))
+    same = load(str(folder), classes=3)
+    with pytest.warns(
+        UserWarning, match=r"has a head for 3 outputs, the data need 5; the head's outputs are drawn anew"
+    ):
+        other, again, third = (load(str(folder), classes=5, seed=s) for s in (0, 1, 0))
     reference = tiny.seeded(tiny.bert)
     assert torch.equal(same.base.classifier.weight, reference.classifier.weight)
     assert other.base.classifier.weight.shape == (5, 16)
     assert not torch.equal(other.base.classifier.weight, again.base.classifier.weight)
-    assert torch.equal(other.base.classifier.weight, load(str(folder), classes=5).base.classifier.weight)
+    assert torch.equal(other.base.classifier.weight, third.base.classifier.weight)
     assert torch.equal(other.base.bert.pooler.dense.weight, reference.bert.pooler.dense.weight)
+
+
+def logits(base: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return base(input_ids=torch.arange(4, 16).view(2, 6), attention_mask=torch.ones(2, 6, dtype=torch.long)).logits
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "llama"])
+@pytest.mark.parametrize("own", [("sea", "sport", "food"), ("Sport ", "FOOD", "sea")])
+def test_a_trained_head_follows_the_data_by_name(own: tuple[str, ...], family: str, tmp_path: Path) -> None:
+    """Whatever the data call a class, its logit is the one that the model gave it under that name; case and spaces do not count."""
+    names = ("food", "sea", "sport")
+    theirs = tiny.seeded(tiny.families()[family]).eval()
+    theirs.config.id2label, theirs.config.label2id = dict(enumerate(own)), {n: i for i, n in enumerate(own)}
+    model_folder(tmp_path / "m")  # for its tokenizer
+    (tmp_path / "m/model.safetensors").unlink()
+    theirs.save_pretrained(tmp_path / "m")
+    with pytest.warns(
+        UserWarning, match=r"numbers its classes .* the data food, sea, sport; the head follows the data by name"
+    ):
+        loaded = load(str(tmp_path / "m"), classes=3, names=names).base.eval()
+    place = [[n.strip().lower() for n in own].index(n) for n in names]
+    torch.testing.assert_close(logits(loaded), logits(theirs)[:, place])
+    assert loaded.config.id2label == dict(enumerate(names)) and loaded.config.label2id["sport"] == 2
+
+
+@pytest.mark.parametrize("own, names, kept", [
+    (("food", "sea", "sport"), ("food", "sea", "sport"), True),
+    (("LABEL_0", "LABEL_1", "LABEL_2"), ("0", "1", "2"), True),
+    (("LABEL_0", "LABEL_1", "LABEL_2"), ("food", "sea", "sport"), False),
+    (("food", "sea", "war"), ("food", "sea", "sport"), False),
+    (("Food", "food", "sea"), ("food", "sea", "sport"), False),
+])  # fmt: skip
+def test_a_head_of_other_classes_is_drawn_anew_and_that_is_said(
+    own: tuple[str, ...], names: tuple[str, ...], kept: bool, tmp_path: Path
+) -> None:
+    folder = model_folder(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": dict(enumerate(own)), "label2id": {n: i for i, n in enumerate(own)}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        base = load(str(folder), classes=3, names=names, seed=5).base
+    ours = [str(w.message) for w in said if "fedlora" in w.filename]
+    assert torch.equal(base.classifier.weight, tiny.seeded(tiny.bert).classifier.weight) == kept
+    assert bool(ours) != kept
+    if not kept:
+        assert "the head's outputs are drawn anew from run.seed" in ours[0] and "id2label" in ours[0]
+        assert torch.equal(base.bert.pooler.dense.weight, tiny.seeded(tiny.bert).bert.pooler.dense.weight)
+
+
+def test_what_is_no_base_is_said(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(
+        ModelError, match=r"model.gguf' is a GGUF file, which holds quantised weights .* name the model"
+    ):
+        load(str(tmp_path / "model.gguf"))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "their/base"}))
+    with pytest.raises(
+        ModelError, match=r"holds an adapter without its base, .* set model.name to 'their/base', or merge"
+    ):
+        load(str(tmp_path / "adapter"))
+    (tmp_path / "adapter/adapter_config.json").write_text("[")
+    with pytest.raises(ModelError, match=r"holds an adapter without its base, expected the base; merge"):
+        load(str(tmp_path / "adapter"))
+
+
+def test_a_tokenizer_larger_than_the_table_is_refused(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = model_folder(tmp_path / "m", causal=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<more{i}>" for i in range(60)])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"table 50: there is no row for <more.*call resize_token_embeddings\(\d+\)"):
+        load(str(folder), "causal-lm")
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

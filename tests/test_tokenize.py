@@ -121,6 +121,20 @@ def test_cache(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     load.load(tokenizer, section, TASKS["classification"], 0, cache=tmp_path / "file")  # cannot be written: passed over
 
 
+def test_how_many_rows_are_cut_is_said(tokenizer: Any, tmp_path: Path) -> None:
+    """As many as have more tokens than max_length by the tokenizer itself, of all files together."""
+    table = pa.table({"text": TEXTS[:4], "label": [0, 1, 0, 1]})
+    most = 6
+    long = sum(len(tokenizer(t)["input_ids"]) > most for t in TEXTS[:4])
+    assert 0 < long < 4
+    section = Data(source="x", text="text", label="label", max_length=most).model_dump() | {"source": table}
+    for _ in range(2):  # tokens from the cache are as cut as new ones
+        with pytest.warns(
+            UserWarning, match=rf"data.max_length: {long} of 4 rows are longer than 6 tokens; their texts lose"
+        ):
+            assert load.load(tokenizer, section, TASKS["classification"], 0, cache=tmp_path).truncated == long
+
+
 # whole recipes ----------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from .federation.run import Federation
 from .model.adapted import Adapted, matching
 from .recipe import Recipe, build, places
 from .serving import export
-from .serving.predict import predict_texts
+from .serving.predict import Request, predict_texts
 from .training.task import Prediction
 from .tree import Params
 
@@ -53,14 +53,13 @@ class Run:
         """Model-ready leaves of a client's personal model, or of the global one."""
         return export.deltas_of(self.federation, client)
 
-    def predict(
-        self, texts: Sequence[str | Sequence[str]], client: str | None = None, new_tokens: int = 64
-    ) -> list[Prediction]:
-        """What a client's model, or the global one, says of each text."""
-        tokenizer = build.tokenizer_of(self.recipe)
-        return predict_texts(
-            self.federation, tokenizer, self.deltas(client), texts, self.recipe.data.max_length, new_tokens
-        )
+    def predict(self, texts: Sequence[Request], client: str | None = None, new_tokens: int = 64) -> list[Prediction]:
+        """What a client's model, or the global one, says of each text, pair of texts, or row (a dict by column).
+
+        The recipe's template is filled as in training.
+        """
+        tokenizer, data = build.tokenizer_of(self.recipe), self.recipe.data.model_dump()
+        return predict_texts(self.federation, tokenizer, self.deltas(client), texts, data, new_tokens)
 
     def export(self, out: str | Path, clients: Sequence[str] = (), merged: bool = False) -> list[Path]:
         """Write PEFT folders (or merged models) for the global model, or one per client under `out`."""

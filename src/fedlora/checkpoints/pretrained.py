@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..errors import ModelError, near
 from ..hub import reachable
 from ..seeds import rng
 from ..training.tasks import TASKS
+from .heads import name_outputs, output_layer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -46,6 +48,7 @@ def locate(name: str) -> str:
     if name not in ("minilm", MINILM):
         if (name.startswith((".", "/", "~")) or Path(name).expanduser().exists()) and not _is_model(name):
             folder = Path(name).expanduser()
+            _no_base(name, folder)
             around = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
             what = "has no config.json" if folder.is_dir() else "does not exist"
             raise ModelError(
@@ -63,6 +66,30 @@ def locate(name: str) -> str:
     folder = Path(spec.submodule_search_locations[0]) / "model"
     verify(folder / "model.safetensors", MINILM_SHA256)
     return str(folder)
+
+
+def _no_base(name: str, path: Path) -> None:
+    """Raise ModelError for what is here and is no base, but something that people take for one."""
+    if path.is_file():
+        what = {
+            ".gguf": "a GGUF file, which holds quantised weights for inference",
+            ".safetensors": "weights without their config.json",
+        }
+        raise ModelError(
+            f"model.name: {name!r} is {what.get(path.suffix.lower(), 'a file')}, expected a folder saved by save_pretrained or a "
+            "hub id; name the model that it was made from"
+        )
+    adapter = path / "adapter_config.json"
+    if adapter.is_file():
+        try:
+            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except (ValueError, AttributeError, OSError):
+            base = None
+        raise ModelError(
+            f"model.name: {name!r} holds an adapter without its base, expected the base; "
+            + (f"set model.name to {base!r}, or " if base else "")
+            + "merge the adapter into its base (PEFT's merge_and_unload) and name the folder of the result"
+        )
 
 
 def _is_model(name: str) -> bool:
@@ -147,8 +174,11 @@ def load(
     attention: str | None = "eager",
     revision: str | None = None,
     device: str = "cpu",
+    names: Sequence[str] = (),
 ) -> Pretrained:
     """Load a base and its tokenizer. Raises ModelError for anything that is not a usable Hugging Face model.
+
+    names: of the outputs, where they are classes; a trained head follows them (heads.py).
 
     dtype "fp32" or "bf16" is the base's; adapters are fp32 always. attention "eager" can be differentiated twice;
     None is transformers' choice: "sdpa" where the model has it.
@@ -192,12 +222,42 @@ def load(
             stacklevel=2,
         )
     fresh(base, sorted(info["missing_keys"]) + sorted(k for k, *_ in info["mismatched_keys"]), seed)
+    known(tokenizer, base, name)
+    other = sorted((k, a[0], b[0]) for k, a, b in info["mismatched_keys"])
+    if other:
+        _, had, wants = other[0]
+        warnings.warn(
+            f"model.name: {name!r} has a head for {had} outputs, the data need {wants}; the head's outputs are drawn anew from "
+            "run.seed",
+            stacklevel=2,
+        )
+    if names:
+        output = output_layer(base, head, len(names))
+        drawn = {*info["missing_keys"], *(k for k, *_ in info["mismatched_keys"])}
+        trained = output is not None and f"{output}.weight" not in drawn
+        if not name_outputs(base, output, names, trained, name):
+            fresh(base, [f"{output}.weight", f"{output}.bias"], seed)
     for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
         pad, most = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
         if pad is None or pad < 0 or (most is not None and pad >= most):  # -1 and the like stand for no token
             config.pad_token_id = tokenizer.pad_token_id
     base.to(dtype=DTYPES[dtype], device=device)
     return Pretrained(base, tokenizer, base.config.model_type, source, head)
+
+
+def known(tokenizer: Any, base: Any, name: str) -> None:
+    """Raise ModelError where the tokenizer has tokens for which the base has no row."""
+    table = base.get_input_embeddings()
+    rows = getattr(table, "num_embeddings", None)
+    if rows is None or len(tokenizer) <= rows:
+        return
+    beyond = sorted((i, t) for t, i in tokenizer.get_vocab().items() if i >= rows)
+    shown = ", ".join(t for _, t in beyond[:4])
+    raise ModelError(
+        f"model.name: the tokenizer of {name!r} has {len(tokenizer)} tokens, the model's table {rows}: there is no row for {shown} "
+        f"({len(beyond)} in all); call resize_token_embeddings({len(tokenizer)}) and save the model, or save it with its own "
+        "tokenizer"
+    )
 
 
 def fresh(base: nn.Module, names: list[str], seed: int) -> None:

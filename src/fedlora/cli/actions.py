@@ -207,7 +207,7 @@ def predict(
 ) -> None:
     from ..recipe.build import tokenizer_of
     from ..serving.export import deltas_of
-    from ..serving.predict import predict_texts
+    from ..serving.predict import asked_columns, predict_texts
 
     lines = list(texts)
     if file is not None:
@@ -216,17 +216,37 @@ def predict(
         except (OSError, UnicodeDecodeError) as e:
             raise DataError(f"predict: cannot read {file} ({e}); give a UTF-8 text file, one text a line") from e
     recipe, fed = opened(folder)
-    pairs = isinstance(recipe.data.text, (list, tuple))
-    items: list[Any] = [tuple(t.split(" ||| ", 1)) if pairs else t for t in lines]
-    if pairs and any(len(t) != 2 for t in items):
-        raise DataError("predict: this model takes pairs; put ' ||| ' between the two texts")
-    said = predict_texts(fed, tokenizer_of(recipe), deltas_of(fed, client), items, recipe.data.max_length, new_tokens)
+    data = recipe.data.model_dump()
+    columns, pairs = asked_columns(data), isinstance(recipe.data.text, (list, tuple))
+    items: list[Any] = lines
+    if recipe.data.template and len(columns) > 1:
+        items = [_row(t, i + 1, columns) for i, t in enumerate(lines)]
+    elif pairs:
+        items = [tuple(t.split(" ||| ", 1)) for t in lines]
+        if any(len(t) != 2 for t in items):
+            raise DataError("predict: this model takes pairs; put ' ||| ' between the two texts")
+    said = predict_texts(fed, tokenizer_of(recipe), deltas_of(fed, client), items, data, new_tokens)
     for s in said:
         if json:
             sys.stdout.write(json_.dumps({"text": s.text, "answer": s.answer, "confidence": s.confidence}) + "\n")
         else:
             sure = f"  ({s.confidence:.0%})" if s.confidence is not None else ""
             out.print(f"{s.answer}{sure}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _row(text: str, number: int, columns: Sequence[str]) -> dict[str, Any]:
+    """A request of several columns, written as a JSON object."""
+    try:
+        row = json_.loads(text)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        shape = ", ".join(f'"{c}": "..."' for c in columns)
+        raise DataError(
+            f"predict: request {number} is {text[:40]!r}, expected a JSON object, since data.template names several columns: "
+            f"{{{shape}}}"
+        )
+    return row
 
 
 def demo(output: Path, sets: Sequence[str], quiet: bool) -> None:

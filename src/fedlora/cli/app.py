@@ -168,7 +168,11 @@ def export(
 def predict(
     folder: Folder,
     texts: Annotated[
-        list[str] | None, typer.Argument(help="Texts; for pairs put ' ||| ' between the two.", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            help="Texts; for pairs put ' ||| ' between the two; for a template of several columns, JSON objects.",
+            show_default=False,
+        ),
     ] = None,
     client: Annotated[
         str | None, typer.Option("--client", "-c", help="Use this client's model.", show_default=False)

@@ -172,11 +172,12 @@ def plan(out: Console, r: Recipe, facts: Mapping[str, Any]) -> None:
     """What `fedlora check` shows."""
     p, b, total = facts["parameters"], facts["bytes_per_round"], facts["bytes"]
     frozen = f", of which {p['frozen']:,} are not trained" if p["frozen"] else ""
+    cut = f"; {facts['truncated']:,} rows are cut to {r.data.max_length} tokens" if facts["truncated"] else ""
     table = _table(f"{r.name} ({r.hash}) is valid", "what", "value")
     rows = [
         ("method", f"{facts['method']}"),
         ("model", f"{r.model.name}, {facts['sites']} target layers, {p['base']:,} frozen parameters, on {facts['device']}"),
-        ("data", ", ".join(f"{n:,} {s}" for s, n in facts["rows"].items())),
+        ("data", ", ".join(f"{n:,} {s}" for s, n in facts["rows"].items()) + cut),
         ("clients", f"{facts['clients']:,} train, {facts['unseen']:,} unseen, {facts['cohort']:,} a round, {facts['block']} in a block"),
         ("rounds", f"{r.federation.rounds}, {facts['steps']} local steps of batch {r.train.batch_size}"),
         ("trainable parameters", f"{p['trainable']:,} a client, of which head {p['head']:,}"),

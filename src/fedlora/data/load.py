@@ -31,6 +31,13 @@ DEMO = {"text": "text", "label": "area"}  # the columns of the built-in corpus; 
 DEMO_CLIENT = "module"
 
 
+# What a row that is too long loses. Running text loses nothing; of words it is said how many are lost.
+LOST = {
+    "texts": "their texts lose their ends",
+    "continuations": "their prompts lose their beginnings, then their answers their ends",
+}
+
+
 @dataclass(frozen=True)
 class Column:
     """A column as numbers: codes int64 [n], and the value of each number."""
@@ -104,7 +111,15 @@ def load(
     if data["source"] == "demo":
         data = {**data, **{k: v for k, v in DEMO.items() if data.get(k) is None}}
     tables = _tables(data, seed)
-    encoded = [_tokens(tokenizer, task.texts(t, data), data["max_length"], cache) for t in tables.values()]
+    inputs = [task.texts(t, data) for t in tables.values()]
+    encoded = [_tokens(tokenizer, x, data["max_length"], cache) for x in inputs]
+    how = inputs[0].how
+    if how in LOST and (cut := sum(e.truncated for e in encoded)):
+        warnings.warn(
+            f"data.max_length: {cut} of {sum(len(e.source) for e in encoded)} rows are longer than {data['max_length']} tokens; "
+            f"{LOST[how]}",
+            stacklevel=2,
+        )
     origin = np.concatenate([np.full(len(e.source), o, np.int8) for o, e in zip(tables, encoded, strict=True)])
     targets = task.targets(tables, data)
     source = [e.source for e in encoded]

@@ -223,6 +223,7 @@ def plan(f: Setting, block: int) -> dict[str, Any]:
         "device": str(f.model.device),
         "sites": len(f.model.groups["target"]),
         "rows": {s: int(r.offsets[-1]) for s, r in f.data.splits.items()},
+        "truncated": f.data.truncated,
         "clients": f.training,
         "unseen": f.data.unseen,
         "cohort": len(cohort),

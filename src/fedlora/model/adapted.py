@@ -100,8 +100,13 @@ class Adapted:
     @property
     def longest(self) -> float:
         """Tokens that a row may surely have (RoBERTa's table of positions has two that are not for tokens)."""
+        return self.positions - 2
+
+    @property
+    def positions(self) -> float:
+        """Tokens that a row may have by the model's configuration; infinite where it names no limit."""
         config = getattr(self.base, "config", None)
-        return getattr(config, "max_position_embeddings", float("inf")) - 2
+        return getattr(config, "max_position_embeddings", None) or float("inf")
 
     def _layer(self, name: str, modules: Mapping[str, nn.Module]) -> Layer:
         if name not in modules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -126,16 +127,19 @@ def federation(
     attention = attempt("model.attention", lambda: attention_of(r, method)) if method else None
     tokenizer = attempt("model", lambda: tokenizer_of(r))
     data = attempt("data", lambda: source(r, tokenizer)) if tokenizer is not None else None
-    classes = (len(TASKS[r.model.task].names(data)) if data is not None else 0) or 2
+    names = TASKS[r.model.task].names(data) if data is not None else ()
     loaded = None
     if not any(p.field.startswith("model") for p in problems):
-        loaded = attempt(
-            "model",
-            lambda: pretrained.load(
-                r.model.name, r.model.task, classes, seed=r.run.seed, dtype=r.model.dtype,
-                attention=attention, revision=r.model.revision, device=device_of(r.model.device),
-            ),
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            if data is None:  # the classes are not known, so nothing true can be said of a head
+                warnings.simplefilter("ignore")
+            loaded = attempt(
+                "model",
+                lambda: pretrained.load(
+                    r.model.name, r.model.task, len(names) or 2, seed=r.run.seed, dtype=r.model.dtype,
+                    attention=attention, revision=r.model.revision, device=device_of(r.model.device), names=names,
+                ),
+            )  # fmt: skip
     model = attempt("model.targets", lambda: adapted_of(r, loaded, method)) if loaded and method else None
     if problems or method is None or data is None or model is None:
         raise ConfigError(problems)

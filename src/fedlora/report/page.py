@@ -49,6 +49,8 @@ def run_page(run: Records) -> dict[str, Any]:
     model, data = run.recipe.get("model", {}), run.recipe.get("data", {})
     lead = f"{run.title} on {source(data)} with {short(model['name'])}" if model else run.title
     lead += f": {len(run.partition.get('ids', []))} clients, {done} rounds."
+    if cut := run.partition.get("truncated"):
+        lead += f" {cut:,} rows were longer than {data.get('max_length', '?')} tokens and were cut."
     tiles: list[Tile] = []
     if s:
         for view, note in (

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from ..checkpoints import peft, pretrained
@@ -51,13 +52,12 @@ def export_models(recipe: Recipe, fed: Federation, out: Path, clients: Sequence[
     names = TASKS[recipe.model.task].names(fed.data)
 
     def plain() -> nn.Module:
-        loaded = pretrained.load(
-            recipe.model.name, recipe.model.task, len(names) or 2, seed=recipe.run.seed, revision=recipe.model.revision
-        )
-        if names:
-            config: Any = loaded.base.config
-            config.id2label = dict(enumerate(names))
-            config.label2id = {n: i for i, n in enumerate(names)}
+        with warnings.catch_warnings():  # what there is to say of the head was said when the run was opened
+            warnings.simplefilter("ignore")
+            loaded = pretrained.load(
+                recipe.model.name, recipe.model.task, len(names) or 2, seed=recipe.run.seed, revision=recipe.model.revision,
+                names=names,
+            )  # fmt: skip
         return loaded.base
 
     head = tuple(s.name for s in fed.model.groups.get("head", ()))

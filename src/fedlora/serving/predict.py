@@ -2,27 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from ..errors import DataError
+from ..data import template
+from ..errors import DataError, near
 from ..federation.run import Federation
-from ..training.task import Prediction, Serving
+from ..training.task import Prediction, Serving, shown
 from ..tree import Params, stack
 
-__all__ = ["Prediction", "predict_texts"]
+__all__ = ["Prediction", "Request", "asked_columns", "predict_texts"]
+
+Request = str | Sequence[str] | Mapping[str, str]  # a text; a pair of texts or a list of words; a row by its columns
 
 
 def predict_texts(
     f: Federation,
     tokenizer: Any,
     deltas: Params,
-    texts: Sequence[str | Sequence[str]],
-    max_length: int,
+    requests: Sequence[Request],
+    data: Mapping[str, Any],
     new_tokens: int = 64,
 ) -> list[Prediction]:
-    """What the model with model-ready `deltas` says of each text, pair of texts, or list of words. Raises DataError for none."""
-    if not texts:
+    """What the model with model-ready `deltas` says of each request.
+
+    data: the recipe's section. The template of training is filled here too: a text alone stands for the one column that it
+    names; where it names several, a request is a row. Raises DataError for no request, or one that does not fit.
+    """
+    if not requests:
         raise DataError("predict: got no text, expected at least one; give it as an argument or with --file")
+    inputs = [worded(r, data, i + 1) for i, r in enumerate(requests)]
     there = {k: v.to(f.model.device) for k, v in stack([deltas]).items()}
-    return f.task.answer(Serving(f.model, there, tokenizer, f.task.names(f.data), max_length, new_tokens), texts)
+    serving = Serving(f.model, there, tokenizer, f.task.names(f.data), data["max_length"], new_tokens)
+    said = f.task.answer(serving, inputs)
+    return [replace(p, text=_request(r)) for p, r in zip(said, requests, strict=True)]
+
+
+def asked_columns(data: Mapping[str, Any]) -> list[str]:
+    """The columns from which a request is made, in their order."""
+    if data.get("template"):
+        return [_column(n, data) for n in template.names(data["template"])]
+    text = data.get("prompt") if data.get("completion") else data.get("text")
+    return [text] if isinstance(text, str) else list(text or ["text"])
+
+
+def worded(request: Request, data: Mapping[str, Any], number: int = 1) -> str | Sequence[str]:
+    """A request as the model read its rows in training. number: of the request, for errors. Raises DataError."""
+    columns = asked_columns(data)
+    if isinstance(request, Mapping):
+        lost = [c for c in columns if not isinstance(request.get(c), str)]
+        if lost:
+            raise DataError(
+                f"predict: request {number} has no text {lost[0]!r}, expected the columns {', '.join(columns)}; "
+                f"{near(lost[0], request)}"
+            )
+        row = {c: request[c] for c in columns}
+    elif data.get("template"):
+        if len(columns) != 1 or not isinstance(request, str):
+            raise DataError(
+                f"predict: request {number} is one text, expected a row with the columns {', '.join(columns)}, which "
+                "data.template names; give each request as a JSON object with these keys"
+            )
+        row = {columns[0]: request}
+    else:
+        return request
+    if not data.get("template"):
+        return row[columns[0]] if len(columns) == 1 else [row[c] for c in columns]
+    cut = template.parts(data["template"])
+    return template.fill(cut, {n: row[_column(n, data)] for _, n in cut if n is not None})
+
+
+def _column(name: str, data: Mapping[str, Any]) -> str:
+    """The column that a name in the template stands for: {prompt} and {text} are those of the recipe."""
+    own = data.get(name) if name in ("prompt", "text") else None
+    return own if isinstance(own, str) else name
+
+
+def _request(r: Request) -> str:
+    return shown(list(r.values())) if isinstance(r, Mapping) else shown(r)

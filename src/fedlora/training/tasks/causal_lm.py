@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...data import encode
 from ...data.columns import strings
 from ...data.labels import classes
 from ...data.load import Targets, Texts, field_of, filled
-from ...errors import Problem
+from ...errors import DataError, Problem
 from ..metrics import Predictions, Scores, mean_loss
 from ..task import Prediction, Serving, Task, full
 
@@ -93,8 +95,24 @@ class CausalLM(Task):
         return np.where(mask > 0, ids, -100)
 
     def answer(self, serving: Serving, requests: Sequence[Any]) -> list[Prediction]:
-        """Greedy continuations."""
-        return [_continue(serving, t if isinstance(t, str) else " ".join(t)) for t in requests]
+        """Greedy continuations. A prompt that leaves no room for new tokens loses its beginning, as in training; that is said."""
+        texts = [t if isinstance(t, str) else " ".join(t) for t in requests]
+        prompts = [_prompt(serving, t, i + 1) for i, t in enumerate(texts)]
+        room = int(min(serving.model.positions - serving.new_tokens, max(map(len, prompts))))
+        if room < 1:
+            raise DataError(
+                f"predict: got {serving.new_tokens} new tokens, expected fewer than {serving.model.positions}, all that the model "
+                "can read and write; set --new-tokens"
+            )
+        before = len(encode.specials(serving.tokenizer)[0])
+        if cut := sum(len(p) > room for p in prompts):
+            warnings.warn(
+                f"predict: {cut} of {len(prompts)} prompts are longer than {room} tokens, which the model can read before "
+                f"{serving.new_tokens} new ones; they lost their beginning",
+                stacklevel=2,
+            )
+        fitted = [p if len(p) <= room else [*p[:before], *p[len(p) - room + before :]] for p in prompts]
+        return [_continue(serving, t, p) for t, p in zip(texts, fitted, strict=True)]
 
 
 def _measures(p: Predictions) -> Scores:
@@ -107,13 +125,30 @@ def _measures(p: Predictions) -> Scores:
     return out
 
 
-def _continue(s: Serving, text: str) -> Prediction:
-    encoded = s.tokenizer(text, return_tensors="pt").to(s.model.device)
-    encoded.pop("token_type_ids", None)
+def _prompt(s: Serving, text: str, number: int) -> list[int]:
+    """The tokens that a continuation follows, those that stood before a completion in training. number: of the request."""
+    before, _ = encode.specials(s.tokenizer)
+    ids = [*before, *s.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    if not ids:
+        begin = getattr(s.model.base.config, "bos_token_id", None)
+        if begin is None:
+            raise DataError(
+                f"predict: request {number} is empty, and the model has no token to start from; give at least one word"
+            )
+        ids = [begin]
+    return ids
+
+
+def _continue(s: Serving, text: str, prompt: list[int]) -> Prediction:
+    ids = torch.tensor([prompt], device=s.model.device)
     with torch.inference_mode(), s.model.serving(s.deltas):
         base: Any = s.model.base
         pad = s.tokenizer.pad_token_id
-        ids = base.generate(**encoded, max_new_tokens=s.new_tokens, do_sample=False, pad_token_id=pad)
-    return Prediction(
-        text, s.tokenizer.decode(ids[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    )
+        out = base.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=s.new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+    return Prediction(text, s.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).strip())

@@ -1,0 +1,94 @@
+"""Requests: what a model is asked is what it read in training, in template, order and cutting."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli import fedlora, model_folder, write_recipe
+
+import fedlora as fl
+from fedlora.data import encode
+from fedlora.errors import DataError
+from fedlora.recipe import build
+from fedlora.training.task import Serving
+from fedlora.tree import stack
+
+
+@pytest.mark.parametrize("template, given, want", [
+    ("the {text} is a team", "goal", "the goal is a team"),
+    ("the {who} is {text}", {"who": "ship", "text": "salt", "more": "x"}, "the ship is salt"),
+])  # fmt: skip
+def test_the_template_of_training_is_the_template_of_use(template: str, given: Any, want: str, tmp_path: Path) -> None:
+    """What is predicted for a request is what the model says of the row that training would have made of it."""
+    fl.run(
+        write_recipe(tmp_path, data={"template": template, "text": None if "who" in template else "text"}),
+        sets=["federation.rounds=1"],
+    )
+    run = fl.load(tmp_path / "run")
+    [said] = run.predict([given])
+    serving = Serving(
+        run.federation.model, stack([run.deltas()]), build.tokenizer_of(run.recipe), ("food", "sea", "sport"), 16
+    )
+    [plain], [bare] = (
+        run.federation.task.answer(serving, [t]) for t in (want, given if isinstance(given, str) else given["text"])
+    )
+    assert (said.answer, said.confidence) == (plain.answer, plain.confidence) != (bare.answer, bare.confidence)
+    assert said.text == (given if isinstance(given, str) else " | ".join(given.values()))
+
+
+def test_a_request_that_does_not_fit_the_template_is_refused(tmp_path: Path) -> None:
+    fl.run(write_recipe(tmp_path, data={"template": "{who}: {text}", "text": None}), sets=["federation.rounds=1"])
+    run = fl.load(tmp_path / "run")
+    with pytest.raises(DataError, match=r"request 1 is one text, expected a row with the columns who, text"):
+        run.predict(["goal"])
+    with pytest.raises(
+        DataError, match=r"request 2 has no text 'who', expected the columns who, text; did you mean 'whoo'"
+    ):
+        run.predict([{"who": "a", "text": "b"}, {"whoo": "a", "text": "b"}])
+    said = fedlora("predict", tmp_path / "run", "goal", code=1)
+    assert "request 1 is 'goal', expected a JSON object" in said.stderr
+    assert fedlora("predict", tmp_path / "run", '{"who": "ship", "text": "salt"}').stdout.strip()
+
+
+@pytest.mark.parametrize("prompt", ["the goal is a", "", "the goal " * 40])
+def test_a_continuation_follows_the_tokens_of_training(prompt: str, tmp_path: Path) -> None:
+    """Of a prompt in its template, with no token after it, and with its beginning cut where the model's positions end."""
+    base = model_folder(tmp_path / "m", causal=True)
+    rows = [{"q": "the goal", "a": "a team", "who": f"s{i % 2}"} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    recipe = {
+        "name": "small", "model": {"name": str(base), "task": "causal-lm", "device": "cpu"}, "method": {"name": "homlora", "rank": 2},
+        "data": {"source": str(tmp_path / "rows.jsonl"), "prompt": "q", "completion": "a", "template": "is {prompt}", "client": "who", "max_length": 16},
+        "federation": {"rounds": 1}, "train": {"steps": 1, "batch_size": 4}, "run": {"output": str(tmp_path / "run")},
+    }  # fmt: skip
+    fl.run(recipe)
+    run = fl.load(tmp_path / "run")
+    model, tokenizer = run.federation.model, build.tokenizer_of(run.recipe)
+    model.base.config.max_position_embeddings = 40
+    before, after = encode.specials(tokenizer)
+    assert before and after  # BERT's template: a token behind the prompt would end it
+    ids = [*before, *tokenizer(f"is {prompt}", add_special_tokens=False)["input_ids"]]
+    if long := len(ids) > 35:
+        ids = [*before, *ids[len(ids) - 35 + len(before) :]]
+    with model.serving(stack([run.deltas()])), torch.inference_mode():
+        want = model.base.generate(
+            input_ids=torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids)),
+            max_new_tokens=5,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    with (
+        pytest.warns(UserWarning, match=r"1 of 1 prompts are longer than 35 tokens")
+        if long
+        else contextlib.nullcontext()
+    ):
+        [said] = run.predict([prompt], new_tokens=5)
+    assert said.answer == tokenizer.decode(want[0, len(ids) :], skip_special_tokens=True).strip()
+    with pytest.raises(DataError, match=r"got 40 new tokens, expected fewer than 40"):
+        run.predict(["goal"], new_tokens=40)
