@@ -98,7 +98,7 @@ MUTANTS = (
     Mutant("the mean is of the first ten", "federation/summary.py", "for x in tested[-10:]]", "for x in tested[:10]]", "tests/test_federation.py -k last_ten"),
     # edges: heads, global models, stages, refusals, who takes part
     Mutant("a pooled method keeps its head from those it serves", "methods/sgd.py", '(self.head == "shared" or self.pooled)', 'self.head == "shared"', "tests/test_law_edges.py -k 'served and centralized'"),
-    Mutant("the global model is the first client's", "serving/export.py", "return whole(fed, engine, server) if k is None else", "return served(fed, engine, server, [0], 'global')[0] if k is None else", "tests/test_law_edges.py -k not_cut"),
+    Mutant("the global model is the first client's", "serving/export.py", "whole(fed, engine, of.server) if c is None else", "served(fed, engine, of.server, [0], 'global')[0] if c is None else", "tests/test_law_edges.py -k not_cut"),
     Mutant("the whole of a server is cut", "methods/ranks.py", "return server.params | {Key(self.label, at, \"rank\"): torch.tensor(self.rank) for at", 'return self.broadcast(context, server, Client(\'c0\', 1)) | {Key(self.label, at, "rank"): torch.tensor(self.rank) for at', "tests/test_law_edges.py -k not_cut"),
     Mutant("a global model is mixed with nothing", "methods/feddpa.py", 'return select(self.keep(context, client), lambda k: k.adapter.split("~")[0] != LOCAL)', "return self.keep(context, client)", "tests/test_law_edges.py -k unseen_model"),
     Mutant("a stage goes on counting the steps before it", "methods/slora.py", 'if self.now(down).label != "sparse" and any(', "if False and any(", "tests/test_law_edges.py -k own_steps"),
@@ -240,6 +240,11 @@ MUTANTS = (
     Mutant("the server's own socket is never answered", "flower/door.py", "        if not self.limited:\n", "        if False:\n", "tests/test_door.py -k own_door"),
     Mutant("the network reaches the control API", "flower/superlink.py", 'if not scope["path"].startswith(prefixes):', "if False:", "tests/test_flower.py -k strangers"),
     Mutant("nodes need no key", "flower/superlink.py", "self.open_to_all = keys is None", "self.open_to_all = True", "tests/test_flower.py -k strangers"),
+    # which round is served
+    Mutant("the best round's personal leaves are pruned", "federation/personal.py", "if old == self.held.get(id):", "if False:", "tests/test_rounds.py -k beside_them"),
+    Mutant("every round is held to be the best", "federation/store.py", "        if hold:\n", "        if True:\n", "tests/test_rounds.py -k beside_them"),
+    Mutant("the best round is lost with the process", "federation/store.py", 'if newest.get("held"):', "if False:", "tests/test_rounds.py -k crash"),
+    Mutant("a hand-over takes the place of its round", "federation/run.py", "hold = any(x.round == best for x in new)", "hold = server.round == best", "tests/test_rounds.py -k hand_over"),
     # heads, requests, cut rows
     Mutant("a head keeps its own order of classes", "checkpoints/heads.py", "p.copy_(p[order].clone())", "pass", "tests/test_pretrained.py -k follows"),
     Mutant("a head is moved the wrong way", "checkpoints/heads.py", "order = [place.get(_folded(n), -1) for n in names]", "order = [[_folded(m) for m in names].index(_folded(n)) if _folded(n) in [_folded(m) for m in names] else -1 for n in own]", "tests/test_pretrained.py -k follows"),

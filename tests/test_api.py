@@ -150,7 +150,8 @@ def test_a_recipe_from_python_is_the_command_line(tmp_path: Path) -> None:
     assert {k.part for k in deltas} >= {"A", "B"}
     assert opened.export(tmp_path / "peft")[0].joinpath("adapter_config.json").exists()
     assert not torch.equal(
-        opened.deltas()[next(k for k in deltas if k.part == "B")], deltas[next(k for k in deltas if k.part == "B")]
+        opened.deltas(None, "last")[next(k for k in deltas if k.part == "B")],
+        opened.deltas("c1", "last")[next(k for k in deltas if k.part == "B")],
     )
 
 

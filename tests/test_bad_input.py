@@ -169,8 +169,8 @@ def test_tampered_state(tmp_path: Path) -> None:
     data = bytearray(client.read_bytes())
     data[-3] ^= 1
     client.write_bytes(bytes(data))
-    said = fedlora("predict", run, "goal", "--client", "c0", code=None)
-    others = [fedlora("predict", run, "goal", "--client", c, code=None) for c in ("c1", "c2", "c3")]
+    said = fedlora("predict", run, "goal", "--client", "c0", "--round", "last", code=None)
+    others = [fedlora("predict", run, "goal", "--client", c, "--round", "last", code=None) for c in ("c1", "c2", "c3")]
     bad = [x for x in (said, *others) if x.returncode]
     assert len(bad) == 1
     assert client.name in bad[0].stderr

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .federation.callbacks import Callback
 from .federation.run import Federation
+from .federation.store import Which
 from .model.adapted import Adapted, matching
 from .recipe import Recipe, build, places
 from .serving import export
@@ -49,21 +50,28 @@ class Run:
     recipe: Recipe
     federation: Federation
 
-    def deltas(self, client: str | None = None) -> Params:
-        """Model-ready leaves of a client's personal model, or of the global one."""
-        return export.deltas_of(self.federation, client)
+    def deltas(self, client: str | None = None, round: Which = "best") -> Params:
+        """Model-ready leaves of a client's personal model, or of the global one, of the best or the last round."""
+        return export.deltas_of(self.federation, client, round)
 
-    def predict(self, texts: Sequence[Request], client: str | None = None, new_tokens: int = 64) -> list[Prediction]:
+    def predict(
+        self, texts: Sequence[Request], client: str | None = None, new_tokens: int = 64, round: Which = "best"
+    ) -> list[Prediction]:
         """What a client's model, or the global one, says of each text, pair of texts, or row (a dict by column).
 
         The recipe's template is filled as in training.
         """
         tokenizer, data = build.tokenizer_of(self.recipe), self.recipe.data.model_dump()
-        return predict_texts(self.federation, tokenizer, self.deltas(client), texts, data, new_tokens)
+        return predict_texts(self.federation, tokenizer, self.deltas(client, round), texts, data, new_tokens)
 
-    def export(self, out: str | Path, clients: Sequence[str] = (), merged: bool = False) -> list[Path]:
-        """Write PEFT folders (or merged models) for the global model, or one per client under `out`."""
-        return export.export_models(self.recipe, self.federation, Path(out), clients, merged)
+    def export(
+        self, out: str | Path, clients: Sequence[str] = (), merged: bool = False, round: Which = "best"
+    ) -> list[Path]:
+        """Write PEFT folders (or merged models) for the global model, or one per client under `out`.
+
+        round: the best one on validation (on test without one), whose scores the summary tells, or the last one.
+        """
+        return export.export_models(self.recipe, self.federation, Path(out), clients, merged, round)[1]
 
 
 def load(folder: str | Path) -> Run:

@@ -22,7 +22,9 @@ from .progress import Bars, JsonLines
 
 if TYPE_CHECKING:
     from ..federation.run import Federation
+    from ..federation.store import Which
     from ..recipe import Recipe
+    from ..serving.export import Served
 
 DEPLOYMENT = "deployment.json"  # this file stands in the run folder of a server whose clients are at sites
 out = Console()
@@ -191,22 +193,23 @@ def compare(folders: Sequence[Path], output: Path | None, json: bool) -> None:
         out.print(f"report: {page}", soft_wrap=True, highlight=False)
 
 
-def export(folder: Path, output: Path, clients: Sequence[str], all_clients: bool, merged: bool) -> None:
+def export(folder: Path, output: Path, clients: Sequence[str], all_clients: bool, merged: bool, which: Which) -> None:
     from ..serving.export import export_models
 
     recipe, fed = opened(folder)
     chosen = list(fed.data.ids[: fed.training]) if all_clients else list(clients)
     with err.status("exporting"):
-        written = export_models(recipe, fed, output, chosen, merged)
+        of, written = export_models(recipe, fed, output, chosen, merged, which)
+    _of_round(of)
     for path in written:
         out.print(str(path), soft_wrap=True, highlight=False, markup=False)
 
 
 def predict(
-    folder: Path, texts: Sequence[str], client: str | None, file: Path | None, new_tokens: int, json: bool
+    folder: Path, texts: Sequence[str], client: str | None, file: Path | None, new_tokens: int, json: bool, which: Which
 ) -> None:
     from ..recipe.build import tokenizer_of
-    from ..serving.export import deltas_of
+    from ..serving.export import models_of
     from ..serving.predict import asked_columns, predict_texts
 
     lines = list(texts)
@@ -225,13 +228,21 @@ def predict(
         items = [tuple(t.split(" ||| ", 1)) for t in lines]
         if any(len(t) != 2 for t in items):
             raise DataError("predict: this model takes pairs; put ' ||| ' between the two texts")
-    said = predict_texts(fed, tokenizer_of(recipe), deltas_of(fed, client), items, data, new_tokens)
+    of, [deltas] = models_of(fed, [client], which)
+    said = predict_texts(fed, tokenizer_of(recipe), deltas, items, data, new_tokens)
+    _of_round(of)
     for s in said:
         if json:
             sys.stdout.write(json_.dumps({"text": s.text, "answer": s.answer, "confidence": s.confidence}) + "\n")
         else:
             sure = f"  ({s.confidence:.0%})" if s.confidence is not None else ""
             out.print(f"{s.answer}{sure}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _of_round(of: Served) -> None:
+    """Say which round's model it is, since a run has several."""
+    more = "; --round last takes the last one's" if of.round is not None and of.round == of.best else ""
+    err.print(f"model of {of}{more}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _row(text: str, number: int, columns: Sequence[str]) -> dict[str, Any]:

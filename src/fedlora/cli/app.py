@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -25,6 +25,10 @@ Sets = Annotated[
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]
+Round = Annotated[
+    Literal["best", "last"],
+    typer.Option(help="Whose models: of the round with the best validation scores, or of the last one."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of bars and tables.")]
 
 
@@ -157,11 +161,12 @@ def export(
     ] = None,
     all_clients: Annotated[bool, typer.Option("--all-clients", help="Every client's model.")] = False,
     merged: Annotated[bool, typer.Option("--merged", help="The merged model instead of a PEFT adapter.")] = False,
+    round: Round = "best",
 ) -> None:
     """Export PEFT folders: the global model, or the models of clients."""
     from . import actions
 
-    actions.export(folder, output, client or [], all_clients, merged)
+    actions.export(folder, output, client or [], all_clients, merged, round)
 
 
 @app.command()
@@ -182,11 +187,12 @@ def predict(
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Longest continuation, tokens.")] = 64,
     json: Json = False,
+    round: Round = "best",
 ) -> None:
     """Text in, label or continuation out."""
     from . import actions
 
-    actions.predict(folder, texts or [], client, file, new_tokens, json)
+    actions.predict(folder, texts or [], client, file, new_tokens, json, round)
 
 
 @app.command()

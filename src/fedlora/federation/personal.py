@@ -23,6 +23,7 @@ class Personal(Folder):
         super().__init__(root)
         self.keep = keep
         self.pending: dict[str, int] = {}  # client id -> round, of leaves that no server state names yet
+        self.held: dict[str, int] = {}  # client id -> round, of the leaves that belong to the best round so far
         self._unsynced: list[Path] = []
 
     def client_folder(self, id: str) -> Path:
@@ -44,6 +45,8 @@ class Personal(Folder):
         self.pending[id] = round
         if self.keep == "last":  # this round may yet be dropped, and the newest server state may be found damaged
             for old in [n for n in rounds_in(folder) if n < round][:-OLDER]:
+                if old == self.held.get(id):
+                    continue
                 with self.writing(folder / name_of(old)):
                     (folder / name_of(old)).unlink(missing_ok=True)
 

@@ -22,11 +22,11 @@ from . import inputs
 from .callbacks import Callback, Several
 from .engine import Engine, RoundLog
 from .memory import auto_block, forget_peak, kept, peak_memory
-from .records import HandoverLine, Line, Timing, TrainLine, read_lines, read_timings
+from .records import EvalLine, HandoverLine, Line, Timing, TrainLine, lines_in, read_lines, read_timings
 from .runtime import InProcess, Runtime
 from .setting import Setting
 from .store import Store
-from .summary import describe_again, describe_run, summarise
+from .summary import chosen_round, describe_again, describe_run, means, summarise
 from .tensorboard import TensorBoard
 from .wire import finite_state
 
@@ -55,6 +55,7 @@ class Federation(Setting):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.store = Store(Path(self.output), keep=self.keep)
+        self._means: list[EvalLine] = []  # of the rounds so far: the best one's states are kept
 
     # rounds -----------------------------------------------------------------------------------------------------
     def engine(self, watch: Callback) -> Engine:
@@ -96,6 +97,7 @@ class Federation(Setting):
             self.store.claim(self.recipe_hash, dict(self.recipe), inputs.of(self))
             self.store.rewind()
             loaded = self.store.load_server()
+            self._means = means(lines_in(self.store.root)) if loaded else []
             if self.runtime is in_process and "run" in self.store.facts:
                 raise StateError(
                     f"{self.store.root}: a run over sites: start fedlora server again with this output folder"
@@ -181,7 +183,11 @@ class Federation(Setting):
 
     def _commit(self, server: ServerState, lines: Sequence[Line], watch: Callback) -> None:
         length = self.store.append_metrics([line.to_json() for line in lines])
-        self.store.save_server(server.round, server.leaves, server.notes, length)
+        new = means(lines)
+        self._means += new
+        best, _ = chosen_round(self._means, self.task.metric, self.task.lower)
+        hold = any(x.round == best for x in new)
+        self.store.save_server(server.round, server.leaves, server.notes, length, best, hold)
         for line in lines:
             watch.record(line)
 

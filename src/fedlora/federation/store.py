@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,9 +23,12 @@ from .claim import KEPT_SERVERS, Claimed, states_in
 from .personal import Personal
 from .states import name_of, opened, rounds_in, seal
 
+BEST = "best.safetensors"  # the server's state of the best round so far
+Which = Literal["best", "last"]
+
 
 class Store(Claimed, Personal):
-    """The folder `root`. keep: "last" holds what resuming needs, "all" every round's states."""
+    """The folder `root`. keep: "last" holds what resuming needs and the best round's states, "all" every round's."""
 
     def __init__(self, root: str | Path, keep: Literal["last", "all"] = "last"):
         Claimed.__init__(self, root)
@@ -54,8 +58,16 @@ class Store(Claimed, Personal):
             lock.release()
 
     # server -----------------------------------------------------------------------------------------------------
-    def save_server(self, round: int, params: Params, notes: Mapping[str, Any], metrics_bytes: int) -> None:
-        """Commit a round: from here on it counts."""
+    def save_server(
+        self,
+        round: int,
+        params: Params,
+        notes: Mapping[str, Any],
+        metrics_bytes: int,
+        best: int | None = None,
+        hold: bool = False,
+    ) -> None:
+        """Commit a round: from here on it counts. best: the best round so far; hold: this very state is that round's."""
         self.sync()
         if self._owned is None:
             self._owned = self._known_owners()
@@ -75,8 +87,12 @@ class Store(Claimed, Personal):
             "metrics_digest": self._tally.hex,
             "leaves": owned,
             "facts": self.facts,
+            "best": best,
+            "held": hold,
         }
         self.write(folder / name_of(round), seal(params, header))
+        if hold:
+            self._hold(folder / name_of(round), owned)
         self._owned = owned
         self.pending.clear()
         self._passed.discard(folder / name_of(round))
@@ -84,6 +100,42 @@ class Store(Claimed, Personal):
             for old in states_in(self.root)[KEPT_SERVERS:]:
                 with self.writing(old):
                     old.unlink(missing_ok=True)
+
+    def _hold(self, path: Path, owned: Mapping[str, int]) -> None:
+        """Keep a server's state as that of the best round; its clients' leaves stay as long as it is."""
+        mine, half = self.root / BEST, self.root / f".{BEST}.tmp"
+        with self.writing(mine):
+            half.unlink(missing_ok=True)
+            try:
+                os.link(path, half)  # the file is never changed, so a second name costs nothing
+                os.replace(half, mine)
+                durable.sync_one(self.root)
+            except OSError:  # a file system without second names
+                durable.write(mine, path.read_bytes())
+        self.held = dict(owned)
+
+    def load_state(self, which: Which) -> tuple[int, Params, dict[str, Any]] | None:
+        """(rounds done, leaves, notes) of the best or the last committed round, None where there is none.
+
+        From here on `load_client` gives the leaves that belong to it. Raises StateError where the best round's state is damaged.
+        """
+        found = self._newest()
+        if which == "best" and found is not None and found[1].get("best") is not None:
+            if not (self.root / BEST).exists():
+                raise StateError(
+                    f"{self.root / BEST}: is gone, the state of the best round; restore it, or ask for the last round"
+                )
+            params, header = opened(self.root / BEST)
+            if header["round"] != found[1]["best"]:
+                raise StateError(
+                    f"{self.root / BEST}: is of round {header['round']}, the best one is {found[1]['best']}; resume the run, which "
+                    "mends it, or ask for the last round"
+                )
+            found = params, header
+        if found is None:
+            return None
+        self._owned = found[1]["leaves"]
+        return found[1]["round"], found[0], found[1]["notes"]
 
     def load_server(self) -> tuple[int, Params, dict[str, Any]] | None:
         """(rounds done, leaves, notes) of the newest committed round, None before the first.
@@ -137,6 +189,7 @@ class Store(Claimed, Personal):
             self._nothing_is_lost()
             self._tally = sealed.Tally()
         self._owned = found[1]["leaves"] if found else {}
+        self._rehold(found[1] if found else {})
         self.facts = (found[1]["facts"] if found else {}) | self.facts
         if self._owned and not (self.root / "clients").is_dir():
             raise StateError(
@@ -148,6 +201,15 @@ class Store(Claimed, Personal):
             with self.writing(path), open(path, "r+b") as f:
                 f.truncate(length)
         self._mend_timings()
+
+    def _rehold(self, newest: Mapping[str, Any]) -> None:
+        """Take up the best round's state again; written anew where it was not written before the process died."""
+        self.held = {}
+        if newest.get("held"):
+            self._hold(self.root / "server" / name_of(newest["round"]), newest["leaves"])
+        elif newest.get("best") is not None and (self.root / BEST).exists():
+            with contextlib.suppress(StateError):  # said when somebody asks for it
+                self.held = dict(opened(self.root / BEST)[1]["leaves"])
 
     def _nothing_is_lost(self) -> None:
         """Raise StateError where a run without any server state has traces of committed rounds."""

@@ -121,6 +121,11 @@ def chosen_round(lines: Iterable[Line], metric: str, lower: Collection[str] = ("
     return None, "validation"
 
 
+def means(lines: Iterable[Line]) -> list[EvalLine]:
+    """Evaluations of rounds without their clients' scores: all that the choice of a round looks at."""
+    return [replace(x, clients={}) for x in own_evals(lines)]
+
+
 def own_evals(lines: Iterable[Line]) -> list[EvalLine]:
     """Evaluations of rounds. Those before and after a hand-over are no rounds: nobody can choose such a model."""
     return [x for x in lines if isinstance(x, EvalLine) and x.stage is None]

@@ -78,6 +78,8 @@ def run_page(run: Records) -> dict[str, Any]:
         if s
         else "This run is not finished."
     )
+    if s and run.trains and s["chosen_round"] != done:
+        chosen += f" export and predict serve this round's models, and those of the last, {done}, with --round last."
     if s and s["chosen_round"] == 0:
         chosen += " It is the start: no round of training was better."
     blocks = [
