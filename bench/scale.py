@@ -32,8 +32,9 @@ from fedlora.federation.setting import Evaluation, Sampling
 from fedlora.methods.average import HomLoRA
 from fedlora.methods.contract import Metrics, Work
 from fedlora.model.adapted import Adapted
+from fedlora.training.loss import Loss
 from fedlora.training.optimizers import SGD
-from fedlora.training.tasks import Classification, Loss
+from fedlora.training.tasks.classification import Classification
 from fedlora.tree import Key, Params, factor, factor_product, mean
 
 WIDTH, LAYERS = 384, 24  # two leaves each: 48 leaves, 1.2 MB at rank 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -351,3 +352,18 @@ def test_everything_public_is_described() -> None:
     assert undescribed(files) == []
     bad = "class A:\n    'x'\n    def f(self): 'y'\n    def g(self): ...\nclass B(A):\n    'x'\n    def f(self): ...\ndef h(): ..."
     assert undescribed({"x": bad}) == ["x: A.g", "x: h"]
+
+
+SCRIPTS = sorted(f for folder in ("bench", "examples", "docs", "tests") for f in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_what_a_script_imports_of_us_is_there(path: Path) -> None:
+    """Scripts that no quick test runs must follow when a name moves."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "fedlora":
+            if node.module.startswith("fedlora.flower"):
+                pytest.importorskip("flwr")
+            module = importlib.import_module(node.module)
+            for name in (a.name for a in node.names):
+                assert hasattr(module, name) or find_spec(f"{node.module}.{name}"), f"{node.module} has no {name}"
