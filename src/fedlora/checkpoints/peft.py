@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,27 +108,37 @@ def _save_head(inner: dict[str, Any], deltas: Params) -> None:
             getattr(module, k.part).add_(v.to(getattr(module, k.part)))
 
 
-def _in_order(config: Path) -> None:
-    """PEFT writes sets in the order of their hashes, and a name twice: write them so that equal exports are equal bytes."""
+def _in_order(config: Path, there: Collection[str]) -> None:
+    """PEFT writes sets in the order of their hashes, a name twice, and heads of other architectures: write what is `there`, in
+    order, so that equal exports are equal bytes."""
     said = json.loads(config.read_text(encoding="utf-8"))
     for field in ("target_modules", "modules_to_save", "feedforward_modules", "exclude_modules"):
         if isinstance(said.get(field), list):
-            said[field] = sorted(set(said[field]))
+            said[field] = sorted(n for n in set(said[field]) if field != "modules_to_save" or n in there)
     config.write_text(json.dumps(said, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def export(
     make_base: Callable[[], nn.Module], head: Sequence[str], deltas: Params, task: str, source: str, out: Path,
-    merged: bool = False, tokenizer: Any = None,
+    merged: bool = False, tokenizer: Any = None, card: str = "", revision: str | None = None,
 ) -> Path:  # fmt: skip
-    """Write a PEFT folder (adapter_config.json, adapter_model.safetensors), or the merged model, to `out`."""
+    """Write a PEFT folder (adapter_config.json, adapter_model.safetensors), or the merged model, to `out`.
+
+    source, revision: where users of the folder find the base. card: the text of README.md.
+    """
     if merged:
         plain: Any = merge(make_base(), deltas)
         plain.save_pretrained(out)
     else:
-        # no embedding is adapted; asked to find that out by itself, PEFT would look for the base on the hub
-        to_peft(make_base(), head, deltas, task, source).save_pretrained(out, save_embedding_layers=False)
-        _in_order(out / "adapter_config.json")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of PEFT's own use of transformers
+            held = to_peft(make_base(), head, deltas, task, source)
+            held.peft_config["default"].revision = revision
+            # no embedding is adapted; asked to find that out by itself, PEFT would look for the base on the hub
+            held.save_pretrained(out, save_embedding_layers=False)
+        _in_order(out / "adapter_config.json", {h.split(".")[0] for h in head})
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
+    if card:
+        (out / "README.md").write_text(card, encoding="utf-8")
     return out

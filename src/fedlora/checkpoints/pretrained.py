@@ -68,6 +68,14 @@ def locate(name: str) -> str:
     return str(folder)
 
 
+def known_as(name: str) -> str:
+    """What others call the base: its hub id where it has one, the folder where it has none."""
+    if name == "minilm":
+        locate(name)  # its weights are those that the hub has under this id
+        return MINILM
+    return locate(name)
+
+
 def _no_base(name: str, path: Path) -> None:
     """Raise ModelError for what is here and is no base, but something that people take for one."""
     if path.is_file():

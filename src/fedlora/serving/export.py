@@ -22,10 +22,9 @@ from ..methods.contract import ServerState
 from ..recipe.build import tokenizer_of
 from ..training.tasks import TASKS
 from ..tree import Params
+from .card import card
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..recipe import Recipe
 
 
@@ -84,24 +83,37 @@ def export_models(
     recipe: Recipe, fed: Federation, out: Path, clients: Sequence[str], merged: bool, which: Which = "best"
 ) -> tuple[Served, list[Path]]:
     """Write one PEFT (or merged) folder for the global model, or one per client under `out`; which round's, and the folders."""
-    source = pretrained.locate(recipe.model.name)
+    source = pretrained.known_as(recipe.model.name)
     names = TASKS[recipe.model.task].names(fed.data)
 
-    def plain() -> nn.Module:
+    def loaded() -> pretrained.Pretrained:
         with warnings.catch_warnings():  # what there is to say of the head was said when the run was opened
             warnings.simplefilter("ignore")
-            loaded = pretrained.load(
+            return pretrained.load(
                 recipe.model.name, recipe.model.task, len(names) or 2, seed=recipe.run.seed, revision=recipe.model.revision,
                 names=names,
             )  # fmt: skip
-        return loaded.base
 
-    head = tuple(s.name for s in fed.model.groups.get("head", ()))
+    head = loaded().head  # saved whether it was trained or not: a base that lacks it would have another drawn
     tokenizer = tokenizer_of(recipe)
     written = []
     whose: list[str | None] = [*clients] or [None]
     of, models = models_of(fed, whose, which)
     for client, deltas in zip(whose, models, strict=True):
         folder = out if client is None else out / quote(client, safe="")
-        written.append(peft.export(plain, head, deltas, recipe.model.task, source, folder, merged, tokenizer))
+        text = card(recipe, fed, of, client, source, merged)
+        written.append(
+            peft.export(
+                lambda: loaded().base,
+                head,
+                deltas,
+                recipe.model.task,
+                source,
+                folder,
+                merged,
+                tokenizer,
+                text,
+                recipe.model.revision,
+            )
+        )
     return of, written

@@ -46,6 +46,13 @@ class Regression(Task):
         return out
 
     @classmethod
+    def config(cls, outputs: int) -> dict[str, Any]:
+        return {
+            "num_labels": 1,
+            "problem_type": "regression",
+        }  # without the latter a pipeline puts a sigmoid on the value
+
+    @classmethod
     def targets(cls, tables: Mapping[int, pa.Table], data: Mapping[str, Any]) -> Targets:
         return Targets([reals(t, data["label"]) for t in tables.values()])
 
