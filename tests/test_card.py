@@ -124,7 +124,7 @@ def test_the_card_tells_the_scores_of_this_very_model(tmp_path: Path) -> None:
                 if (x["kind"], x.get("view"), x.get("split"), x["round"]) == ("eval", view, "test", round)
             ]
             scores = line["mean"] if client is None else line["clients"][client]
-            assert f"accuracy {scores['accuracy']:.4g}" in text
+            assert f"accuracy {scores['accuracy']:.4g}, loss {scores['loss']:.4g}" in text
             assert ("`c1`" in text) == (client == "c1")
     assert "round 2, the last" in text
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..data.federated import roster
 from ..errors import ConfigError, Problem, StateError
+from ..federation.guards.bound import Bound
 from ..federation.run import Federation
+from ..federation.setting import Sampling
+from ..methods.contract import Method
 from ..recipe import Recipe, build
 from ..training.tasks import TASKS
 from .attendance import Link
@@ -55,6 +59,7 @@ def coordinator(
     d = recipe.deployment
     terms = Terms(d.clients or recipe.federation.min_clients, d.deadline, d.over_selection, d.attempts)
     fed = build.federation(recipe, output, lambda r, tokenizer: nobody)
+    fed.sampling = bounded(fed.sampling, fed.method, d.bound)
     told = told_to_sites(recipe)
 
     def runtime(fed: Federation, watch: Any) -> Remote:
@@ -63,6 +68,14 @@ def coordinator(
 
     fed.runtime = runtime
     return fed
+
+
+def bounded(sampling: Sampling, method: Method, times: float | None) -> Sampling:
+    """The sampling of a deployment: with the guard `bound` as the first to see what arrives, unless the recipe has its own."""
+    own = any(isinstance(g, Bound) for g in sampling.guards)
+    if times is None or own or Bound(times).cannot(method):
+        return sampling
+    return replace(sampling, guards=(*sampling.guards, Bound(times)))
 
 
 def elsewhere(name: str) -> bool:

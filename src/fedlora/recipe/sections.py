@@ -203,6 +203,8 @@ class Deployment(Section):
     """Times a round is tried before the run stops, to be resumed."""
     histograms: bool = False
     """Ask clients for their class histograms; those that do not consent send none."""
+    bound: Annotated[float, Field(ge=1)] | None = 3.0
+    """A site's change counts up to so many times the round's median change (the guard `bound`); null is without limit."""
     same_base: bool = True
     """Refuse a site whose base has other weights than the server's: their deltas would be summed as if they fitted."""
 
