@@ -258,8 +258,11 @@ def test_predict(done: Path, tmp_path: Path) -> None:
     assert [x["text"] for x in said] == ["goal match", "the wave ship", "bread soup"]
     assert {x["answer"] for x in said} <= {"sport", "food", "sea"}
     assert all(1 / 3 <= x["confidence"] <= 1 for x in said)
-    mine = fedlora("predict", done / "run", "goal match", "--client", "c1", "--json").stdout
-    assert json.loads(mine)["confidence"] != said[0]["confidence"]
+    mine, all_ = (
+        json.loads(fedlora("predict", done / "run", "goal match", *whose, "--round", "last", "--json").stdout)
+        for whose in (("--client", "c1"), ())
+    )
+    assert mine["confidence"] != all_["confidence"]
     wrong = fedlora("predict", done / "run", "goal", "--client", "c11", code=1).stderr
     assert "client 'c11' is not in this run; did you mean 'c1'" in wrong
     assert "got no text" in fedlora("predict", done / "run", code=1).stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -71,7 +72,9 @@ def costs(
     """Every method with its default hyperparameters (and `options` where it has them) on model `name`, one local step of
     `batch_size` rows of `length` random tokens. Steps of a method alternate with HomLoRA's own, and `seconds` is scaled by
     that pair, so that a busy machine cannot favour anybody. Raises ModelError for a model that cannot be loaded."""
-    loaded = pretrained.load(name, task, classes=2, attention="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a head knows is no matter here
+        loaded = pretrained.load(name, task, classes=2, attention="eager")
     config: Any = loaded.base.config
     chosen = [METHODS[m] for m in methods or METHODS]
     ids = torch.randint(5, config.vocab_size, (1, batch_size, length), generator=torch.Generator().manual_seed(0))
