@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,3 +25,25 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the data folder {folder}; set FEDLORA_SHARED to where it is")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def bases_stay(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Law over every run of every test: nothing of the frozen base changes, no weight and no buffer, in any bit."""
+    module = sys.modules.get("fedlora.federation.run")
+    if module is None:  # this test makes no run
+        yield
+        return
+    run = module.Federation.run
+
+    def watched(f: Any, *args: Any, **more: Any) -> Any:
+        before = {n: v.clone() for n, v in f.model.base.state_dict().items()}
+        try:
+            return run(f, *args, **more)
+        finally:
+            after = f.model.base.state_dict()
+            assert after.keys() == before.keys()
+            assert [n for n, v in before.items() if not torch.equal(v, after[n])] == []
+
+    monkeypatch.setattr(module.Federation, "run", watched)
+    yield

@@ -74,6 +74,10 @@ MUTANTS = (
     Mutant("a client's tokens are taken for a row's", "kernels/attention.py", "sizes = packing.longest <= MOST", "sizes = query.shape[2] <= MOST", "tests/test_kernels.py"),
     Mutant("rows of a packed group are lost", "training/batching.py", "rows = {n: v[:, i::parts] if", "rows = {n: v[:, i : i + parts] if", "tests/test_kernels.py"),
     # model and optimizers
+    Mutant("running statistics of a user's layer move", "model/modes.py", " and not isinstance(m, _NormBase)]", "]", "tests/test_modes.py -k tree"),
+    Mutant("a layer of the user's own changes the base", "model/modes.py", "self._switched = [m for m in self._switched if id(m) not in owners]", "return", "tests/test_modes.py"),
+    Mutant("a base that changes in evaluation is taken", "model/modes.py", "while changed := self._changed(step):", "if changed := self._changed(step):", "tests/test_modes.py"),
+    Mutant("what drops stays in evaluation mode", "model/modes.py", 'object.__setattr__(m, "training", on)', "pass", "tests/test_modes.py -k tree"),
     Mutant("the adapter forgets its scale", "adapters/factors.py", "self.alpha / r**0.5 if self.rs else self.alpha / r", "self.alpha / r", "tests/test_model.py -k peft"),
     Mutant("decay is coupled", "training/optimizers.py", "shrink = 1 - rate * self.weight_decay", "shrink = 1 - rate * self.weight_decay * 0.5", "tests/test_model.py -k optimizers"),
     Mutant("bias correction is gone", "training/optimizers.py", "size, root = rate / (1 - b1**t), (1 - b2**t).sqrt()", "size, root = rate / (1 - b1**t), (1 - b2**t) ** 0", "tests/test_model.py"),

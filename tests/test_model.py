@@ -17,8 +17,9 @@ from fedlora.errors import ModelError
 from fedlora.federation.engine import Schedule, train_block
 from fedlora.methods import METHODS
 from fedlora.methods.contract import RoundInfo
-from fedlora.model.adapted import Adapted, matching
+from fedlora.model.adapted import Adapted
 from fedlora.model.dropout import keep_mask
+from fedlora.model.targets import matching
 from fedlora.training.batching import stack_batches
 from fedlora.training.loss import Loss
 from fedlora.training.optimizers import SGD, AdamW

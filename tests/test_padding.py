@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from fedlora.data.examples import Tokens
 from fedlora.evaluation.predictions import predict
-from fedlora.model.adapted import Adapted, matching
+from fedlora.model.adapted import Adapted
+from fedlora.model.targets import matching
 from fedlora.seeds import np_rng
 from fedlora.training import batching
 from fedlora.training.batching import fitted, pieces, stack_batches

