@@ -73,6 +73,9 @@ MUTANTS = (
     Mutant("compiled masks repeat along a line", "kernels/dropout.c", "firsts[line] + (uint64_t)(from / 4) * (step * GOLDEN)", "firsts[line]", "tests/test_kernels.py"),
     Mutant("a client's tokens are taken for a row's", "kernels/attention.py", "sizes = packing.longest <= MOST", "sizes = query.shape[2] <= MOST", "tests/test_kernels.py"),
     Mutant("rows of a packed group are lost", "training/batching.py", "rows = {n: v[:, i::parts] if", "rows = {n: v[:, i : i + parts] if", "tests/test_kernels.py"),
+    # pages
+    Mutant("each page of a sweep carries the plotting library", "cli/actions.py", "_execute(r, folder, quiet, json, sweep)", "_execute(r, folder, quiet, json)", "tests/test_cli.py -k ends_in_a_comparison"),
+    Mutant("a page names the library from another folder", "report/__init__.py", "os.path.relpath(library, out.parent)", "os.path.relpath(library, beside)", "tests/test_report.py -k beside"),
     # model and optimizers
     Mutant("running statistics of a user's layer move", "model/modes.py", " and not isinstance(m, _NormBase)]", "]", "tests/test_modes.py -k tree"),
     Mutant("a layer of the user's own changes the base", "model/modes.py", "self._switched = [m for m in self._switched if id(m) not in owners]", "return", "tests/test_modes.py"),

@@ -236,6 +236,16 @@ def test_a_sweep_ends_in_a_comparison(tmp_path: Path) -> None:
     assert "always a client's most frequent class: 0." in said
     assert "most frequent class, without a model, scores 0." in (tmp_path / "sweep/comparison.html").read_text()
     assert len(list((tmp_path / "sweep").glob("*/summary.json"))) == 2
+    # One copy of the plotting library for all pages, each of which names it from where it lies.
+    [library] = (tmp_path / "sweep").rglob("plotly-*.min.js")
+    pages = sorted((tmp_path / "sweep").rglob("*.html"))
+    assert len(pages) == 3 and sum(p.stat().st_size for p in pages) < 3_000_000
+    for page in pages:
+        [link] = re.findall(r'<script src="([^"]+)">', page.read_text())
+        assert (page.parent / link).resolve() == library.resolve()
+    one = pages[-1].parent
+    fedlora("report", one)
+    assert "<script src" not in (one / "report.html").read_text() and (one / "report.html").stat().st_size > 4_000_000
 
 
 def test_a_sweep_goes_where_its_recipe_says(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import pytest
 import tiny
@@ -56,6 +57,21 @@ def test_a_page_is_self_contained(run: Path) -> None:
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", own)
     assert "@import" not in own
     assert own.count("Plotly.newPlot(") >= 6
+
+
+def test_a_page_finds_the_library_beside_it(run: Path, tmp_path: Path) -> None:
+    """Whatever the folders' names, and before it draws."""
+    beside = tmp_path / "my sweep #1 100%"
+    page = report.write_run(run, beside / "a run" / "page.html", beside).read_text(encoding="utf-8")
+    [link] = re.findall(r'<script src="([^"]+)"></script>', page)
+    [library] = beside.glob("plotly-*.min.js")
+    opened = urljoin((beside / "a run/page.html").as_uri(), link)
+    assert opened == library.as_uri()
+    assert page.index(link) < page.index("Plotly.newPlot(") and len(page) < 400_000
+    with_it = re.sub(
+        r"<script>/\*\*.*?</script>", "", report.write_run(run).read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    assert page.count("Plotly.newPlot(") == with_it.count("Plotly.newPlot(")
 
 
 def test_names_cannot_break_out(run: Path) -> None:

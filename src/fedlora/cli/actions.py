@@ -60,8 +60,8 @@ def _build(recipe: Recipe, output: Path | None, console: Console) -> Federation:
     return fed
 
 
-def _execute(recipe: Recipe, output: Path | None, quiet: bool, json: bool) -> Path:
-    """Run one recipe to its end; returns its folder."""
+def _execute(recipe: Recipe, output: Path | None, quiet: bool, json: bool, sweep: Path | None = None) -> Path:
+    """Run one recipe to its end; returns its folder. sweep: the folder of the sweep that it belongs to."""
     from ..training.tasks import TASKS
 
     fed = _build(recipe, output, _console(quiet, json))
@@ -70,16 +70,17 @@ def _execute(recipe: Recipe, output: Path | None, quiet: bool, json: bool) -> Pa
             fed.run(Several(watch, pressed))
     except KeyboardInterrupt:
         raise Interrupted(fed.store.root) from None
-    _report(fed.store.root, quiet or json)
+    _report(fed.store.root, quiet or json, sweep)
     return fed.store.root
 
 
-def _report(folder: Path, quiet: bool) -> None:
-    """Write the run's report where the plotting library is installed; say so where it is not."""
+def _report(folder: Path, quiet: bool, sweep: Path | None = None) -> None:
+    """Write the run's report where the plotting library is installed; say so where it is not. The pages of a sweep share one copy
+    of the library, in the sweep's folder."""
     from .. import report as pages
 
     try:
-        page = pages.write_run(folder)
+        page = pages.write_run(folder, beside=sweep)
     except pages.MissingPlotly as e:
         err.print(str(e), soft_wrap=True, markup=False)
         return
@@ -97,11 +98,12 @@ def run(recipe: Path, sets: Sequence[str], output: Path | None, quiet: bool, jso
             tables.result(out, folder)
         return
     where = folders(recipes, Path("runs") / recipe.stem, output)
+    sweep = Path(os.path.commonpath([f.parent for f in where]))
     for i, (r, folder) in enumerate(zip(recipes, where, strict=True)):
         if not (quiet or json):
             err.print(f"[bold]{i + 1}/{len(recipes)}[/] {r.name}", highlight=False)
-        _execute(r, folder, quiet, json)
-    compare(where, Path(os.path.commonpath([f.parent for f in where])) / "comparison.html", json)
+        _execute(r, folder, quiet, json, sweep)
+    compare(where, sweep / "comparison.html", json, sweep)
 
 
 def resume(folder: Path, quiet: bool, json: bool) -> None:
@@ -157,8 +159,8 @@ def run_folders(folders: Sequence[Path]) -> list[Path]:
     """The run folders among `folders` and right below them."""
     found: list[Path] = []
     for folder in folders:
-        if folder.is_file() and folder.name == "comparison.html":
-            continue  # `compare runs/sweep/*` also names the page that the sweep wrote, which is no run
+        if folder.is_file() and (folder.name == "comparison.html" or folder.match("plotly-*.min.js")):
+            continue  # `compare runs/sweep/*` also names what the sweep wrote beside its runs
         inside = (
             [folder] if (folder / "recipe.yaml").exists() else sorted(p.parent for p in folder.glob("*/recipe.yaml"))
         )
@@ -170,7 +172,7 @@ def run_folders(folders: Sequence[Path]) -> list[Path]:
     return found
 
 
-def compare(folders: Sequence[Path], output: Path | None, json: bool) -> None:
+def compare(folders: Sequence[Path], output: Path | None, json: bool, sweep: Path | None = None) -> None:
     from .. import report as pages
     from ..report.read import records
     from ..report.tables import compare_rows, grouped, paired
@@ -184,7 +186,7 @@ def compare(folders: Sequence[Path], output: Path | None, json: bool) -> None:
         tables.pairs(out, paired(grouped([records(f) for f in found])))
     try:
         page = pages.write_comparison(
-            found, output or (folders[0] if len(folders) == 1 else Path()) / "comparison.html"
+            found, output or (folders[0] if len(folders) == 1 else Path()) / "comparison.html", sweep
         )
     except pages.MissingPlotly as e:
         err.print(str(e), soft_wrap=True, markup=False)

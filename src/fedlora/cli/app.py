@@ -134,7 +134,7 @@ def bench(
 
 @app.command()
 def report(folder: Folder, output: Output = None) -> None:
-    """Write the HTML report of a run."""
+    """Write the HTML report of a run: one file that needs no other."""
     from . import actions
 
     actions.report(folder, output)

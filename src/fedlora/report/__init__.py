@@ -1,4 +1,8 @@
-"""Reports: one self-contained HTML file for a run or a comparison. Nothing is fetched when it is opened."""
+"""Reports: one HTML file for a run or a comparison. Nothing is fetched from a network when it is opened.
+
+A page holds the plotting library (4.8 MB) itself, unless `beside` names a folder: then one copy lies there for all the pages of a
+sweep, which name it by its relative path.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from ..errors import FedloraError, StateError
 from .read import records
@@ -21,8 +26,10 @@ class MissingPlotly(FedloraError):
     """The plotting library is not installed; everything but the pages works without it."""
 
 
-def write_run(folder: str | Path, out: str | Path | None = None) -> Path:
+def write_run(folder: str | Path, out: str | Path | None = None, beside: Path | None = None) -> Path:
     """Write the report of a run folder to `out` (default: report.html in it); returns where it is.
+
+    beside: the folder of the plotting library's one copy; in the page itself by default.
 
     Raises MissingPlotly, and StateError for a folder that holds no run.
     """
@@ -30,11 +37,11 @@ def write_run(folder: str | Path, out: str | Path | None = None) -> Path:
 
     run = records(folder)
     _need_plotly()
-    return _write(run_page(run), Path(out) if out else Path(folder) / "report.html")
+    return _write(run_page(run), Path(out) if out else Path(folder) / "report.html", beside)
 
 
-def write_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
-    """Write the comparison of run folders to `out`; returns it. Raises as write_run."""
+def write_comparison(folders: Sequence[str | Path], out: str | Path, beside: Path | None = None) -> Path:
+    """Write the comparison of run folders to `out`; returns it. beside and errors as of write_run."""
     from .comparison import comparison_page
 
     runs = [records(f) for f in folders]
@@ -42,7 +49,7 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
         kinds = ", ".join(sorted({f"{r.metric} ({r.name})" for r in runs}))
         raise StateError(f"compare: the runs are scored differently: {kinds}; compare runs of one task")
     _need_plotly()
-    return _write(comparison_page(runs, compare_rows(folders)), Path(out))
+    return _write(comparison_page(runs, compare_rows(folders)), Path(out), beside)
 
 
 def write_example(found: Sequence[Course], out: str | Path, seed: int = 0) -> Path:
@@ -62,12 +69,12 @@ def _need_plotly() -> None:
         )
 
 
-def _write(page: dict[str, Any], out: Path) -> Path:
+def _write(page: dict[str, Any], out: Path, beside: Path | None = None) -> Path:
     from importlib.metadata import version
     from importlib.resources import files
 
     from jinja2 import Environment, StrictUndefined
-    from plotly.offline import get_plotlyjs
+    from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
     from .figures import FONT
 
@@ -88,12 +95,22 @@ def _write(page: dict[str, Any], out: Path) -> Path:
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
         (files("fedlora.report") / "page.html").read_text(encoding="utf-8")
     )
-    script = get_plotlyjs() if any(b.figure is not None for b in page["blocks"]) else ""
-    html = template.render(page=page, font=FONT, script=script, draw=draw, version=version("fedlora"))
+    drawn = any(b.figure is not None for b in page["blocks"])
+    library = beside / f"plotly-{get_plotlyjs_version()}.min.js" if drawn and beside else None
+    script = get_plotlyjs() if drawn and not library else ""
+    link = quote(os.path.relpath(library, out.parent).replace(os.sep, "/")) if library else ""
+    html = template.render(page=page, font=FONT, script=script, link=link, draw=draw, version=version("fedlora"))
+    if library and not library.exists():
+        _put(get_plotlyjs(), library)
+    return _put(html, out)
+
+
+def _put(text: str, out: Path) -> Path:
+    """Write a file whole or not at all."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_name(f".{out.name}.tmp")
-        temporary.write_text(html, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, out)
     except OSError as e:
         raise StateError(f"{out}: cannot be written: {e.strerror}; give another file with --output") from e
