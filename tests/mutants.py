@@ -77,6 +77,7 @@ MUTANTS = (
     Mutant("each page of a sweep carries the plotting library", "cli/actions.py", "_execute(r, folder, quiet, json, sweep)", "_execute(r, folder, quiet, json)", "tests/test_cli.py -k ends_in_a_comparison"),
     Mutant("a page names the library from another folder", "report/__init__.py", "os.path.relpath(library, out.parent)", "os.path.relpath(library, beside)", "tests/test_report.py -k beside"),
     # model and optimizers
+    Mutant("a changed table stays in the base after a run", "federation/run.py", "end.callback(self.model.bind, {})", "end.callback(dict)", "tests/test_full.py -k one_client_at_a_time"),
     Mutant("running statistics of a user's layer move", "model/modes.py", " and not isinstance(m, _NormBase)]", "]", "tests/test_modes.py -k tree"),
     Mutant("a layer of the user's own changes the base", "model/modes.py", "self._switched = [m for m in self._switched if id(m) not in owners]", "return", "tests/test_modes.py"),
     Mutant("a base that changes in evaluation is taken", "model/modes.py", "while changed := self._changed(step):", "if changed := self._changed(step):", "tests/test_modes.py"),

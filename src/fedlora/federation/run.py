@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +94,8 @@ class Federation(Setting):
         """
         watch = watch or Callback()
         forget_peak()
-        with self.store.lock(), kept():
+        with self.store.lock(), kept(), ExitStack() as end:
+            end.callback(self.model.bind, {})  # a table that stood in for the base's own goes
             self.store.claim(self.recipe_hash, dict(self.recipe), inputs.of(self))
             self.store.rewind()
             loaded = self.store.load_server()
