@@ -1,6 +1,6 @@
-"""What attackers do to each method, and what each defence leaves of it: `make attacks`, which writes docs/reliability.md.
+"""What attackers do to each method, and what each defence leaves of it: `make attacks TEXTS=FILE`, which writes docs/reliability.md.
 
-python bench/attacks.py FILE: FILE holds texts and labels (Parquet). The base is a small network on MiniLM's sentence vectors of
+FILE holds texts and labels (Parquet). The base is a small network on MiniLM's sentence vectors of
 these texts, so that a run takes seconds; LoRA of rank 8 on its hidden layer, and its output layer, are trained by 20 clients.
 """
 
