@@ -78,8 +78,9 @@ def little(up: Params, old: Params, honest: Sequence[Params], draw: np.random.Ge
 
 
 def assembled(up: Params, old: Params, honest: Sequence[Params], draw: np.random.Generator) -> Params:
-    """Factors that look like honest ones, whose products are opposite: B's change is flipped where A's is kept, ten times."""
-    return up | {k: old[k] + (-10 if k.part == "B" else 1) * (up[k] - old[k]) for k in old if k.part in "AB"}
+    """Factors that look honest, of a product that does not (the idea of arXiv:2601.00566, without its optimisation): A's change is
+    the client's own, B's is turned round, so that each is as large as an honest one."""
+    return up | {k: old[k] + (-1 if k.part == "B" else 1) * (up[k] - old[k]) for k in old if k.part in "AB"}
 
 
 ATTACKS: dict[str, Attack | None] = {

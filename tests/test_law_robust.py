@@ -6,6 +6,8 @@ side; a bound on the sum of all clients.
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -236,3 +238,64 @@ def test_a_deployment_is_bounded_unless_it_says_otherwise(tmp_path: Path) -> Non
         ]
     assert bounded(Sampling(), HomLoRA(), 3.0).guards == (GUARDS["bound"](times=3.0),)
     assert bounded(Sampling(), METHODS["local"](), 3.0).guards == ()
+
+
+# the simulator of attacks -------------------------------------------------------------------------------------------
+def simulator() -> Any:
+    spec = importlib.util.spec_from_file_location("attacks", Path(__file__).parents[1] / "bench/attacks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["attacks"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:round .* times the median of the round")
+def test_an_attack_harms_and_a_defence_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On vectors in five heaps: a tenfold flip by 30 % ruins the mean, and multi-Krum on products keeps the accuracy."""
+    a = simulator()
+    monkeypatch.setattr(a, "ROUNDS", 5)
+    monkeypatch.setattr(a, "CLIENTS", 10)
+    g = np.random.default_rng(0)
+    y = g.integers(0, 5, 600)
+    x = (2 * np.eye(5, 384)[y] + 0.3 * g.normal(size=(600, 384))).astype(np.float32)
+    good, bad, kept = (
+        a.accuracy("homlora", attack, share, defence, 0, x, y)
+        for attack, share, defence in (
+            ("none", 0.0, "none"),
+            ("flip x10", 0.3, "none"),
+            ("flip x10", 0.3, "multi-Krum"),
+        )
+    )
+    assert good > 0.8 and bad < 0.4 and kept > 0.7
+    assert a.accuracy("hetlora", "none", 0.0, "median", 0, x, y) is None
+
+
+def test_attackers_send_what_the_attacks_say() -> None:
+    """Against the formulas, for a client of a lower rank too; honest uploads pass as they are."""
+    a = simulator()
+    old = leaves(0, 4)
+    ps = [leaves(i, 4, near=old, size=0.1) | {RANK: torch.tensor(4)} for i in range(1, 5)]
+    up = {k: v for k, v in leaves(9, 2).items()}
+    cut = {k: v if k == HEAD else v.narrow(0 if k.part == "A" else 1, 0, 2) for k, v in old.items()}
+
+    def sent(attack: str) -> Params:
+        seen = [*uploads(ps), Upload(Client("bad", 5), up)]
+        got = list(a.Attackers(frozenset(["bad"]), a.ATTACKS[attack]).arrive(iter(seen), ServerState(0, old)))
+        assert [u.params for u in got[:4]] == ps
+        return got[4].params
+
+    every = {k: torch.stack([p[k] for p in ps]) for k in old}
+    for k, v in up.items():
+        torch.testing.assert_close(sent("sign flip")[k], 2 * cut[k] - v)
+        torch.testing.assert_close(sent("flip x10")[k], cut[k] - 10 * (v - cut[k]))
+        torch.testing.assert_close(sent("scale x10")[k], cut[k] + 10 * (v - cut[k]))
+        little = every[k].mean(0) - 1.5 * every[k].std(0)
+        torch.testing.assert_close(
+            sent("little is enough")[k], little if k == HEAD else little.narrow(0 if k.part == "A" else 1, 0, 2)
+        )
+        change = {"A": 1, "B": -1}.get(k.part)
+        if change is not None:
+            torch.testing.assert_close(sent("assembly")[k], cut[k] + change * (v - cut[k]))
+        assert float((sent("noise")[k] - cut[k]).norm()) == pytest.approx(10 * float((v - cut[k]).norm()), rel=1e-4)
+    assert sent("label flip") == up
