@@ -253,3 +253,13 @@ def test_the_page_on_recipes_is_current() -> None:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (ROOT / "docs/recipes.md").read_text(encoding="utf-8") == module.text(), "run make docs"
+
+
+def test_what_is_verified_is_a_test() -> None:
+    """docs/verified.md names tests that are there."""
+    page = (ROOT / "docs/verified.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 20
+    for file, test in named:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert not test or f"def {test}(" in text, (file, test)
