@@ -41,7 +41,10 @@ from fedlora.tree import Key
 SST2 = Path(os.environ.get("FEDLORA_SHARED", Path(__file__).parents[2] / "shared")) / "data/sst2/train.parquet"
 IDS = ("a", "b", "c")
 # asyncio's own sockets of connections that were cut, or left open by a client that was killed
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:data.max_length"),  # some sentences are longer
+]
 needs_text = pytest.mark.skipif(not SST2.exists(), reason="../shared/data/sst2 is not here")
 METHODS: dict[str, dict[str, Any]] = {
     "fedsa": {}, "hetlora": {"rank": 8, "rank_min": 2}, "pf2lora": {}, "slora": {"density": 0.1, "sparse_rounds": 1},
