@@ -136,13 +136,17 @@ class Net(nn.Module):
 
 def vectors(file: Path) -> tuple[np.ndarray, np.ndarray]:
     """MiniLM's sentence vectors float32 [n 384] of the texts of a file, and their labels [n]."""
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
     table = pq.read_table(file)
     take = np.sort(np.random.default_rng(0).permutation(table.num_rows)[:ROWS])
     texts, labels = table.column("text").take(take).to_pylist(), np.array(table.column("label").take(take).to_pylist())
     source = pretrained.locate("minilm")
-    model, tokenizer, out = AutoModel.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source), []
+    model, tokenizer, out = (
+        AutoModel.from_pretrained(source, trust_remote_code=False).eval(),
+        pretrained.load_tokenizer("minilm"),
+        [],
+    )
     with torch.inference_mode():
         for a in range(0, len(texts), 64):
             batch = tokenizer(texts[a : a + 64], truncation=True, max_length=64, padding=True, return_tensors="pt")

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from fedlora import methods
 from fedlora.errors import ConfigError, DataError, ModelError, Problem
+from fedlora.federation.guards import GUARDS
 from fedlora.methods import METHODS
 from fedlora.recipe import Recipe, Train, expand, expand_dict, folders, schema
 from fedlora.recipe.reading import parse
@@ -425,7 +426,7 @@ train: {steps: 11, epochs: 1.0, batch_size: 8, optimizer: sgd, lr: 1.0, betas: [
         schedule: linear, warmup: 0.1, clip: 1.0, accumulation: 2, dropout: false}
 federation: {rounds: 11, clients_per_round: 4, cohort: fixed, min_clients: 2, precision: int8, norm_bound: 5.0, guards: [clip]}
 evaluation: {every: 2, views: [global], cross_clients: 4, batch_size: 32, analyses: [asymmetry], threshold: 0.1, target: 0.5, bandwidth: [5, 1]}
-deployment: {clients: 3, deadline: 10.0, over_selection: 1.5, attempts: 2, histograms: true, same_base: false}
+deployment: {clients: 3, deadline: 10.0, over_selection: 1.5, attempts: 2, histograms: true, same_base: false, bound: null}
 run: {seed: 1, block: 2, output: elsewhere, tensorboard: true, keep: all, threads: 1}
 """
 SAME_RESULT = {
@@ -635,4 +636,4 @@ def test_the_schema_knows_methods_inside_methods_and_guards() -> None:
     assert names == ["homlora", "pf2lora"]
     assert "rank" not in slora["properties"]["second"]["oneOf"][2]["properties"]
     entries = s["$defs"]["Federation"]["properties"]["guards"]["items"]["oneOf"]
-    assert {"clip", "trimmed", "feedback"} == set(entries[0]["enum"])
+    assert set(GUARDS) == set(entries[0]["enum"]) >= {"clip", "trimmed", "feedback", "krum"}

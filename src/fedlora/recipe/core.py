@@ -127,6 +127,8 @@ class Recipe(BaseModel):
     def hash(self) -> str:
         """12 hex digits of what decides the result: all but the name and how it is run (folder, threads, block, sites)."""
         decisive = {k: v for k, v in self.resolved().items() if k not in ("name", "deployment")}
+        if self.deployment.bound != Deployment().bound:  # of that section, this alone decides what a run computes
+            decisive["bound"] = self.deployment.bound
         for name, fields in LATER.items():
             usual = defaults(SECTIONS[name])
             decisive[name] = {k: v for k, v in decisive[name].items() if k not in fields or v != usual[k]}
