@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 import fedlora as fl
-from fedlora.bench.run import environment
 from fedlora.checkpoints import pretrained
 from fedlora.data.batches import LocalWork
 from fedlora.data.examples import Arrays
@@ -31,6 +31,7 @@ from fedlora.federation.guards import GUARDS
 from fedlora.federation.guards.geometry import received
 from fedlora.federation.guards.guard import Guard
 from fedlora.federation.setting import Evaluation, Sampling
+from fedlora.federation.summary import processor
 from fedlora.methods import METHODS
 from fedlora.methods.contract import ServerState, Upload
 from fedlora.training.optimizers import AdamW
@@ -210,12 +211,12 @@ def page(found: Mapping[str, float | None], facts: Mapping[str, object]) -> str:
     for k, v in found.items():
         by[tuple(json.loads(k)[:4])].append(v)
     lines = [
-        "## Attackers", "",
+        "## Attackers", "", textwrap.fill(
         f"Mean test accuracy of the honest clients after {ROUNDS} rounds, with 0, 10, 20 and 30 % of {CLIENTS} clients attacking in "
         f"every round; mean of {len(SEEDS)} seeds, with the larger distance of a seed from it behind `±`. `-`: the defence cannot serve "
         "the method. `stopped`: what arrived was no number, and the run ended with an error. The base is a small network on MiniLM's "
         f"sentence vectors of {ROWS} texts of 20 Newsgroups (chance is 0.05); it is no language model, so the order of defences may "
-        "carry over and the numbers do not. `make attacks` writes this page.", "",
+        "carry over and the numbers do not. `make attacks` writes this page.", 100), "",
         f"Commit {facts['commit']}; {facts['processor']}.",
     ]  # fmt: skip
     for method in CHOSEN:
@@ -261,7 +262,7 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
-    facts = {"commit": commit, "processor": environment(1).get("processor", "unknown processor")}
+    facts = {"commit": commit, "processor": processor()}
     for i, (method, attack, share, defence, seed) in enumerate(todo):
         found[json.dumps((method, attack, share, defence, seed))] = accuracy(method, attack, share, defence, seed, x, y)
         if i % 20 == 19 or i == len(todo) - 1:
