@@ -33,6 +33,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_folder(tmp_path_factory.mktemp("bench") / "m")
 
 
+def on_gpu(out: Path, *more: str) -> dict[str, Any]:
+    """bench/gpu.py with tiny shapes on the CPU: its figures, once its page is written."""
+    script = [sys.executable, str(ROOT / "bench/gpu.py"), "--quick", "--device", "cpu", "--output", str(out), *more]
+    done = subprocess.run(script, capture_output=True, text=True, check=False, cwd=out)
+    assert done.returncode == 0, done.stderr
+    assert "class=" in (out / "gpu.html").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
+    return found
+
+
+def agree(found: dict[str, Any], dtype: str, most: float) -> None:
+    """An encoder and a language model: blocks train what single clients do, and PEFT's layers with torch's AdamW."""
+    mine = [m for m in found["measured"] if m["dtype"] == dtype]
+    assert len(mine) == 2 and not found["not_measured"]
+    for m in mine:
+        assert m["block_difference"] < most and m["loop_difference"] < most, m
+        assert set(m["k"]) == {"1", "2", "4"}
+
+
+def test_gpu_benchmark_takes_its_whole_path_on_a_cpu(tmp_path: Path) -> None:
+    agree(on_gpu(tmp_path, "--dtype", "fp32"), "fp32", 1e-5)
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_in_half_precision_on_a_cpu(tmp_path: Path) -> None:
+    found = on_gpu(tmp_path)
+    agree(found, "fp32", 1e-5)
+    agree(found, "bf16", 5e-3)
+
+
 def test_systems_agree(folder: Path) -> None:
     """One round of every fp32 system from one start gives the averaged leaves of the PEFT loop with torch's AdamW."""
     work = Work(str(folder), max_length=16, regime=Regime("tiny", 3, 2, 4), threads=1)

@@ -162,8 +162,14 @@ def where(alive: Tensor, new: Mapping[str, Params], old: Mapping[str, Params]) -
     if bool(alive.all()):
         return dict(new)
 
+    there: dict[torch.device, Tensor] = {}  # one copy for each device, not one for each leaf
+
     def pick(a: Tensor, b: Tensor) -> Tensor:
-        return a if a is b else torch.where(per_client(alive, a).to(a.device), a, b)
+        if a is b:
+            return a
+        if a.device not in there:
+            there[a.device] = alive.to(a.device, non_blocking=True)
+        return torch.where(per_client(there[a.device], a), a, b)
 
     return {g: {k: pick(new[g][k], old[g][k]) for k in new[g]} for g in new}
 

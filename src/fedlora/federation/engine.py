@@ -13,7 +13,7 @@ import torch
 from ..errors import TrainingError, UploadError
 from ..methods.contract import Client, Context, Method, RoundInfo, ServerState, Upload
 from ..model.adapted import Batch
-from ..training.batching import stack_batches
+from ..training.batching import row_lengths, stack_batches
 from ..training.loss import Loss
 from ..training.optimizers import schedule
 from ..tree import Params, apart, stack, unstack, where
@@ -110,8 +110,16 @@ def _to(p: Params, device: torch.device | str) -> Params:
 
 
 def _to_batch(batch: Batch, device: torch.device) -> Batch:
-    """Tensors that the model reads go to the device; bookkeeping stays where the host reads it."""
-    return {n: v if n == "common" else v.to(device) for n, v in batch.items()}
+    """Tensors that the model reads go to the device; bookkeeping stays where the host reads it.
+
+    Away from the CPU the lengths of the rows are counted here and go along as "tokens": to ask the device for them would
+    make the host wait for it in every step. Nor does the host wait until the device has copied the batch.
+    """
+    if device.type == "cpu":
+        return batch
+    there = {n: v if n == "common" else v.to(device, non_blocking=True) for n, v in batch.items()}
+    lengths = row_lengths(batch)
+    return there if lengths is None else there | {"tokens": lengths}
 
 
 @dataclass

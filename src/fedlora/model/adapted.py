@@ -23,9 +23,10 @@ from .dropout import ClientDropout
 from .modes import Modes
 from .tables import Tables
 
-# Leaves [K b ...]; "labels" [K b ...], "weight" [K b] 0 on padding rows, "seed" [K b] of dropout; "lengths" [K b] if packed.
+# Leaves [K b ...]; "labels" [K b ...], "weight" [K b] 0 on padding rows, "seed" [K b] of dropout; "lengths" [K b] if packed;
+# "tokens" [K b], lengths of rows on the host where the batch is elsewhere.
 Batch = dict[str, Tensor]
-NOT_INPUTS = frozenset({"labels", "weight", "seed", "common", "lengths"})
+NOT_INPUTS = frozenset({"labels", "weight", "seed", "common", "lengths", "tokens"})
 
 
 class Adapted:

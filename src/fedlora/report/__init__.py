@@ -37,7 +37,7 @@ def write_run(folder: str | Path, out: str | Path | None = None, beside: Path | 
 
     run = records(folder)
     _need_plotly()
-    return _write(run_page(run), Path(out) if out else Path(folder) / "report.html", beside)
+    return write_page(run_page(run), Path(out) if out else Path(folder) / "report.html", beside)
 
 
 def write_comparison(folders: Sequence[str | Path], out: str | Path, beside: Path | None = None) -> Path:
@@ -49,7 +49,7 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path, beside: Pat
         kinds = ", ".join(sorted({f"{r.metric} ({r.name})" for r in runs}))
         raise StateError(f"compare: the runs are scored differently: {kinds}; compare runs of one task")
     _need_plotly()
-    return _write(comparison_page(runs, compare_rows(folders)), Path(out), beside)
+    return write_page(comparison_page(runs, compare_rows(folders)), Path(out), beside)
 
 
 def write_example(found: Sequence[Course], out: str | Path, seed: int = 0) -> Path:
@@ -58,7 +58,7 @@ def write_example(found: Sequence[Course], out: str | Path, seed: int = 0) -> Pa
     from .page import example_page
 
     _need_plotly()
-    return _write(example_page(found, dict(zip(CLIENTS, RANKS, strict=True)), seed), Path(out))
+    return write_page(example_page(found, dict(zip(CLIENTS, RANKS, strict=True)), seed), Path(out))
 
 
 def _need_plotly() -> None:
@@ -69,7 +69,8 @@ def _need_plotly() -> None:
         )
 
 
-def _write(page: dict[str, Any], out: Path, beside: Path | None = None) -> Path:
+def write_page(page: dict[str, Any], out: Path, beside: Path | None = None) -> Path:
+    """Write a page (title, lead, note, tiles and blocks, see page.py) to `out`; returns it. beside: as of write_run."""
     from importlib.metadata import version
     from importlib.resources import files
 

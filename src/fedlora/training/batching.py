@@ -87,6 +87,13 @@ def padded_right(batch: Batch) -> bool:
     return bool((mask[..., 1:] <= mask[..., :-1]).all())
 
 
+def row_lengths(batch: Batch) -> Tensor | None:
+    """Tokens of every row [K b], 0 for a row without weight; None where rows are not padded on the right alone."""
+    if not padded_right(batch):
+        return None
+    return batch["attention_mask"].sum(2) * (batch["weight"] > 0)
+
+
 def _rows(batch: Batch, i: int, j: int) -> Batch:
     return {n: v[:, i:j] if v.ndim > 1 else v for n, v in batch.items()}
 
@@ -134,10 +141,10 @@ def filled(batch: Batch, lengths: Tensor) -> Batch:
     Cut below its end a row may be no valid input any more: BART finds its sentence by the end-of-sequence token. lengths
     [K b]: tokens of the rows. What a row of weight 0 holds changes no result.
     """
-    empty = batch["weight"] == 0
-    if not empty.any():
+    if bool((lengths > 0).all()):
         return batch
-    k, j = divmod(int(lengths.masked_fill(empty, INT).argmin()), lengths.shape[1])
+    k, j = divmod(int(lengths.masked_fill(lengths == 0, INT).argmin()), lengths.shape[1])
+    empty = batch["weight"] == 0
     return {
         n: torch.where(empty.view(*empty.shape, *[1] * (v.ndim - 2)), v[k, j], v) if v.ndim > 1 and n != "weight" else v
         for n, v in batch.items()
@@ -151,14 +158,13 @@ def pieces(model: Adapted, batch: Batch, parts: int, tokenwise: Collection[str] 
     """
     k, b = batch["weight"].shape
     most = -(-b // parts)
-    if not padded_right(batch):
+    lengths = batch["tokens"] if "tokens" in batch else row_lengths(batch)
+    batch = {n: v for n, v in batch.items() if n != "tokens"}
+    if lengths is None:
         return [_rows(batch, i, i + most) for i in range(0, b, most)] if parts > 1 else [batch]
-    lengths = batch["attention_mask"].sum(2) * (batch["weight"] > 0)  # [K b]
     order = lengths.argsort(dim=1, descending=True, stable=True)
-    batch = {
-        n: v[torch.arange(k, device=v.device)[:, None], order.to(v.device)] if v.ndim > 1 else v
-        for n, v in batch.items()
-    }
+    there = order.to(batch["weight"].device, non_blocking=True)
+    batch = {n: v[torch.arange(k, device=v.device)[:, None], there] if v.ndim > 1 else v for n, v in batch.items()}
     lengths = lengths.gather(1, order)
     batch = filled(batch, lengths)
     longest = lengths.amax(0).tolist()  # tokens of the longest j-th row among the clients

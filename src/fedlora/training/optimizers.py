@@ -31,7 +31,7 @@ def clip(g: Params, most: float | None) -> Params:
 
 def _spread(factor: Tensor, like: list[Tensor]) -> list[Tensor]:
     """factor [K] as one view per leaf that broadcasts against it; one copy to the device, not one per leaf."""
-    factor = factor.to(like[0])
+    factor = factor.to(like[0].device, like[0].dtype, non_blocking=True)  # the host need not wait for the device
     return [per_client(factor, v) for v in like]
 
 
