@@ -38,7 +38,7 @@ def on_gpu(out: Path, *more: str) -> dict[str, Any]:
     script = [sys.executable, str(ROOT / "bench/gpu.py"), "--quick", "--device", "cpu", "--output", str(out), *more]
     done = subprocess.run(script, capture_output=True, text=True, check=False, cwd=out)
     assert done.returncode == 0, done.stderr
-    assert "class=" in (out / "gpu.html").read_text(encoding="utf-8")
+    assert "Clients from one to many" in (out / "gpu.html").read_text(encoding="utf-8")
     found: dict[str, Any] = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
     return found
 
