@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.report import write_page
+from fedlora.report import need_plotly, write_page
 from fedlora.report.figures import PALETTE, figure
 from fedlora.report.page import Block, Tile
 from fedlora.units import size
@@ -60,6 +60,7 @@ def curves(measured: Sequence[dict[str, Any]]) -> Any:
 
 def write(found: dict[str, Any], out: Path) -> Path:
     """Write the page of these figures. Raises MissingPlotly."""
+    need_plotly()
     measured, env, peak = found["measured"], found["environment"], found["peak"]
     table = [
         (
@@ -123,7 +124,7 @@ def write(found: dict[str, Any], out: Path) -> Path:
         ),
         Block(
             "What is equal",
-            "Largest differences of the trained leaves after a round, and what costs time or memory.",
+            "Differences of the trained leaves after a round, as a share of their change, and what costs time or memory.",
             table=checks,
             wide=True,
         ),

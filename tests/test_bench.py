@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_gpu(out: Path, *more: str) -> dict[str, Any]:
     """bench/gpu.py with tiny shapes on the CPU: its figures, once its page is written."""
     script = [sys.executable, str(ROOT / "bench/gpu.py"), "--quick", "--device", "cpu", "--output", str(out), *more]
-    done = subprocess.run(script, capture_output=True, text=True, check=False, cwd=out)
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Clients from one to many" in (out / "gpu.html").read_text(encoding="utf-8")
     found: dict[str, Any] = json.loads((out / "gpu.json").read_text(encoding="utf-8"))

@@ -36,7 +36,7 @@ def write_run(folder: str | Path, out: str | Path | None = None, beside: Path | 
     from .page import run_page
 
     run = records(folder)
-    _need_plotly()
+    need_plotly()
     return write_page(run_page(run), Path(out) if out else Path(folder) / "report.html", beside)
 
 
@@ -48,7 +48,7 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path, beside: Pat
     if len({r.metric for r in runs}) > 1:
         kinds = ", ".join(sorted({f"{r.metric} ({r.name})" for r in runs}))
         raise StateError(f"compare: the runs are scored differently: {kinds}; compare runs of one task")
-    _need_plotly()
+    need_plotly()
     return write_page(comparison_page(runs, compare_rows(folders)), Path(out), beside)
 
 
@@ -57,11 +57,12 @@ def write_example(found: Sequence[Course], out: str | Path, seed: int = 0) -> Pa
     from ..bench.examples import CLIENTS, RANKS
     from .page import example_page
 
-    _need_plotly()
+    need_plotly()
     return write_page(example_page(found, dict(zip(CLIENTS, RANKS, strict=True)), seed), Path(out))
 
 
-def _need_plotly() -> None:
+def need_plotly() -> None:
+    """Raise MissingPlotly where a page cannot be drawn."""
     lost = [m for m in ("plotly", "jinja2") if find_spec(m) is None]
     if lost:
         raise MissingPlotly(
