@@ -83,7 +83,7 @@ def write_recipe(folder: Path, **sections: Any) -> Path:
         write_csv(folder / "rows.csv", rows(120))
     raw: dict[str, Any] = {
         "name": "small",
-        "model": {"name": str(folder / "model"), "device": "cpu"},
+        "model": {"name": str(folder / "model"), "device": "cpu", "dtype": "fp32"},
         "data": {"source": str(folder / "rows.csv"), "text": "text", "label": "label", "max_length": 16},
         "partition": {"kind": "dirichlet", "clients": 4, "min_size": 8},
         "method": {"name": "fedsa", "rank": 2, "alpha": 4},

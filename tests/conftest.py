@@ -28,6 +28,14 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
+def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes that leave model.dtype open compute in fp32 on every machine; test_dtype.py tests what they do without this."""
+    from fedlora.recipe import device
+
+    monkeypatch.setattr(device, "PRODUCTS", ())
+
+
+@pytest.fixture(autouse=True)
 def bases_stay(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Law over every run of every test: nothing of the frozen base changes, no weight and no buffer, in any bit."""
     module = sys.modules.get("fedlora.federation.run")

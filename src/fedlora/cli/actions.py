@@ -64,7 +64,9 @@ def _execute(recipe: Recipe, output: Path | None, quiet: bool, json: bool, sweep
     """Run one recipe to its end; returns its folder. sweep: the folder of the sweep that it belongs to."""
     from ..training.tasks import TASKS
 
-    fed = _build(recipe, output, _console(quiet, json))
+    console = _console(quiet, json)
+    fed = _build(recipe, output, console)
+    console.print(f"base in {fed.numbers}", soft_wrap=True, highlight=False, markup=False)
     try:
         with Pressed() as pressed, _watch(TASKS[recipe.model.task].metric, quiet, json) as watch:
             fed.run(Several(watch, pressed))

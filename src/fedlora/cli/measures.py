@@ -106,7 +106,7 @@ def bench(
     from ..bench.run import report as of
     from ..bench.work import REGIMES, USUAL, Work
     from ..methods import METHODS
-    from ..recipe.build import device_of
+    from ..recipe.device import device_of
 
     kind = _task(task)
     odd: list[Problem] = []

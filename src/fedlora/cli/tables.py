@@ -177,6 +177,7 @@ def plan(out: Console, r: Recipe, facts: Mapping[str, Any]) -> None:
     rows = [
         ("method", f"{facts['method']}"),
         ("model", f"{r.model.name}, {facts['sites']} target layers, {p['base']:,} frozen parameters, on {facts['device']}"),
+        ("numbers", f"{facts['numbers']}; operators: {facts['kernels']}"),
         ("data", ", ".join(f"{n:,} {s}" for s, n in facts["rows"].items()) + cut),
         ("clients", f"{facts['clients']:,} train, {facts['unseen']:,} unseen, {facts['cohort']:,} a round, {facts['block']} in a block"),
         ("rounds", f"{r.federation.rounds}, {facts['steps']} local steps of batch {r.train.batch_size}"),

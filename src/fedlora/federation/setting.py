@@ -88,7 +88,8 @@ class Evaluation:
 class Setting:
     """A method over a model and its clients' data. Raises ConfigError for guards that cannot serve the method.
 
-    accumulation: parts in which a batch is computed. recipe, recipe_hash: the recipe it was built from, {} if by hand.
+    accumulation: parts in which a batch is computed. recipe, recipe_hash: the recipe it was built from, {} if by hand. numbers: what the
+    base computes in and why, for records.
     """
 
     model: Adapted
@@ -104,6 +105,7 @@ class Setting:
     name: str = field(default="run", kw_only=True)
     recipe: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     recipe_hash: str = field(default="", kw_only=True)
+    numbers: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         if bad := unserved(self.sampling.channel.guards, self.method):

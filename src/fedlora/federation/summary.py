@@ -44,6 +44,7 @@ def environment(f: Setting) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(f.model.device) if f.model.device.type != "cuda" else torch.cuda.get_device_name(f.model.device),
+        "numbers": f.numbers or str(f.model.dtype).removeprefix("torch."),
         "kernels": operators(f.model),
         "packages": versions,
     }
@@ -226,6 +227,8 @@ def plan(f: Setting, block: int) -> dict[str, Any]:
     return {
         "method": repr(f.method),
         "device": str(f.model.device),
+        "numbers": f.numbers,
+        "kernels": operators(f.model),
         "sites": len(f.model.groups["target"]),
         "rows": {s: int(r.offsets[-1]) for s, r in f.data.splits.items()},
         "truncated": f.data.truncated,

@@ -26,22 +26,12 @@ from ..training.optimizers import SGD, AdamW, Optimizer
 from ..training.task import Task
 from ..training.tasks import TASKS
 from . import places
+from .device import device_of
 
 if TYPE_CHECKING:
     from . import Recipe
 
 T = TypeVar("T")
-
-
-def device_of(name: str, field: str = "model.device") -> str:
-    """The device to run on; "auto" takes cuda, then mps, then the CPU."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(d for d in ("cuda", "mps", "cpu") if found[d])
-    if not found.get(name.split(":")[0]):
-        have = [d for d, ok in found.items() if ok]
-        raise ConfigError([Problem(field, name, f"a device of this machine ({', '.join(have)})", "use auto")])
-    return name
 
 
 def optimizer_of(r: Recipe) -> Optimizer:
@@ -69,7 +59,7 @@ def attention_of(r: Recipe, method: Method) -> str | None:
                                        "the model twice and fused attention cannot", "set model.attention to auto")])  # fmt: skip
         return r.model.attention
     device = torch.device(device_of(r.model.device))
-    ours = r.model.kernels == "auto" and kernels.useful(device, pretrained.DTYPES[r.model.dtype])
+    ours = r.model.kernels == "auto" and kernels.useful(device, pretrained.DTYPES[r.numbers.dtype])
     if ours and r.data.max_length <= kernels.MOST:
         return None
     return "eager" if method.second_order or r.train.dropout or device.type == "cpu" else None
@@ -122,6 +112,8 @@ def federation(
     if r.run.threads:
         torch.set_num_threads(r.run.threads)
     method = attempt("method", lambda: method_of(r))
+    if r.numbers.warning:
+        warnings.warn(r.numbers.warning, stacklevel=2)
     attempt("model.device", lambda: device_of(r.model.device))
     if r.run.tensorboard:
         attempt("run.tensorboard", tensorboard.check)
@@ -137,7 +129,7 @@ def federation(
             loaded = attempt(
                 "model",
                 lambda: pretrained.load(
-                    r.model.name, r.model.task, len(names) or 2, seed=r.run.seed, dtype=r.model.dtype,
+                    r.model.name, r.model.task, len(names) or 2, seed=r.run.seed, dtype=r.numbers.dtype,
                     attention=attention, revision=r.model.revision, device=device_of(r.model.device), names=names,
                 ),
             )  # fmt: skip
@@ -177,6 +169,7 @@ def federation(
         name=r.name,
         recipe=r.resolved(),
         recipe_hash=r.hash,
+        numbers=f"{r.numbers.dtype}, because {r.numbers.why}",
     )
     fed.store.places = places.of(r, fed.store.root)
     if fed.training:

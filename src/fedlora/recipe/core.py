@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from pydantic.fields import FieldInfo
 
 from ..errors import ConfigError, Problem, near
+from . import device, hyperparameters, reading
 from . import guards as guard_list
-from . import hyperparameters, reading
 from .hyperparameters import MethodSection
 from .overrides import apply
 from .problems import UNTYPED, dumps, of_fields
@@ -113,9 +113,15 @@ class Recipe(BaseModel):
         guards: tuple[Guard, ...] = self._guards
         return guards
 
+    @property
+    def numbers(self) -> device.Numbers:
+        """What the base computes in on this machine, and why."""
+        return device.numbers(self.model.dtype, self.model.device)
+
     def resolved(self) -> dict[str, Any]:
-        """Everything, defaults included, as JSON has it; loads back as the same recipe."""
+        """Everything, defaults included, as JSON has it, model.dtype as this machine computes; loads back as the same recipe."""
         plain = (self._given or self).model_dump(mode="json") | {"method": hyperparameters.resolved(self._method)}
+        plain["model"]["dtype"] = self.numbers.dtype
         plain["federation"]["guards"] = guard_list.resolved(self._guards)
         return {key: plain[key] for key in ORDER}
 

@@ -203,6 +203,7 @@ def about(run: Records) -> list[Block]:
     versions = ", ".join(f"{k} {v}" for k, v in e.get("packages", {}).items())
     operators = e.get("kernels", "PyTorch's")
     more = "" if operators == "PyTorch's" else f", operators {operators}"
+    more = f", base in {e['numbers']}{more}" if "numbers" in e else more
     where = (
         f"{e.get('processor', '')}, {e.get('cores', '?')} cores, {e.get('threads', '?')} threads, "
         f"device {e.get('device', '?')}{more}; Python {e.get('python', '?')}, {versions}"
