@@ -103,6 +103,10 @@ MUTANTS = (
     Mutant("check announces a message without its precision", "federation/summary.py", 'sent["up"] += channel.up(', 'sent["up"] += type(channel)().up(', "tests/test_guards.py -k announces"),
     Mutant("a message of another precision is taken", "federation/channel.py", "p = wire.unpack(message, self.precision)", "p = wire.unpack(message)", "tests/test_guards.py -k is_none"),
     Mutant("check knows the first stage alone", "federation/summary.py", "            out.append((t, server))\n", "", "tests/test_guards.py -k all_rounds"),
+    Mutant("the server's second moment is of the first one", "federation/guards/fedopt.py", "self.second(before[\"v\"], d.square())", "self.second(before[\"v\"], m.square())", "tests/test_law_fedopt.py"),
+    Mutant("Yogi goes the other way", "federation/guards/fedopt.py", "square * (v - square).sign()", "square * (square - v).sign()", "tests/test_law_fedopt.py"),
+    Mutant("v starts at nothing", "federation/guards/fedopt.py", "torch.full_like(d, self.tau**2)", "torch.zeros_like(d)", "tests/test_law_fedopt.py"),
+    Mutant("momentum moves a frozen half", "federation/guards/fedopt.py", "if not torch.equal(mean, x):", "if True:", "tests/test_law_fedopt.py"),
     # summary and report
     Mutant("a hand-over's scores are a round's", "federation/summary.py", "if isinstance(x, EvalLine) and x.stage is None]", "if isinstance(x, EvalLine)]", "tests/test_federation.py -k hand_over"),
     Mutant("the untrained model is one of the last rounds", "federation/summary.py", "metric in x.mean and x.round]", "metric in x.mean]", "tests/test_federation.py -k hand_over"),

@@ -37,6 +37,10 @@ ROWS: dict[str, Guard] = {
     "krum": GUARDS["krum"](select=2),
     "geomedian": GUARDS["geomedian"](),
     "bound": GUARDS["bound"](times=1.0),
+    "fedavgm": GUARDS["fedavgm"](lr=0.5),
+    "fedadagrad": GUARDS["fedadagrad"](lr=0.01),
+    "fedadam": GUARDS["fedadam"](lr=0.01, lr_ratio=4.0),
+    "fedyogi": GUARDS["fedyogi"](lr=0.01),
 }
 SERVED = [(m, g) for m, row in TABLE.items() for g, guard in ROWS.items() if guard.cannot(row.method) is None]
 SHORT: dict[str, Any] = {
@@ -56,6 +60,7 @@ def pairs() -> list[Any]:
         ("homlora-moments", "geomedian"),
         ("fedsa", "bound"),
         ("hetlora", "bound"),
+        ("fedsa", "fedadam"),
     }
     return [pytest.param(m, g, marks=() if (m, g) in quick else pytest.mark.slow, id=f"{m}-{g}") for m, g in SERVED]
 
@@ -306,6 +311,7 @@ def test_an_upload_as_large_as_without_compression_is_refused() -> None:
         (("clip",), "local", "uploads nothing"),
         (("feedback",), "local", "uploads nothing"),
         (("clip", "clip"), "homlora", "each guard once"),
+        (("fedadam",), "hetlora", "no mean of leaves of one shape"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_its_reason(guards: Any, method: str, said: str, tmp_path: Path) -> None:
