@@ -21,7 +21,7 @@ from fedlora.model.adapted import Adapted
 from fedlora.model.targets import matching
 from fedlora.seeds import np_rng
 from fedlora.training import batching
-from fedlora.training.batching import fitted, pieces, stack_batches
+from fedlora.training.batching import fitted, pieces, row_lengths, stack_batches
 from fedlora.training.loss import Loss
 from fedlora.training.tasks.classification import Classification
 from fedlora.tree import Key
@@ -149,6 +149,18 @@ def test_rows_of_weight_0_are_rows(accumulation: int, monkeypatch: pytest.Monkey
         ids, mask = piece["input_ids"].flatten(0, 1), piece["attention_mask"].flatten(0, 1)
         last = ids[torch.arange(len(ids)), mask.sum(1) - 1]
         assert bool((last == 2).all())
+
+
+def test_lengths_counted_on_the_host_cut_the_same_pieces() -> None:
+    """A batch on an accelerator brings the lengths of its rows along; it is cut as if they were counted from its mask."""
+    block = stack_batches([tiny.tokens(seed=i).collate(np.arange(i, i + 5 - i)) for i in range(3)])
+    lengths = row_lengths(block)
+    assert lengths is not None and int((lengths == 0).sum()) == 3  # what fills up the smaller clients
+    here, there = pieces(model("llama-5"), block, 2), pieces(model("llama-5"), block | {"tokens": lengths}, 2)
+    assert len(here) == len(there) > 1
+    for a, b in zip(here, there, strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[n], b[n]) for n in a)
 
 
 def test_a_row_without_tokens_can_be_read() -> None:
