@@ -54,7 +54,7 @@ def curves(measured: Sequence[dict[str, Any]]) -> Any:
             line={"color": colour, "dash": "dot"},
         )
     fig.update_xaxes(type="log", tickvals=x if measured else [])
-    fig.update_yaxes(rangemode="tozero")
+    fig.update_yaxes(type="log")
     return fig
 
 
