@@ -108,6 +108,11 @@ MUTANTS = (
     Mutant("Yogi goes the other way", "federation/guards/fedopt.py", "square * (v - square).sign()", "square * (square - v).sign()", "tests/test_law_fedopt.py"),
     Mutant("v starts at nothing", "federation/guards/fedopt.py", "torch.full_like(d, self.tau**2)", "torch.zeros_like(d)", "tests/test_law_fedopt.py"),
     Mutant("momentum moves a frozen half", "federation/guards/fedopt.py", "if not torch.equal(mean, x):", "if True:", "tests/test_law_fedopt.py"),
+    # exact aggregation
+    Mutant("a frozen half trains", "methods/halves.py", "not self.live(k, info.round))", "False)", "tests/test_law_halves.py"),
+    Mutant("RoLoRA starts with the half that cannot move", "methods/rolora.py", '(self.first == "B")', '(self.first == "A")', "tests/test_law_halves.py"),
+    Mutant("FedSVD refactors A alone", "methods/fedsvd.py", "params[kb], params[k] = refactored(params[kb], a)", "_, params[k] = refactored(params[kb], a)", "tests/test_law_halves.py"),
+    Mutant("FedSVD forgets that A was not orthonormal", "methods/fedsvd.py", "factor(b @ upper.mT,", "factor(b,", "tests/test_law_halves.py"),
     # summary and report
     Mutant("a hand-over's scores are a round's", "federation/summary.py", "if isinstance(x, EvalLine) and x.stage is None]", "if isinstance(x, EvalLine)]", "tests/test_federation.py -k hand_over"),
     Mutant("the untrained model is one of the last rounds", "federation/summary.py", "metric in x.mean and x.round]", "metric in x.mean]", "tests/test_federation.py -k hand_over"),

@@ -114,6 +114,8 @@ TABLE = {
         ),
         "sparse.values",
     ),
+    "rolora": Row(METHODS["rolora"](rank=4, optimizer=AdamW(1e-2)), f"lora.B {HEAD}"),
+    "fedsvd": Row(METHODS["fedsvd"](rank=4, optimizer=AdamW(3e-2)), f"lora.B {HEAD}"),
     "fft": Row(METHODS["fft"](optimizer=AdamW(1e-3)), f"full.weight full.bias full.gain full.table {HEAD}"),
     "sft": Row(METHODS["sft"](density=0.1, optimizer=AdamW(3e-2, weight_decay=0.1)), f"sparse.values {HEAD}"),
     "bitfit": Row(METHODS["bitfit"](optimizer=AdamW(1e-2)), f"bitfit.bias {HEAD}"),

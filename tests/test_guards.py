@@ -122,7 +122,7 @@ class TestContract:
         tiny.close(state(here)[0], state(there)[0], 0.0)
         for a, b in zip(trained(there), trained(here), strict=True):
             assert (a["bytes"], a["losses"], a["refused"]) == (b["bytes"], b["losses"], {})
-        parts = {"lora.A", "lora.B", "common.A", "common.B"} if "slora" in method else set()
+        parts = {"lora.A", "lora.B", "common.A", "common.B"} if "slora" in method or "rolora" in method else set()
         for _, order, reply in link.seen:
             if order.kind == "train" and not isinstance(reply, str):
                 for part in reply.parts.values():
@@ -154,7 +154,7 @@ def test_check_announces_what_a_run_sends(method: str, precision: Any, guards: A
     assert {d: sum(v.values()) for d, v in line["bytes"].items()} == announced
 
 
-@pytest.mark.parametrize("method", ["slora", "slora-keep", "slora-pf2lora", "fedsa"])
+@pytest.mark.parametrize("method", ["slora", "slora-keep", "slora-pf2lora", "fedsa", "rolora"])
 def test_check_announces_what_all_rounds_send(method: str, tmp_path: Path) -> None:
     """Of a method with stages too, whose later messages hold other leaves."""
     f = tiny.federation(TABLE[method].method, tmp_path, **SHORT | {"sampling": Sampling(rounds=4)})

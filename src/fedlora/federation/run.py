@@ -17,7 +17,7 @@ import numpy as np
 from ..data.batches import batch_of
 from ..errors import StateError, TrainingError
 from ..evaluation.analyses import product_error
-from ..methods.contract import Client, Context, Method, ServerState, Upload
+from ..methods.contract import Client, ServerState, Upload
 from ..tree import Params
 from . import inputs
 from .callbacks import Callback, Several
@@ -150,7 +150,7 @@ class Federation(Setting):
         start = time.perf_counter()
         cohort = runtime.cohort(server.round)
         watch.round_start(server.round + 1, len(cohort))
-        meter = _Meter(self.method, self.context, self.evaluation.exactness and len(cohort) <= EXACTNESS_COHORT)
+        meter = _Meter(self, server, self.evaluation.exactness and len(cohort) <= EXACTNESS_COHORT)
         new, log = runtime.round(server, self.sampling.rounds, cohort, meter.see)
         if why := finite_state(new.leaves):
             raise TrainingError(
@@ -195,10 +195,10 @@ class Federation(Setting):
 
 
 class _Meter:
-    """Holds a round's uploads for the exactness meter, if it is on."""
+    """Holds a round's uploads for the exactness meter, if it is on. server: what the clients of the round start from."""
 
-    def __init__(self, method: Method, context: Context, on: bool):
-        self.method, self.context, self.on = method, context, on
+    def __init__(self, f: Setting, server: ServerState, on: bool):
+        self.method, self.context, self.server, self.on = f.method, f.context, server, on
         self.seen: list[tuple[Params, float]] = []
 
     def see(self, u: Upload) -> None:
@@ -209,4 +209,5 @@ class _Meter:
         if not self.on or not self.seen:
             return None
         frozen = self.method.fixed(self.context)
-        return product_error([(frozen | p, w) for p, w in self.seen], frozen | new.params)
+        beside = frozen | self.method.beside(self.server)
+        return product_error([(beside | p, w) for p, w in self.seen], frozen | new.params)

@@ -189,7 +189,7 @@ def round_bytes(f: Setting, server: ServerState, cohort: Sequence[Client]) -> di
 
 
 def stages(f: Setting) -> list[tuple[int, ServerState]]:
-    """(rounds done when it begins, the server's leaves then) of every stage of the method; one for most methods.
+    """(rounds done when it begins, the server's leaves then) of every stage of the method, and of every phase; one for most.
 
     The leaves have the shapes of a run's, and the values of a start. A stage that begins by the scores is taken to begin at
     the latest round that the method allows.
@@ -198,7 +198,7 @@ def stages(f: Setting) -> list[tuple[int, ServerState]]:
     out = [(0, server)]
     for t in range(1, f.sampling.rounds):
         new = f.method.advance(f.context, replace(server, round=t))
-        if new.params.keys() != server.params.keys():
+        if new.params.keys() != server.params.keys() or f.method.phase(t) != f.method.phase(t - 1):
             server = new
             out.append((t, server))
     return out
@@ -209,8 +209,10 @@ def run_bytes(f: Setting, cohort: Sequence[Client]) -> dict[str, int]:
     found = stages(f)
     ends = [t for t, _ in found[1:]] + [f.sampling.rounds]
     sent = {"down": 0, "up": 0}
+    known: dict[object, dict[str, int]] = {}
     for (start, server), end in zip(found, ends, strict=True):
-        each = round_bytes(f, server, cohort)
+        at = (f.method.phase(start), tuple((k, v.shape) for k, v in server.params.items()))
+        each = known[at] = known.get(at) or round_bytes(f, server, cohort)
         sent = {d: n + each[d] * (end - start) for d, n in sent.items()}
     return sent
 

@@ -164,6 +164,10 @@ class Method(ABC):
         """Whether a leaf of the server only comes down: clients bind it, do not train it and do not send it back."""
         return False
 
+    def phase(self, round: int) -> object:
+        """Rounds (0-based) of one phase send the same leaves; one phase for most methods."""
+        return None
+
     # server
     @abstractmethod
     def init(self, context: Context) -> ServerState:
@@ -184,6 +188,10 @@ class Method(ABC):
     def advance(self, context: Context, server: ServerState) -> ServerState:
         """Between two rounds, after evaluation: a method with stages changes the parametrisation here."""
         return server
+
+    def beside(self, server: ServerState) -> Params:
+        """Leaves of the server that an upload's factors belong with though they do not travel up, for the exactness meter."""
+        return {}
 
     def record(self, server: ServerState) -> dict[str, Any]:
         """What of the server's notes belongs in the round's record; JSON."""
