@@ -116,6 +116,12 @@ TABLE = {
     ),
     "rolora": Row(METHODS["rolora"](rank=4, optimizer=AdamW(1e-2)), f"lora.B {HEAD}"),
     "fedsvd": Row(METHODS["fedsvd"](rank=4, optimizer=AdamW(3e-2)), f"lora.B {HEAD}"),
+    "flora": Row(METHODS["flora"](rank=4, optimizer=AdamW(1e-2)), f"lora.A lora.B lora.rank {HEAD}"),
+    "flora-mixed": Row(
+        METHODS["flora"](rank=4, plan="uniform", head="personal", optimizer=AdamW(1e-2)), "lora.A lora.B lora.rank"
+    ),
+    "fedex": Row(METHODS["fedex"](rank=4, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
+    "frlora": Row(METHODS["frlora"](rank=4, optimizer=AdamW(1e-2)), f"lora.dA lora.dB {HEAD}"),
     "fft": Row(METHODS["fft"](optimizer=AdamW(1e-3)), f"full.weight full.bias full.gain full.table {HEAD}"),
     "sft": Row(METHODS["sft"](density=0.1, optimizer=AdamW(3e-2, weight_decay=0.1)), f"sparse.values {HEAD}"),
     "bitfit": Row(METHODS["bitfit"](optimizer=AdamW(1e-2)), f"bitfit.bias {HEAD}"),

@@ -61,6 +61,7 @@ def pairs() -> list[Any]:
         ("fedsa", "bound"),
         ("hetlora", "bound"),
         ("fedsa", "fedadam"),
+        ("flora-mixed", "krum"),
     }
     return [pytest.param(m, g, marks=() if (m, g) in quick else pytest.mark.slow, id=f"{m}-{g}") for m, g in SERVED]
 
@@ -154,7 +155,9 @@ def test_check_announces_what_a_run_sends(method: str, precision: Any, guards: A
     assert {d: sum(v.values()) for d, v in line["bytes"].items()} == announced
 
 
-@pytest.mark.parametrize("method", ["slora", "slora-keep", "slora-pf2lora", "fedsa", "rolora"])
+@pytest.mark.parametrize(
+    "method", ["slora", "slora-keep", "slora-pf2lora", "fedsa", "rolora", "flora", "fedex", "frlora"]
+)
 def test_check_announces_what_all_rounds_send(method: str, tmp_path: Path) -> None:
     """Of a method with stages too, whose later messages hold other leaves."""
     f = tiny.federation(TABLE[method].method, tmp_path, **SHORT | {"sampling": Sampling(rounds=4)})
@@ -311,6 +314,9 @@ def test_an_upload_as_large_as_without_compression_is_refused() -> None:
         (("clip",), "local", "uploads nothing"),
         (("feedback",), "local", "uploads nothing"),
         (("clip", "clip"), "homlora", "each guard once"),
+        (("clip",), "flora", "did not come down"),
+        (("feedback",), "frlora", "did not come down"),
+        (("bound",), "flora", "did not come down"),
         (("fedadam",), "hetlora", "no mean of leaves of one shape"),
     ],
 )

@@ -160,7 +160,8 @@ def unserved(guards: Sequence[Guard], method: Method) -> list[Problem]:
 class Declared:
     """What clients of one round upload: names, shapes and types, from the method itself.
 
-    A method whose broadcast does not depend on the client is asked once; else once for each set of shapes that comes down.
+    A method whose broadcast does not depend on the client is asked once; else once for each set of shapes and ranks that comes
+    down.
     """
 
     def __init__(self, method: Method, context: Context, info: RoundInfo):
@@ -169,7 +170,11 @@ class Declared:
 
     def __call__(self, down: Params, client: Client) -> wire.Spec:
         """What the client that received `down` uploads."""
-        at = tuple((k, v.shape) for k, v in down.items()) if self.method.per_client else None
+        at = (
+            tuple((k, v.shape, int(v) if k.part == "rank" else 0) for k, v in down.items())
+            if self.method.per_client
+            else None
+        )
         if at not in self._known:
             self._known[at] = wire.expect(first_upload(self.method, self.context, self.order, down, client))
         return self._known[at]

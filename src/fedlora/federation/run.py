@@ -210,4 +210,5 @@ class _Meter:
             return None
         frozen = self.method.fixed(self.context)
         beside = frozen | self.method.beside(self.server)
-        return product_error([(beside | p, w) for p, w in self.seen], frozen | new.params)
+        made = self.method.aggregated(self.server, new)
+        return product_error([(beside | p, w) for p, w in self.seen], frozen | made)

@@ -17,7 +17,7 @@ import torch
 
 from .. import kernels
 from ..data.federated import FederatedData
-from ..methods.contract import Client, RoundInfo, ServerState
+from ..methods.contract import Client, RoundInfo, ServerState, Upload
 from ..model.adapted import Adapted
 from ..training.metrics import beats
 from .channel import first_upload
@@ -195,13 +195,28 @@ def stages(f: Setting) -> list[tuple[int, ServerState]]:
     the latest round that the method allows.
     """
     server = f.method.init(f.context)
-    out = [(0, server)]
+    out, growing = [(0, server)], f.method.grows
     for t in range(1, f.sampling.rounds):
-        new = f.method.advance(f.context, replace(server, round=t))
-        if new.params.keys() != server.params.keys() or f.method.phase(t) != f.method.phase(t - 1):
-            server = new
-            out.append((t, server))
+        ended = _untrained(f, server) if growing else replace(server, round=t)
+        new = f.method.advance(f.context, ended)
+        changed = _shapes(new) != _shapes(server)
+        growing = growing and changed
+        if changed or f.method.phase(t) != f.method.phase(t - 1):
+            out.append((t, new))
+        server = new
     return out
+
+
+def _shapes(server: ServerState) -> object:
+    return tuple((k, v.shape) for k, v in server.params.items())
+
+
+def _untrained(f: Setting, server: ServerState) -> ServerState:
+    """The server after a round in which nobody trains: its leaves have the shapes of a run's."""
+    info, cohort = RoundInfo(server.round, f.sampling.rounds), f.cohort(server.round)
+    down = {c: f.method.broadcast(f.context, server, c) for c in cohort}
+    ups = (Upload(c, first_upload(f.method, f.context, info, p, c)) for c, p in down.items())
+    return f.method.aggregate(f.context, server, ups)
 
 
 def run_bytes(f: Setting, cohort: Sequence[Client]) -> dict[str, int]:
@@ -211,7 +226,7 @@ def run_bytes(f: Setting, cohort: Sequence[Client]) -> dict[str, int]:
     sent = {"down": 0, "up": 0}
     known: dict[object, dict[str, int]] = {}
     for (start, server), end in zip(found, ends, strict=True):
-        at = (f.method.phase(start), tuple((k, v.shape) for k, v in server.params.items()))
+        at = (f.method.phase(start), _shapes(server))
         each = known[at] = known.get(at) or round_bytes(f, server, cohort)
         sent = {d: n + each[d] * (end - start) for d, n in sent.items()}
     return sent

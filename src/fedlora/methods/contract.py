@@ -148,6 +148,16 @@ class Method(ABC):
         """The method whose local steps `tune` counts; this one unless it says otherwise."""
         return self
 
+    @property
+    def grows(self) -> bool:
+        """Whether the server's leaves may get larger from round to round."""
+        return False
+
+    @property
+    def anew(self) -> bool:
+        """Whether clients send leaves that did not come down: such an upload is no change of what the client received."""
+        return False
+
     def weight(self, upload: Upload) -> float:
         """p_k of an upload before normalisation; by number of examples, as FedAvg weighs."""
         return float(upload.client.examples)
@@ -192,6 +202,10 @@ class Method(ABC):
     def beside(self, server: ServerState) -> Params:
         """Leaves of the server that an upload's factors belong with though they do not travel up, for the exactness meter."""
         return {}
+
+    def aggregated(self, old: ServerState, new: ServerState) -> Params:
+        """Factors whose products are what a round has made of its uploads, for the exactness meter."""
+        return new.params
 
     def record(self, server: ServerState) -> dict[str, Any]:
         """What of the server's notes belongs in the round's record; JSON."""

@@ -6,8 +6,11 @@ import inspect
 from dataclasses import fields
 from typing import Any
 
+from torch import nn
+
 from ..layers import Layer
-from .contract import Context, Method
+from ..tree import stack
+from .contract import Client, Context, Method, RoundInfo
 
 
 def facts(m: type[Method]) -> dict[str, Any]:
@@ -27,16 +30,15 @@ def facts(m: type[Method]) -> dict[str, Any]:
 
 
 def leaves(method: Any) -> tuple[list[str], list[str]]:
-    """What a method sends and what it keeps in its first round, as parts of an adapter and "head"."""
-    layer = (Layer("layer", 512, 512),)
-    context = Context({"head": (Layer("head", 2, 512),), "target": layer} | {g: layer for g in method.groups}, 0)
-    from .contract import Client
-
+    """What a method sends, either way, and what it keeps in its first round, as parts of an adapter and "head"."""
+    layer = (Layer("layer", 64, 64, module=nn.Linear(64, 64)),)
+    context = Context({"head": (Layer("head", 2, 64),), "target": layer} | {g: layer for g in method.groups}, 0)
     client = Client("any", 1)
     down = method.broadcast(context, method.init(context), client)
     kept = method.keep(context, client)
+    up, _ = method.finish(method.begin(context, RoundInfo(0, 1), stack([down]), stack([kept])))
     label = lambda p: sorted({k.adapter if k.adapter == "head" else f"{k.part}" for k in p if "~" not in k.adapter})  # noqa: E731
-    return label(down), label(kept)
+    return label([k for k in down if not method.frozen(k)] + list(up)), label(kept)
 
 
 def _shown(value: Any) -> Any:

@@ -20,9 +20,9 @@ import torch
 
 from ..adapters import named
 from ..errors import Problem
-from ..tree import Key, Params, factor_product, mean, select
+from ..tree import Key, Params, factor_product
 from .contract import Context, ServerState, Upload
-from .ranks import Ranked
+from .ranks import Ranked, stacked
 
 
 @dataclass(frozen=True)
@@ -53,23 +53,9 @@ class FlexLoRA(Ranked):
         return True
 
     def aggregate(self, context: Context, server: ServerState, uploads: Iterable[Upload]) -> ServerState:
-        bs: dict[str, list[torch.Tensor]] = {}
-        rows: dict[str, list[torch.Tensor]] = {}
-        total = 0.0
-
-        def rest() -> Iterable[tuple[Params, float]]:
-            nonlocal total
-            for u in uploads:
-                p = self.weight(u)
-                total += p
-                for k, v in u.params.items():
-                    if k.part in ("A", "B"):
-                        (rows if k.part == "A" else bs).setdefault(k.layer, []).append(v * p**0.5)
-                yield select(u.params, lambda k: k.part not in ("A", "B", "rank")), p
-
-        new = mean(rest())
-        for layer, b in bs.items():
-            new |= self.factors(server, layer, torch.cat(b, 1) / total, torch.cat(rows[layer], 0))
+        new, products = stacked(uploads, self.weight)
+        for layer, (b, a) in products.items():
+            new |= self.factors(server, layer, b, a)
         return ServerState(server.round + 1, server.params | new, server.notes)
 
     def factors(self, server: ServerState, layer: str, b: torch.Tensor, a: torch.Tensor) -> Params:

@@ -10,11 +10,11 @@ import torch
 
 from ..errors import ConfigError, Problem
 from ..seeds import np_rng
-from ..tree import Key, Params, cut_rank, pad_rank, rank
+from ..tree import Key, Params, cut_rank, mean, pad_rank, rank, select
 from .contract import Client, Context, ServerState, Upload
 from .sgd import SGDMethod
 
-Plan = Literal["uniform", "power", "explicit", "budget", "memory"]
+Plan = Literal["same", "uniform", "power", "explicit", "budget", "memory"]
 
 
 def uniform(low: int, high: int, *path: object) -> int:
@@ -73,6 +73,28 @@ def padded_mean(
     return new
 
 
+def stacked(
+    uploads: Iterable[Upload], weight: Callable[[Upload], float]
+) -> tuple[Params, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """(mean of the other leaves, layer -> (b [o n], a [n i]) with b @ a = sum_k p_k B_k A_k): factors side by side."""
+    bs: dict[str, list[torch.Tensor]] = {}
+    rows: dict[str, list[torch.Tensor]] = {}
+    total = 0.0
+
+    def rest() -> Iterable[tuple[Params, float]]:
+        nonlocal total
+        for u in uploads:
+            p = weight(u)
+            total += p
+            for k, v in u.params.items():
+                if k.part in ("A", "B"):
+                    (rows if k.part == "A" else bs).setdefault(k.layer, []).append(v * p**0.5)
+            yield select(u.params, lambda k: k.part not in ("A", "B", "rank")), p
+
+    new = mean(rest())
+    return new, {layer: (torch.cat(b, 1) / total, torch.cat(rows[layer], 0)) for layer, b in bs.items()}
+
+
 def lookup(ranks: Mapping[str, float], client: Client) -> float | None:
     """A client's entry in an explicit plan; "*" is the default."""
     return ranks.get(client.id, ranks.get("*"))
@@ -82,7 +104,7 @@ def lookup(ranks: Mapping[str, float], client: Client) -> float | None:
 class Ranked(SGDMethod):
     """Clients of different ranks: each receives the leading r_k components of the server's factors.
 
-    rank: r_max. plan: uniform in [rank_min, rank], truncated power law with `exponent`, explicit, or from bytes: "budget" of
+    rank: r_max. plan: the same for all; uniform in [rank_min, rank], truncated power law with `exponent`, explicit, or from bytes: "budget" of
     a message, "memory" of all that is trained (value, gradient and moments; activations, which do not depend on the rank, are
     not in it). `ranks` maps client id, or "*", to its rank or bytes. One scale alpha / r_max serves all ranks.
     """
@@ -111,7 +133,7 @@ class Ranked(SGDMethod):
                     "use plan and ranks",
                 )
             )
-        if self.rank >= 1 and not 1 <= self.rank_min <= self.rank:
+        if self.plan != "same" and self.rank >= 1 and not 1 <= self.rank_min <= self.rank:
             bad.append(
                 Problem("method.rank_min", self.rank_min, f"1 to rank_max={self.rank}", "lower it or raise method.rank")
             )
@@ -141,6 +163,8 @@ class Ranked(SGDMethod):
     # ranks ------------------------------------------------------------------------------------------------------
     def first_rank(self, context: Context, client: Client) -> int:
         """r_k at the start."""
+        if self.plan == "same":
+            return self.rank
         if self.plan == "uniform":
             return uniform(self.rank_min, self.rank, context.seed, client.id)
         if self.plan == "power":

@@ -20,10 +20,10 @@ from typing import ClassVar
 import torch
 
 from ...errors import Problem
-from ...methods.contract import ServerState, Upload
+from ...methods.contract import Method, ServerState, Upload
 from ...tree import Params
 from .geometry import moved, received
-from .guard import Guard
+from .guard import Guard, no_change
 
 HALVINGS = 40
 
@@ -43,6 +43,9 @@ class Bound(Guard):
             if self.times >= 1
             else [Problem("times", self.times, "a number >= 1", "3 leaves room for larger clients")]
         )
+
+    def cannot(self, method: Method) -> str | None:
+        return no_change(method) or super().cannot(method)
 
     def arrive(self, uploads: Iterable[Upload], server: ServerState) -> Iterable[Upload]:
         seen = list(uploads)

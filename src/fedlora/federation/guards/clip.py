@@ -15,7 +15,7 @@ import torch
 from ...errors import Problem
 from ...methods.contract import Client, Method, RoundInfo
 from ...tree import Params
-from .guard import Guard, change
+from .guard import Guard, change, no_change
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Clip(Guard):
     def cannot(self, method: Method) -> str | None:
         if method.states:
             return f"{method.title} sends a norm of its leaves beside them, which clipping would make untrue"
-        return super().cannot(method)
+        return no_change(method) or super().cannot(method)
 
     def leave(self, up: Params, down: Params, state: Params, info: RoundInfo, client: Client) -> Params:
         d = change(up, down)

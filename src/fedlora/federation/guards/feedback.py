@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ...errors import Problem, UploadError
-from ...methods.contract import Client, RoundInfo
+from ...methods.contract import Client, Method, RoundInfo
 from ...tree import Key, Params, cut_rank, pad_rank, rank
-from .guard import Guard, ranked, stated_ranks, values
+from .guard import Guard, no_change, ranked, stated_ranks, values
 
 VALUE, INDEX, NIBBLES, STEP = "~value", "~index", "~nibbles", "~step"  # end the part of a leaf that carries another
 MOST = 7  # of four bits with a sign
@@ -48,6 +48,9 @@ class Feedback(Guard):
         if not 0 < self.share <= 1:
             bad.append(Problem("share", self.share, "a number in (0, 1]", "0.01 to 0.1 are usual"))
         return bad
+
+    def cannot(self, method: Method) -> str | None:
+        return no_change(method) or super().cannot(method)
 
     def leave(self, up: Params, down: Params, state: Params, info: RoundInfo, client: Client) -> Params:
         return up | {k: v + _like(k, state[k], v) for k, v in values(up, down).items() if k in state}

@@ -69,6 +69,13 @@ class Guard(ABC):
         return new, state
 
 
+def no_change(method: Method) -> str | None:
+    """Why a guard that looks at changes cannot serve `method`; None where it can."""
+    if method.anew:
+        return f"clients of {method.title} send adapters that did not come down, so their change has no start to be seen from"
+    return None
+
+
 def change(up: Params, down: Params) -> Params:
     """What a client's work has added to the leaves that it received; stated facts and new leaves are left out.
 
