@@ -47,6 +47,10 @@ MUTANTS = (
     Mutant("a personal leaf of one client reaches the next", "federation/engine.py", "stored = [self._kept(c, info.round) for c in clients]", "stored = [self._kept(clients[0], info.round) for c in clients]", f"{CONTRACT} -k 'block_equals and fedsa'"),
     Mutant("the server returns the first upload", "tree.py", "                acc[k].add_(v, alpha=w)", "                pass", "tests/test_law_fedsa.py tests/test_tree.py"),
     Mutant("weights are not normalised", "tree.py", "return {k: v.div_(total) for k, v in acc.items()}", "return acc", "tests/test_tree.py"),
+    Mutant("everybody is scored where a sample was asked for", "federation/views.py", "sample = f.evaluation.scored(f.training, f.seed) if f.training else []", "sample = list(range(f.training))", "tests/test_scored_clients.py -k sample"),
+    Mutant("methods are scored on clients of their own", "federation/setting.py", 'np_rng(seed, "scored clients")', 'np_rng(seed, "scored clients", training, n % 3, id(self))', "tests/test_scored_clients.py -k sample"),
+    Mutant("a client without training rows waits for ever", "federation/setting.py", 'np.flatnonzero(self.data.splits["train"].sizes[: self.training] == 0)', "np.zeros(0, int)", "tests/test_scored_clients.py -k without"),
+    Mutant("clients of one side count in a difference", "report/statistics.py", "apart += len(one[seed].keys() ^ two[seed].keys())", "apart += 0", "tests/test_scored_clients.py -k left_out"),
     Mutant("cohorts follow the round's number alone", "federation/setting.py", 'draw = np_rng(seed, "cohort", 0 if self.cohort == "fixed" else round)', 'draw = np_rng("cohort", 0)', "tests/test_federation.py"),
     # rows grouped by length
     Mutant("a group is cut below its longest row", "training/batching.py", "return [fitted(_rows(batch, i, j), wide[i], tokenwise)", "return [fitted(_rows(batch, i, j), wide[j - 1], tokenwise)", "tests/test_tasks.py"),

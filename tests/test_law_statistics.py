@@ -61,7 +61,7 @@ def test_few_seeds_cannot_tell() -> None:
 def test_only_what_both_have_is_compared() -> None:
     a: Scores = {(0, "p"): {"x": 1.0, "y": 0.0}, (1, "p"): {"x": 1.0}}
     b: Scores = {(0, "p"): {"x": 0.5, "z": 9.0}, (1, "other partition"): {"x": 0.0}}
-    assert differences({"a": a, "b": b}) == [Pair("a", "b", 1, 0.5, None, None, None)]
+    assert differences({"a": a, "b": b}) == [Pair("a", "b", 1, 0.5, None, None, None, apart=2)]
 
 
 def test_equal_runs_do_not_differ() -> None:

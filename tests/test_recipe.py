@@ -79,6 +79,7 @@ FIELDS = [
     ("federation", "rounds", True, "an integer", "the default is 10"),
     ("federation", "rounds", 0, "an integer >= 1", "the default is 10"),
     ("federation", "clients_per_round", 1.5, "a number <= 1.0", "null for all"),
+    ("evaluation", "clients", 0, "an integer >= 1", "null for all"),
     ("evaluation", "views", ["personel"], "a list of 'personal'", "did you mean 'personal'"),
     ("run", "seed", -1, "an integer >= 0", "the default is 0"),
     ("run", "block", 0, "'auto' or an integer >= 1", "at once"),
@@ -120,6 +121,7 @@ RULES = [
     ({"partition": {"kind": "dirichlet"}, "model": {"task": "regression"}}, "partition.kind", "needs no classes"),
     ({"partition": {"permute_labels": True}, "model": {"task": "regression"}}, "partition.permute_labels", "false"),
     ({"federation": {"clients_per_round": 9}}, "federation.clients_per_round", "at most 8"),
+    ({"evaluation": {"clients": 9}}, "evaluation.clients", "at most 8"),
     ({"federation": {"clients_per_round": 7}, "partition": {"unseen": 2}}, "federation.clients_per_round", "at most 6"),
     ({"federation": {"clients_per_round": 0.25, "min_clients": 3}}, "federation.min_clients", "at most 2"),
     ({"federation": {"min_clients": 9}}, "federation.min_clients", "at most 8"),
@@ -425,7 +427,7 @@ partition: {kind: quantity, clients: 9, alpha: 1.0, share: 0.1, classes: 3, colu
 train: {steps: 11, epochs: 1.0, batch_size: 8, optimizer: sgd, lr: 1.0, betas: [0.5, 0.5], weight_decay: 0.1,
         schedule: linear, warmup: 0.1, clip: 1.0, accumulation: 2, dropout: false}
 federation: {rounds: 11, clients_per_round: 4, cohort: fixed, min_clients: 2, precision: int8, norm_bound: 5.0, guards: [clip]}
-evaluation: {every: 2, views: [global], cross_clients: 4, batch_size: 32, analyses: [asymmetry], threshold: 0.1, target: 0.5, bandwidth: [5, 1]}
+evaluation: {every: 2, views: [global], clients: 3, cross_clients: 4, batch_size: 32, analyses: [asymmetry], threshold: 0.1, target: 0.5, bandwidth: [5, 1]}
 deployment: {clients: 3, deadline: 10.0, over_selection: 1.5, attempts: 2, histograms: true, same_base: false, bound: null}
 run: {seed: 1, block: 2, output: elsewhere, tensorboard: true, keep: all, threads: 1}
 """

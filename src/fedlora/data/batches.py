@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..errors import ConfigError, Problem
+from ..errors import ConfigError, DataError, Problem
 from ..model.adapted import Batch
 from ..seeds import np_rng, number
 from .federated import FederatedData
@@ -72,6 +72,10 @@ def train_batches(data: FederatedData, client: int | None, plan: LocalWork, draw
     split = data.splits["train"]
     training = np.arange(len(split) - data.unseen) if client is None else np.array([client])
     rows = np.concatenate([split[k] for k in training])
+    if not len(rows):
+        raise DataError(
+            f"client {path[-1]}: holds no training rows, expected at least one; leave it out, or let it be unseen"
+        )
     owners = np.repeat(training, split.sizes[training])
     batches = []
     for i, at in enumerate(order(np.arange(len(rows)), plan.count(len(rows), draws) * draws, plan.batch_size, *path)):

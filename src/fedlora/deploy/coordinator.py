@@ -40,6 +40,15 @@ def check(recipe: Recipe) -> None:
         bad.append(
             Problem("evaluation.views", odd, f"{' or '.join(SHOWN)}", "the others need data of several sites at once")
         )
+    if recipe.evaluation.clients is not None:
+        bad.append(
+            Problem(
+                "evaluation.clients",
+                recipe.evaluation.clients,
+                "null",
+                "every client that is here scores its own model",
+            )
+        )
     if recipe.evaluation.analyses:
         bad.append(
             Problem("evaluation.analyses", list(recipe.evaluation.analyses), "none", "they look into personal leaves")

@@ -57,7 +57,8 @@ class TrainLine(Line):
 class EvalLine(Line):
     """Scores of a view on a split: of each client, their mean, their mean by rows, and the mean of the worst tenth.
 
-    missing: clients with rows in the split whose scores did not arrive; it is not written where all did.
+    missing: clients with rows in the split whose scores did not arrive; of: the clients of which these are a sample. Both
+    are 0 and not written where nobody is missing, and where all clients are scored.
     """
 
     kind: ClassVar[str] = "eval"
@@ -68,12 +69,12 @@ class EvalLine(Line):
     weighted: Scores
     worst_decile: Scores
     missing: int = 0
+    of: int = 0
     stage: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The line as it stands in the file."""
-        out = super().to_json()
-        return out if self.missing else {k: v for k, v in out.items() if k != "missing"}
+        return {k: v for k, v in super().to_json().items() if k not in ("missing", "of") or v}
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from ..data.batches import LocalWork, train_batches
 from ..data.federated import FederatedData
-from ..errors import ConfigError, Problem
+from ..errors import ConfigError, DataError, Problem
 from ..methods.contract import Client, Context, Method, RoundInfo, ServerState
 from ..model.adapted import Adapted, Batch
 from ..seeds import np_rng
@@ -29,6 +31,13 @@ from .wire import Precision
 View = Literal["personal", "global", "unseen", "cross"]
 Analysis = Literal["effective-ranks", "asymmetry"]
 POOLED = "all clients"
+
+
+def counted(c: float | None, clients: int) -> int:
+    """A count of clients as it is, a share in (0, 1] as the nearest whole number of them, None as all of them."""
+    if c is None:
+        return clients
+    return max(1, round(c * clients)) if isinstance(c, float) and 0 < c <= 1 else int(c)
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,7 @@ class Sampling:
     def size(self, clients: int, most: bool = False) -> int:
         """Clients in a round. most: as many as there are where fewer than that are there; an error otherwise."""
         c = self.clients_per_round
-        if c is None:
-            return clients
-        n = max(1, round(c * clients)) if isinstance(c, float) and 0 < c <= 1 else int(c)
+        n = counted(c, clients)
         if most:
             return min(n, clients)
         if not 1 <= n <= clients:
@@ -73,7 +80,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """When and what to evaluate. every: rounds between evaluations (the first, before training, and the last always)."""
+    """When and what to evaluate. every: rounds between evaluations (the first, before training, and the last always).
+
+    clients: those that are scored of the clients that train, a count or a share as in Sampling, None for all. One sample
+    is drawn from the seed for the whole run (the choice is ours), so that rounds and methods are compared on the same clients.
+    """
 
     every: int = 1
     views: Sequence[View] = ("personal", "global")
@@ -82,6 +93,18 @@ class Evaluation:
     exactness: bool = True
     analyses: Sequence[Analysis] = ()
     threshold: float = 0.05
+    clients: float | None = field(default=None, repr=False)
+
+    def scored(self, training: int, seed: int) -> list[int]:
+        """Indices of the clients that are scored, ascending, of the `training` that train. Raises ConfigError for more."""
+        n = counted(self.clients, training)
+        if not 1 <= n <= training:
+            raise ConfigError(
+                [Problem("evaluation.clients", self.clients, f"1 to {training} (the clients that train)")]
+            )
+        if n == training:
+            return list(range(training))
+        return sorted(np_rng(seed, "scored clients").choice(training, n, replace=False).tolist())
 
 
 @dataclass
@@ -113,6 +136,7 @@ class Setting:
         self.context = Context(self.model.groups, self.seed)
         self.loss = Loss(self.model, self.task, self.accumulation)
         self.enrol(self.data)
+        self._refuse_empty()
         if not self.recipe_hash:
             self.recipe_hash = _hash_of(self)
 
@@ -122,6 +146,16 @@ class Setting:
         self.data = data
         self.index = {id: k for k, id in enumerate(data.ids)}
         self.training = len(data.ids) - data.unseen
+
+    def _refuse_empty(self) -> None:
+        """Raise DataError for clients that should train and hold nothing to train on."""
+        empty = np.flatnonzero(self.data.splits["train"].sizes[: self.training] == 0)
+        if len(empty) and not self.method.pooled:
+            named = ", ".join(str(self.data.ids[k]) for k in empty[:4])
+            raise DataError(
+                f"data: {len(empty)} of {self.training} clients hold no training rows ({named}{', ...' if len(empty) > 4 else ''}), "
+                "expected at least one each; leave them out, or count them as unseen"
+            )
 
     def client(self, k: int) -> Client:
         """What the server knows of client number k."""
@@ -162,7 +196,8 @@ class Setting:
 
 def _hash_of(f: Setting) -> str:
     """Identity of a run made by hand: the method, the plan and the shape of data and model."""
-    facts = (f.method, f.plan, f.schedule, f.sampling, f.evaluation, f.seed, *f.sampling.guards, len(f.data.ids),
+    sample = () if f.evaluation.clients is None else (f.evaluation.clients,)
+    facts = (f.method, f.plan, f.schedule, f.sampling, f.evaluation, f.seed, *f.sampling.guards, *sample, len(f.data.ids),
              f.data.splits["train"].rows[:64].tolist(), sorted((g, len(s)) for g, s in f.model.groups.items()),
              type(f.model.base).__name__)  # fmt: skip
     return hashlib.sha256(repr(facts).replace("LocalWork(", "Plan(").encode()).hexdigest()[:12]

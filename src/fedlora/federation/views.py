@@ -71,10 +71,11 @@ def scores(f: Setting, params: Sequence[Params], clients: Sequence[int], split: 
 def evaluate(f: Setting, engine: Engine, server: ServerState) -> list[Line]:
     """Lines of metrics for every view and split that has rows."""
     lines: list[Line] = []
-    everybody = list(range(f.training))
-    groups: dict[View, list[int]] = {v: everybody for v in f.evaluation.views if v in ("personal", "global")}
+    sample = f.evaluation.scored(f.training, f.seed) if f.training else []
+    groups: dict[View, list[int]] = {v: sample for v in f.evaluation.views if v in ("personal", "global")}
     if f.data.unseen:
         groups["unseen"] = list(range(f.training, len(f.data.ids)))
+    of = f.training if len(sample) < f.training else 0
     seen: dict[tuple[int, str], dict[str, Scores]] = {}  # a method without personal parts serves both views the same
     for view, clients in groups.items():
         twin = view == "global" and alike(f) and not f.method.tune
@@ -84,7 +85,7 @@ def evaluate(f: Setting, engine: Engine, server: ServerState) -> list[Line]:
             found |= by_split(f, engine, server, clients, view, left)
         for split in splits:
             seen[len(clients), split] = found[split]
-            lines.append(scored(f, server.round, view, split, found[split]))
+            lines.append(scored(f, server.round, view, split, found[split], of=0 if view == "unseen" else of))
     if "cross" in f.evaluation.views and server.round == f.sampling.rounds:
         lines.append(cross(f, engine, server))
     return lines + (analyse(f, engine, server) if f.evaluation.analyses else [])
@@ -107,10 +108,13 @@ def by_split(
     return out
 
 
-def scored(f: Setting, round: int, view: str, split: str, clients: dict[str, Scores], missing: int = 0) -> EvalLine:
-    """The record of clients' scores, with their summary. missing: clients with rows whose scores did not arrive."""
+def scored(
+    f: Setting, round: int, view: str, split: str, clients: dict[str, Scores], missing: int = 0, of: int = 0
+) -> EvalLine:
+    """The record of clients' scores, with their summary. missing: clients with rows whose scores did not arrive; of: the
+    clients of which these are a sample, 0 where they are all."""
     s = summary(clients, f.task.lower)
-    return EvalLine(round, view, split, clients, s["mean"], s["weighted"], s["worst_decile"], missing)
+    return EvalLine(round, view, split, clients, s["mean"], s["weighted"], s["worst_decile"], missing, of)
 
 
 def some(f: Setting) -> list[int]:

@@ -160,6 +160,7 @@ def federation(
             r.evaluation.batch_size,
             analyses=r.evaluation.analyses,
             threshold=r.evaluation.threshold,
+            clients=r.evaluation.clients,
         ),
         seed=r.run.seed,
         block=r.run.block,

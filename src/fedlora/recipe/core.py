@@ -33,6 +33,7 @@ LATER = {
     "model": ("kernels", "threshold"),
     "data": ("classes", "site"),
     "federation": ("precision", "norm_bound", "guards"),
+    "evaluation": ("clients",),
 }
 RESULT = ("seed",)  # the fields of the section run that change the result; the others are not hashed
 

@@ -165,6 +165,14 @@ def cohort(federation: Federation, partition: Partition, data: Data) -> Iterator
         )
 
 
+def scored(evaluation: Evaluation, partition: Partition, data: Data) -> Iterator[Problem]:
+    c, training = evaluation.clients, partition.clients - partition.unseen
+    if isinstance(c, int) and not natural(partition, data) and c > training > 0:
+        yield Problem(
+            "evaluation.clients", c, f"at most {training}, the clients that train", "lower it, or null for all"
+        )
+
+
 def views(evaluation: Evaluation, partition: Partition) -> Iterator[Problem]:
     v = evaluation.views
     if len(set(v)) < len(v):
@@ -191,7 +199,20 @@ def output(run: Run) -> Iterator[Problem]:
             )
 
 
-RULES: tuple[Rule, ...] = (work, targets, options, columns, template, encoding, clients, labels, cohort, views, output)
+RULES: tuple[Rule, ...] = (
+    work,
+    targets,
+    options,
+    columns,
+    template,
+    encoding,
+    clients,
+    labels,
+    cohort,
+    scored,
+    views,
+    output,
+)
 
 
 class Wrong(Exception):

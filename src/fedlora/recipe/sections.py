@@ -173,6 +173,8 @@ class Evaluation(Section):
 
     every: Count = 1
     """Rounds between evaluations; the start and the last round are always evaluated."""
+    clients: Count | Annotated[float, Field(gt=0, le=1)] | None = None
+    """Training clients that are scored: a number, a share of them as 0.1 to 1.0, or null for all. One sample for the whole run."""
     views: Annotated[tuple[Literal["personal", "global", "unseen", "cross"], ...], Field(min_length=1)] = (
         "personal",
         "global",

@@ -131,4 +131,11 @@ def _pairs(groups: Mapping[str, Sequence[Records]]) -> Block:
         "Difference on test, seed by seed on one partition; interval and p are Student's over seeds, since the clients of one "
         f"run are not independent. p is given from {LEAST} seeds on and corrected over all pairs (Holm)."
     )
+    if odd := [x for x in found if x.apart]:
+        told += (
+            " Clients that only one of the two has scored are left out: "
+            + "; ".join(f"{x.apart} of {x.a} – {x.b}" for x in odd[:6])
+            + ("" if len(odd) <= 6 else f"; and in {len(odd) - 6} further pairs")
+            + "."
+        )
     return Block("Pair by pair", told, table=[head, *body] if body else ())

@@ -51,6 +51,9 @@ def run_page(run: Records) -> dict[str, Any]:
     lead += f": {len(run.partition.get('ids', []))} clients, {done} rounds."
     if cut := run.partition.get("truncated"):
         lead += f" {cut:,} rows were longer than {data.get('max_length', '?')} tokens and were cut."
+    sample = next((e for e in reversed(run.evals()) if e.of), None)
+    if sample:
+        lead += f" Scored are {len(sample.clients):,} of the {sample.of:,} clients that train, one sample drawn from the seed."
     tiles: list[Tile] = []
     if s:
         for view, note in (

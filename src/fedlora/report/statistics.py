@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,6 +38,7 @@ class Pair:
     low: float | None  # bounds of the interval of the difference; None for one seed
     high: float | None
     p: float | None  # two-sided, corrected; None below LEAST seeds
+    apart: int = 0  # clients that one of the two has scored and the other has not, over all seeds; they are left out
 
     @property
     def verdict(self) -> str:
@@ -67,15 +68,16 @@ def differences(settings: Mapping[str, Scores]) -> list[Pair]:
     found = []
     for a, b in itertools.combinations(settings, 2):
         one, two = settings[a], settings[b]
-        gaps = []
+        gaps, apart = [], 0
         for seed in sorted(one.keys() & two.keys()):
             if clients := sorted(one[seed].keys() & two[seed].keys()):
                 gaps.append(float(np.mean([one[seed][c] - two[seed][c] for c in clients])))
+                apart += len(one[seed].keys() ^ two[seed].keys())
         if gaps:
-            found.append(_pair(a, b, gaps))
+            found.append(replace(_pair(a, b, gaps), apart=apart))
     tested = [x for x in found if x.p is not None]
     corrected = iter(holm([x.p for x in tested if x.p is not None]))
-    return [Pair(**{**vars(x), "p": next(corrected)}) if x.p is not None else x for x in found]
+    return [replace(x, p=next(corrected)) if x.p is not None else x for x in found]
 
 
 def _pair(a: str, b: str, gaps: Sequence[float]) -> Pair:
