@@ -122,6 +122,14 @@ TABLE = {
     ),
     "fedex": Row(METHODS["fedex"](rank=4, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
     "frlora": Row(METHODS["frlora"](rank=4, optimizer=AdamW(1e-2)), f"lora.dA lora.dB {HEAD}"),
+    "lora-fair": Row(METHODS["lora-fair"](rank=4, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
+    "fedrot": Row(METHODS["fedrot"](rank=4, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
+    "fedrot-client": Row(METHODS["fedrot"](rank=4, where="client", optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
+    "florist": Row(METHODS["florist"](rank=6, tau=0.8, optimizer=AdamW(1e-2)), f"lora.A lora.B lora.rank {HEAD}"),
+    "fedsb": Row(METHODS["fedsb"](rank=8, optimizer=AdamW(3e-2)), f"lora.R {HEAD}"),
+    "fedsb-random": Row(
+        METHODS["fedsb"](rank=8, adapter="lora-xs-random", head="personal", optimizer=AdamW(5e-2)), "lora.R"
+    ),
     "fft": Row(METHODS["fft"](optimizer=AdamW(1e-3)), f"full.weight full.bias full.gain full.table {HEAD}"),
     "sft": Row(METHODS["sft"](density=0.1, optimizer=AdamW(3e-2, weight_decay=0.1)), f"sparse.values {HEAD}"),
     "bitfit": Row(METHODS["bitfit"](optimizer=AdamW(1e-2)), f"bitfit.bias {HEAD}"),

@@ -170,7 +170,10 @@ def test_priming_with_rank_patterns_keeps_every_logit(tmp_path: Path) -> None:
         (lambda: SLoRA(second=METHODS["fedprox"]()), "homlora or pf2lora"),
         (lambda: HetLoRA(rank_pattern=(("query", 4),)), "ranks differ by client"),
         (lambda: FedSALoRA(adapter="bitfit"), "tells two halves apart"),
-        (lambda: METHODS["houlsby"](rank_pattern=(("query", 4),)), "it is of dora, lora, rslora and pissa"),
+        (
+            lambda: METHODS["houlsby"](rank_pattern=(("query", 4),)),
+            "it is of dora, lora, rslora, lora-xs, lora-xs-random and pissa",
+        ),
         (lambda: HomLoRA(rank_pattern=(("query", 0),)), "ranks from 1"),
         (lambda: HomLoRA(rank_pattern=(("query", 0.5),)), "ranks from 1"),
         (lambda: HomLoRA(rank_pattern=(("quer[y", 2),)), r"rank_pattern: got 'quer\[y'.*unterminated character set"),
