@@ -23,7 +23,7 @@ from fedlora.federation.guards import GUARDS
 from fedlora.federation.guards.guard import Guard
 from fedlora.federation.run import Federation
 from fedlora.federation.setting import Evaluation, Sampling
-from fedlora.federation.summary import plan
+from fedlora.federation.facts import facts
 from fedlora.methods import METHODS
 from fedlora.methods.contract import Client, RoundInfo, ServerState, Upload
 from fedlora.tree import GUARD, Key, Params, mean
@@ -149,7 +149,7 @@ def test_check_announces_what_a_run_sends(method: str, precision: Any, guards: A
         pytest.skip("this guard cannot serve the method")
     sampling = Sampling(rounds=1, precision=precision, guards=guards)
     f = tiny.federation(TABLE[method].method, tmp_path, **SHORT | {"sampling": sampling})
-    announced = plan(f, f.block_size())["bytes_per_round"]
+    announced = facts(f, f.block_size()).bytes_per_round
     f.run()
     (line,) = trained(f)
     assert {d: sum(v.values()) for d, v in line["bytes"].items()} == announced
@@ -161,7 +161,7 @@ def test_check_announces_what_a_run_sends(method: str, precision: Any, guards: A
 def test_check_announces_what_all_rounds_send(method: str, tmp_path: Path) -> None:
     """Of a method with stages too, whose later messages hold other leaves."""
     f = tiny.federation(TABLE[method].method, tmp_path, **SHORT | {"sampling": Sampling(rounds=4)})
-    announced = plan(f, f.block_size())["bytes"]
+    announced = facts(f, f.block_size()).bytes
     f.run()
     assert {d: sum(sum(x["bytes"][d].values()) for x in trained(f)) for d in ("up", "down")} == announced
 

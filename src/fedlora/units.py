@@ -31,7 +31,9 @@ def size(n: float | None) -> str:
 
 
 def seconds(s: float | None) -> str:
-    """A time: 85 s, 2.5 min."""
+    """A time: 0.3 s, 85 s, 2.5 min, 3.1 h."""
     if s is None:
         return NOTHING
-    return f"{s:.0f} s" if s < 120 else f"{s / 60:.1f} min"
+    if 0 < s < 0.95:
+        return f"{s:.1g} s"
+    return f"{s:.0f} s" if s < 120 else f"{s / 60:.1f} min" if s < 5400 else f"{s / 3600:.1f} h"

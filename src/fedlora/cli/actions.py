@@ -136,17 +136,11 @@ def opened(folder: Path) -> tuple[Recipe, Federation]:
     return recipe, _build(recipe, folder, err)
 
 
-def check(recipe: Path, sets: Sequence[str], json: bool) -> None:
-    from ..federation.summary import plan
+def check(recipe: Path, sets: Sequence[str], json: bool, measure: bool) -> None:
     from ..recipe import expand
+    from . import checks
 
-    for r in expand(recipe, list(sets)):
-        fed = _build(r, Path("unused"), _console(False, json))
-        facts = plan(fed, fed.block_size())
-        if json:
-            sys.stdout.write(json_.dumps({"name": r.name, "hash": r.hash, **facts}) + "\n")
-        else:
-            tables.plan(out, r, facts)
+    checks.check(expand(recipe, list(sets)), json, measure, out, err)
 
 
 def report(folder: Path, output: Path | None) -> None:

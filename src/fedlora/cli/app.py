@@ -49,11 +49,18 @@ def resume(folder: Folder, quiet: Quiet = False, json: Json = False) -> None:
 
 
 @app.command()
-def check(recipe: Recipe, sets: Sets = None, json: Json = False) -> None:
-    """Validate a recipe and show what would run; trains nothing."""
+def check(
+    recipe: Recipe,
+    sets: Sets = None,
+    json: Json = False,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Try a few local steps, to tell time and memory.")
+    ] = True,
+) -> None:
+    """Validate a recipe and show what would run, what it takes and what is odd in its data; keeps nothing."""
     from . import actions
 
-    actions.check(recipe, sets or [], json)
+    actions.check(recipe, sets or [], json, measure)
 
 
 @app.command()

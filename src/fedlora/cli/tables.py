@@ -18,11 +18,8 @@ from ..units import NOTHING, count, number, seconds, size
 if TYPE_CHECKING:
     from ..bench.cost import Cost
     from ..bench.examples import Course
-    from ..recipe import Recipe
     from ..recipe.shipped import Shipped
     from ..report.statistics import Pair
-
-MOST_CLIENTS = 16  # rows of the class table before it is cut
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -166,39 +163,6 @@ def bench(out: Console, found: Mapping[str, Any]) -> None:
             NOTHING if d is None else f"{d:.0e}",
         )
     out.print(table)
-
-
-def plan(out: Console, r: Recipe, facts: Mapping[str, Any]) -> None:
-    """What `fedlora check` shows."""
-    p, b, total = facts["parameters"], facts["bytes_per_round"], facts["bytes"]
-    frozen = f", of which {p['frozen']:,} are not trained" if p["frozen"] else ""
-    cut = f"; {facts['truncated']:,} rows are cut to {r.data.max_length} tokens" if facts["truncated"] else ""
-    table = _table(f"{r.name} ({r.hash}) is valid", "what", "value")
-    rows = [
-        ("method", f"{facts['method']}"),
-        ("model", f"{r.model.name}, {facts['sites']} target layers, {p['base']:,} frozen parameters, on {facts['device']}"),
-        ("numbers", f"{facts['numbers']}; operators: {facts['kernels']}"),
-        ("data", ", ".join(f"{n:,} {s}" for s, n in facts["rows"].items()) + cut),
-        ("clients", f"{facts['clients']:,} train, {facts['unseen']:,} unseen, {facts['cohort']:,} a round, {facts['block']} in a block"),
-        ("rounds", f"{r.federation.rounds}, {facts['steps']} local steps of batch {r.train.batch_size}"),
-        ("trainable parameters", f"{p['trainable']:,} a client, of which head {p['head']:,}"),
-        ("shared / personal", f"{p['shared']:,}{frozen} / {p['personal']:,}"),
-        *([("guards", ", ".join(facts["guards"]))] if facts["guards"] else []),
-        ("bytes per round", f"{size(b['down'])} down, {size(b['up'])} up; of {r.federation.rounds} rounds {size(total['down'] + total['up'])}"),
-        ("memory, estimated", f"{size(facts['memory_bytes'])}"),
-    ]  # fmt: skip
-    for name, value in rows:
-        table.add_row(name, value)
-    table.columns[1].justify = "left"
-    out.print(table)
-    if facts["histogram"]:
-        classes = _table("training rows per client and class", "client", *facts["label_names"], "all")
-        shown = facts["histogram"][:MOST_CLIENTS]
-        for id, counts in zip(facts["ids"], shown, strict=False):
-            classes.add_row(Text(id), *(str(c) if c else "." for c in counts), str(sum(counts)))
-        out.print(classes)
-        if len(facts["histogram"]) > MOST_CLIENTS:
-            out.print(f"... and {len(facts['histogram']) - MOST_CLIENTS:,} more clients")
 
 
 def comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -90,6 +90,13 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the peak resident set
 
 
+def resident() -> int:
+    """Resident set of this process now, bytes."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_memory() -> int:
     """Largest resident set of this process, bytes."""
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -17,11 +17,9 @@ import torch
 
 from .. import kernels
 from ..data.federated import FederatedData
-from ..methods.contract import Client, RoundInfo, ServerState, Upload
+from ..methods.contract import ServerState
 from ..model.adapted import Adapted
 from ..training.metrics import beats
-from .channel import first_upload
-from .memory import client_bytes
 from .records import EvalLine, Line, Timing, TrainLine
 from .setting import Setting
 from .store import Store
@@ -169,97 +167,4 @@ def summarise(f: Setting, server: ServerState, lines: Sequence[Line], timings: S
         "bytes": sent | {"total": sent["up"] + sent["down"]},
         "seconds": sum(t.train_seconds + t.eval_seconds + t.server_seconds for t in timings),
         "peak_memory_bytes": max((t.peak_memory_bytes for t in timings), default=0),
-    }
-
-
-PRICED = 64  # clients whose messages are measured one by one; a larger cohort is extrapolated from them
-
-
-def round_bytes(f: Setting, server: ServerState, cohort: Sequence[Client]) -> dict[str, int]:
-    """Bytes of a first round, both ways: every client's messages are built and measured."""
-    channel, info = f.sampling.channel, RoundInfo(server.round, f.sampling.rounds)
-    sent = {"down": 0, "up": 0}
-    some = cohort[:PRICED]
-    for c in some:
-        down = channel.down(f.method.broadcast(f.context, server, c), info)
-        up = first_upload(f.method, f.context, info, down.params, c)
-        sent["down"] += down.traffic.total
-        sent["up"] += channel.up(up, down.params, {}, info, c).traffic.total
-    return {d: n * len(cohort) // len(some) for d, n in sent.items()}
-
-
-def stages(f: Setting) -> list[tuple[int, ServerState]]:
-    """(rounds done when it begins, the server's leaves then) of every stage of the method, and of every phase; one for most.
-
-    The leaves have the shapes of a run's, and the values of a start. A stage that begins by the scores is taken to begin at
-    the latest round that the method allows.
-    """
-    server = f.method.init(f.context)
-    out, growing = [(0, server)], f.method.grows
-    for t in range(1, f.sampling.rounds):
-        ended = _untrained(f, server) if growing else replace(server, round=t)
-        new = f.method.advance(f.context, ended)
-        changed = _shapes(new) != _shapes(server)
-        growing = growing and changed
-        if changed or f.method.phase(t) != f.method.phase(t - 1):
-            out.append((t, new))
-        server = new
-    return out
-
-
-def _shapes(server: ServerState) -> object:
-    return tuple((k, v.shape) for k, v in server.params.items())
-
-
-def _untrained(f: Setting, server: ServerState) -> ServerState:
-    """The server after a round in which nobody trains: its leaves have the shapes of a run's."""
-    info, cohort = RoundInfo(server.round, f.sampling.rounds), f.cohort(server.round)
-    down = {c: f.method.broadcast(f.context, server, c) for c in cohort}
-    ups = (Upload(c, first_upload(f.method, f.context, info, p, c)) for c, p in down.items())
-    return f.method.aggregate(f.context, server, ups)
-
-
-def run_bytes(f: Setting, cohort: Sequence[Client]) -> dict[str, int]:
-    """Bytes of a whole run, both ways, if every round has such a cohort and nobody prunes a rank."""
-    found = stages(f)
-    ends = [t for t, _ in found[1:]] + [f.sampling.rounds]
-    sent = {"down": 0, "up": 0}
-    known: dict[object, dict[str, int]] = {}
-    for (start, server), end in zip(found, ends, strict=True):
-        at = (f.method.phase(start), _shapes(server))
-        each = known[at] = known.get(at) or round_bytes(f, server, cohort)
-        sent = {d: n + each[d] * (end - start) for d, n in sent.items()}
-    return sent
-
-
-def plan(f: Setting, block: int) -> dict[str, Any]:
-    """What would run, for `fedlora check`: clients, histograms, parameters, bytes per round, estimated memory.
-
-    block: clients that would be trained at once.
-    """
-    cohort = f.cohort(0)
-    parameters = f.parameters()
-    width = next(f.model.base.parameters()).element_size()
-    train = f.data.splits["train"]
-    return {
-        "method": repr(f.method),
-        "device": str(f.model.device),
-        "numbers": f.numbers,
-        "kernels": operators(f.model),
-        "sites": len(f.model.groups["target"]),
-        "rows": {s: int(r.offsets[-1]) for s, r in f.data.splits.items()},
-        "truncated": f.data.truncated,
-        "clients": f.training,
-        "unseen": f.data.unseen,
-        "cohort": len(cohort),
-        "block": min(block, len(cohort)),
-        "steps": f.plan.count(int(train.sizes.max()), f.method.draws),
-        "parameters": parameters,
-        "bytes_per_round": round_bytes(f, f.method.init(f.context), cohort),
-        "bytes": run_bytes(f, cohort),
-        "guards": [repr(g) for g in f.sampling.channel.guards],
-        "memory_bytes": parameters["base"] * width + client_bytes(f) * min(block, len(cohort)),
-        "ids": list(f.data.ids[:64]),
-        "label_names": list(f.data.label_names),
-        "histogram": f.data.histogram("train")[:1000].tolist() if f.data.label_names else [],
     }

@@ -1,0 +1,58 @@
+"""What a recipe would do, without doing it: the facts of its run, and what it takes by a few steps that are tried.
+
+check = checked(recipe)
+check.run.parameters, check.cost.memory, check.cost.seconds
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..federation.facts import RunFacts, facts
+from ..federation.memory import resident
+from ..federation.probe import Cost, estimated, probe
+from ..units import seconds, size
+from . import build
+from .core import Recipe
+
+UNUSED = "unused"  # the run folder of a federation that is only looked at; nothing is written there
+
+
+@dataclass(frozen=True, repr=False)
+class Check:
+    """A recipe that is valid, the facts of its run, and what it takes."""
+
+    recipe: Recipe
+    run: RunFacts
+    cost: Cost
+
+    def __repr__(self) -> str:
+        time = f", about {seconds(self.cost.seconds)}" if self.cost.tried else ""
+        return f"Check({self.recipe.name}: {self.run.clients} clients, {size(self.cost.memory)} of memory{time})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON has it."""
+        cost = asdict(self.cost) | {"memory": self.cost.memory}
+        return {"name": self.recipe.name, "hash": self.recipe.hash, **asdict(self.run), "cost": cost}
+
+
+def checked(r: Recipe, measure: bool = True) -> Check:
+    """Build what the recipe describes and look at it. measure: try a few steps; without it memory is estimated.
+
+    Raises ConfigError with all problems.
+    """
+    program = _program()
+    fed = build.federation(r, UNUSED)
+    block = fed.block_size()
+    return Check(r, facts(fed, block), probe(fed, block, program) if measure else estimated(fed, block, program))
+
+
+def _program() -> int:
+    """Resident bytes of Python with the libraries that every run needs."""
+    import peft
+    import torch
+    import transformers
+
+    assert peft and torch and transformers
+    return resident()
