@@ -86,8 +86,10 @@ def probe(f: Setting, block: int, program: int = 0) -> Cost:
     with kept():
         try:
             found = stages(f)
+            # In a run's own order, since steps use what an evaluation has freed, as far as it fits.
+            _evaluation(f, min(block, len(f.cohort(0))), found[0][1])
             measured = [_stage(f, block, server) for _, server in found]
-            evaluation = _evaluation(f, measured[-1].block, found[-1][1], measured[-1].rate)
+            evaluation = _evaluation(f, measured[-1].block, found[-1][1])
         finally:
             f.model.bind({})
         peak = peak_memory()
@@ -213,7 +215,7 @@ def _block_seconds(f: Setting, part: Sequence[Client], info: RoundInfo, rate: fl
     return rate * steps * tokens
 
 
-def _evaluation(f: Setting, block: int, server: ServerState, rate: float) -> float:
+def _evaluation(f: Setting, block: int, server: ServerState) -> float:
     """Seconds of one evaluation. A part of it is tried: the longest rows of a block, and others."""
     splits = [s for s in ("validation", "test") if s in f.data.splits and f.data.splits[s].offsets[-1] > 0]
     groups: list[tuple[views.View, range]] = [
@@ -226,7 +228,7 @@ def _evaluation(f: Setting, block: int, server: ServerState, rate: float) -> flo
     engine = Engine(
         f.method, f.context, f.loss, f.batches, lambda id, r: None, lambda id, r, p: None, Schedule(), block, 1, f.sampling.channel
     )  # fmt: skip
-    held = f.data.splits[splits[-1]]
+    held = max((f.data.splits[s] for s in splits), key=lambda r: f.data.examples.lengths(r.rows).max())
     view, group = groups[0]
     clients = sorted((k for k in group if held.sizes[k]), key=lambda k: -held.sizes[k])[:block]
     if not clients:
@@ -254,20 +256,19 @@ def _span(offsets: np.ndarray, members: range) -> slice:
 def _answered(
     f: Setting, models: Sequence[Params], clients: Sequence[int], rows: Sequence[np.ndarray], block: int
 ) -> tuple[float, int]:
-    """(seconds, tokens) of answers to two batches: the longest rows and the first ones."""
+    """(seconds, tokens) of answers to two batches: the longest rows, and some of the others."""
     same = len({id(p) for p in models}) == 1
     each = max(1, f.evaluation.batch_size // (1 if same else len(models)))
     if same:
         models, clients, rows = models[:1], clients[:1], [np.concatenate(rows)]
     lengths = f.data.examples.lengths
-    chosen = [np.concatenate([r[np.argsort(-lengths(r), kind="stable")[:each]], r[:each]]) for r in rows]
+    chosen = [_longest_and_some(r[np.argsort(-lengths(r), kind="stable")], each) for r in rows]
+    begin = time.perf_counter()
+    predict(f.model, f.task, f.data, models, clients, chosen, f.evaluation.batch_size, block)
+    return time.perf_counter() - begin, int(sum(lengths(r).sum() for r in chosen))
 
-    def answer() -> float:
-        begin = time.perf_counter()
-        predict(f.model, f.task, f.data, models, clients, chosen, f.evaluation.batch_size, block)
-        return time.perf_counter() - begin
 
-    seconds = answer()
-    if seconds < LONG:
-        seconds = answer()
-    return seconds, int(sum(lengths(r).sum() for r in chosen))
+def _longest_and_some(rows: np.ndarray, n: int) -> np.ndarray:
+    """Of rows that are sorted, longest first: the first n, and n spread over the rest."""
+    rest = rows[n:]
+    return np.concatenate([rows[:n], rest[np.unique(np.linspace(0, len(rest) - 1, n).astype(int))]]) if len(rest) else rows
