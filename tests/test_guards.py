@@ -19,11 +19,11 @@ from fedlora.data.batches import LocalWork
 from fedlora.errors import ConfigError, UploadError
 from fedlora.federation import wire
 from fedlora.federation.channel import Channel
+from fedlora.federation.facts import facts
 from fedlora.federation.guards import GUARDS
 from fedlora.federation.guards.guard import Guard
 from fedlora.federation.run import Federation
 from fedlora.federation.setting import Evaluation, Sampling
-from fedlora.federation.facts import facts
 from fedlora.methods import METHODS
 from fedlora.methods.contract import Client, RoundInfo, ServerState, Upload
 from fedlora.tree import GUARD, Key, Params, mean

@@ -143,7 +143,8 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _matrix(out: Console, c: Check) -> None:
-    table = _table("training rows of each client and class", "client", *c.run.label_names, "all")
+    out.print(Text("training rows of each client and class", style="bold"))
+    table = _table("", "client", *c.run.label_names, "all")
     for id, counts in zip(c.run.ids, c.run.histogram, strict=True):
         table.add_row(Text(id), *(str(n) if n else "." for n in counts), str(sum(counts)))
     out.print(table)
@@ -153,18 +154,17 @@ def _clients(out: Console, c: Check) -> None:
     """How many training rows clients have: a line for each of a few, else a histogram."""
     sizes = list(c.run.sizes)
     if len(sizes) <= MOST_CLIENTS:
-        table = _table("training rows of each client", "client", *(["classes"] if c.run.histogram else []), "rows", "")
+        out.print(Text("training rows of each client", style="bold"))
+        table = _table("", "client", *(["classes"] if c.run.histogram else []), "rows", "")
         for i, (id, n) in enumerate(zip(c.run.ids, sizes, strict=True)):
             held = [str(sum(x > 0 for x in c.run.histogram[i]))] if c.run.histogram else []
             table.add_row(Text(id), *held, f"{n:,}", _bar(n, max(sizes)))
         table.columns[-1].justify = "left"
         out.print(table)
         return
-    middle = statistics.median(sizes)
-    low, high = min(sizes), max(sizes)
-    table = _table(
-        f"training rows of {len(sizes):,} clients: {low:,} to {high:,}, median {middle:,.0f}", "rows", "clients", ""
-    )
+    spread = f"{min(sizes):,} to {max(sizes):,}, median {statistics.median(sizes):,.0f}"
+    out.print(Text(f"training rows of {len(sizes):,} clients: {spread}", style="bold"))
+    table = _table("", "rows", "clients", "")
     for a, b, n in bins(sizes):
         table.add_row(f"{a:,}" if a == b else f"{a:,} to {b:,}", f"{n:,}", _bar(n, len(sizes)))
     table.columns[-1].justify = "left"
@@ -194,7 +194,8 @@ def _classes(out: Console, c: Check) -> None:
     order = sorted(range(len(counts)), key=lambda i: -counts[i])
     shown = order if len(order) <= MOST_CLASSES else order[:SHOWN] + order[-SHOWN:]
     title = f"training rows of {len(counts)} classes: {min(counts):,} to {max(counts):,}, median {statistics.median(counts):,.0f}"
-    table = _table(title, "class", "rows", "clients", "")
+    out.print(Text(title, style="bold"))
+    table = _table("", "class", "rows", "clients", "")
     for place, i in enumerate(shown):
         if place == SHOWN and len(shown) < len(order):
             table.add_row(f"... {len(order) - len(shown)} more", "", "", "")

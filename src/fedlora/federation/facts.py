@@ -81,7 +81,8 @@ def run_bytes(f: Setting, cohort: Sequence[Client]) -> dict[str, int]:
 class RunFacts:
     """What would run. Counts are of scalars, bytes of encoded messages.
 
-    numbers, attention and kernels say in what and by which operators the base computes, and why. layers: modules that get adapters, a number in their names as "*", with how many there are and their shape out x in.
+    numbers, attention and kernels say in what and by which operators the base computes, and why.
+    layers: modules that get adapters, a number in their names as "*", with how many there are and their shape out x in.
     block: clients that would be trained at once. histogram: training rows [clients classes], () without classes.
     """
 

@@ -228,23 +228,28 @@ def _evaluation(f: Setting, block: int, server: ServerState) -> float:
     engine = Engine(
         f.method, f.context, f.loss, f.batches, lambda id, r: None, lambda id, r, p: None, Schedule(), block, 1, f.sampling.channel
     )  # fmt: skip
-    held = max((f.data.splits[s] for s in splits), key=lambda r: f.data.examples.lengths(r.rows).max())
     view, group = groups[0]
-    clients = sorted((k for k in group if held.sizes[k]), key=lambda k: -held.sizes[k])[:block]
+    held = {s: f.data.splits[s] for s in splits}
+    most = sum(r.sizes for r in held.values())
+    clients = sorted((k for k in group if most[k]), key=lambda k: -int(most[k]))[:block]
     if not clients:
         return 0.0
     begin = time.perf_counter()
-    models = views.served(f, engine, server, clients, view)
+    models = dict(zip(clients, views.served(f, engine, server, clients, view), strict=True))
     tuned = (time.perf_counter() - begin) / len(clients) if f.method.tune else 0.0
-    seconds, tokens = _answered(f, models, clients, [held[k] for k in clients], block)
+    seconds, tokens = 0.0, 0
+    for rows in held.values():
+        have = [k for k in clients if rows.sizes[k]]
+        spent, n = _answered(f, [models[k] for k in have], have, [rows[k] for k in have], block) if have else (0.0, 0)
+        seconds, tokens = seconds + spent, tokens + n
     total, twins = 0.0, views.alike(f) and not f.method.tune
     seen: set[int] = set()
     for name, members in groups:
         if twins and len(members) in seen:
             continue  # the same models as of a view before
         seen.add(len(members))
-        rows = np.concatenate([f.data.splits[s].rows[_span(f.data.splits[s].offsets, members)] for s in splits])
-        total += seconds / max(tokens, 1) * float(f.data.examples.lengths(rows).sum())
+        asked = np.concatenate([r.rows[_span(r.offsets, members)] for r in held.values()])
+        total += seconds / max(tokens, 1) * float(f.data.examples.lengths(asked).sum())
         total += tuned * len(members) if name != "global" else 0.0
     return total
 
@@ -271,4 +276,6 @@ def _answered(
 def _longest_and_some(rows: np.ndarray, n: int) -> np.ndarray:
     """Of rows that are sorted, longest first: the first n, and n spread over the rest."""
     rest = rows[n:]
-    return np.concatenate([rows[:n], rest[np.unique(np.linspace(0, len(rest) - 1, n).astype(int))]]) if len(rest) else rows
+    return (
+        np.concatenate([rows[:n], rest[np.unique(np.linspace(0, len(rest) - 1, n).astype(int))]]) if len(rest) else rows
+    )

@@ -34,7 +34,8 @@ class Check:
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON has it."""
         cost = asdict(self.cost) | {"memory": self.cost.memory}
-        return {"name": self.recipe.name, "hash": self.recipe.hash, **asdict(self.run), "cost": cost}
+        names = {"name": self.recipe.name, "hash": self.recipe.hash}
+        return {**names, **asdict(self.run), "memory_bytes": self.cost.memory, "cost": cost}
 
 
 def checked(r: Recipe, measure: bool = True) -> Check:
