@@ -170,8 +170,8 @@ def _clients(out: Console, c: Check) -> None:
     table.columns[-1].justify = "left"
     out.print(table)
     if c.run.histogram:
-        held = [sum(x > 0 for x in row) for row in c.run.histogram]
-        out.print(f"classes that a client holds: {min(held)} to {max(held)}, median {statistics.median(held):.0f}\n")
+        kinds = [sum(x > 0 for x in row) for row in c.run.histogram]
+        out.print(f"classes that a client holds: {min(kinds)} to {max(kinds)}, median {statistics.median(kinds):.0f}\n")
 
 
 def bins(sizes: Sequence[int], most: int = BARS) -> list[tuple[int, int, int]]:

@@ -23,7 +23,7 @@ from .engine import Engine, Schedule, blocks, in_order
 from .facts import stages
 from .memory import client_bytes, forget_peak, free_bytes, kept, peak_memory, resident
 from .run import EXACTNESS_COHORT
-from .setting import POOLED, Setting
+from .setting import POOLED, Setting, View
 
 TIMED = 3  # steps that are timed after the one that warms up
 LONG = 3.0  # seconds of a first step from which on no more are tried
@@ -218,7 +218,7 @@ def _block_seconds(f: Setting, part: Sequence[Client], info: RoundInfo, rate: fl
 def _evaluation(f: Setting, block: int, server: ServerState) -> float:
     """Seconds of one evaluation. A part of it is tried: the longest rows of a block, and others."""
     splits = [s for s in ("validation", "test") if s in f.data.splits and f.data.splits[s].offsets[-1] > 0]
-    groups: list[tuple[views.View, range]] = [
+    groups: list[tuple[View, range]] = [
         (v, range(f.training)) for v in f.evaluation.views if v in ("personal", "global")
     ]
     if f.data.unseen:
@@ -230,7 +230,7 @@ def _evaluation(f: Setting, block: int, server: ServerState) -> float:
     )  # fmt: skip
     view, group = groups[0]
     held = {s: f.data.splits[s] for s in splits}
-    most = sum(r.sizes for r in held.values())
+    most = np.sum([r.sizes for r in held.values()], axis=0)
     clients = sorted((k for k in group if most[k]), key=lambda k: -int(most[k]))[:block]
     if not clients:
         return 0.0

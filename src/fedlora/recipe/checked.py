@@ -6,9 +6,12 @@ check.run.parameters, check.cost.memory, check.cost.seconds
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..checkpoints import peft
+from ..errors import ModelError
 from ..federation.facts import RunFacts, facts
 from ..federation.memory import resident
 from ..federation.probe import Cost, estimated, probe
@@ -51,9 +54,9 @@ def checked(r: Recipe, measure: bool = True) -> Check:
 
 def _program() -> int:
     """Resident bytes of Python with the libraries that every run needs."""
-    import peft
-    import torch
     import transformers
 
-    assert peft and torch and transformers
+    assert transformers
+    with contextlib.suppress(ModelError):
+        peft.default_targets("")  # imports PEFT
     return resident()
