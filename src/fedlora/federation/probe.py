@@ -20,13 +20,14 @@ from ..model.adapted import Batch
 from ..tree import Params, count
 from . import views
 from .engine import Engine, Schedule, blocks, in_order
-from .facts import stages
+from .facts import kind, stages
 from .memory import client_bytes, forget_peak, free_bytes, kept, peak_memory, resident
 from .run import EXACTNESS_COHORT
 from .setting import POOLED, Setting, View
 
 TIMED = 3  # steps that are timed after the one that warms up
 LONG = 3.0  # seconds of a first step from which on no more are tried
+MOST_STAGES = 3  # a server that grows with every round has a stage a round
 MARGIN = 0.9  # of the free memory that a block may take by the estimate, to be tried at all
 
 
@@ -88,7 +89,7 @@ def probe(f: Setting, block: int, program: int = 0) -> Cost:
             found = stages(f)
             # In a run's own order, since steps use what an evaluation has freed, as far as it fits.
             _evaluation(f, min(block, len(f.cohort(0))), found[0][1])
-            measured = [_stage(f, block, server) for _, server in found]
+            measured = _stages(f, block, found)
             evaluation = _evaluation(f, measured[-1].block, found[-1][1])
         finally:
             f.model.bind({})
@@ -117,6 +118,18 @@ def estimated(f: Setting, block: int, program: int = 0) -> Cost:
     start, clients = resident(), min(block, len(f.cohort(0)))
     known = min(program, start)
     return Cost(clients, known, start - known, client_bytes(f) * clients, tried=False)
+
+
+def _stages(f: Setting, block: int, found: Sequence[tuple[int, ServerState]]) -> list[_Stage]:
+    """Every stage, measured; alike ones once, and of more than MOST_STAGES some that stand for the ones after them."""
+    first: dict[object, int] = {}
+    for i, (t, server) in enumerate(found):
+        first.setdefault(kind(f, t, server), i)
+    chosen = set(np.unique(np.linspace(0, len(first) - 1, MOST_STAGES).round()).astype(int).tolist())
+    known: dict[object, _Stage] = {}
+    for n, (k, i) in enumerate(first.items()):
+        known[k] = _stage(f, block, found[i][1]) if n in chosen else known[list(first)[n - 1]]
+    return [known[kind(f, t, server)] for t, server in found]
 
 
 def _held(f: Setting, measured: Sequence[_Stage], block: int) -> int:
