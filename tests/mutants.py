@@ -317,6 +317,16 @@ MUTANTS = (
     Mutant("rows that the cache holds are whole", "data/load.py", 'return Encoded(**{**found, "truncated": int(found["truncated"][0])})', 'return Encoded(**{**found, "truncated": 0})', "tests/test_tokenize.py -k are_cut"),
     # whole runs, and pairs of them
     Mutant("pairs are of any partitions of one size", "report/tables.py", '"rows" if "rows" in r.partition else "histogram", "sizes")])', '"sizes")])', "tests/test_report.py -k other_partitions"),
+    # check and its doctor
+    Mutant("the tried block is one client", "federation/probe.py", "some = in_order(cohort)[:block]", "some = in_order(cohort)[:1]", "tests/test_check.py -k measured"),
+    Mutant("a block that cannot fit is tried", "federation/probe.py", "if guess.training > MARGIN * free:", "if False:", "tests/test_check.py -k surely"),
+    Mutant("a bin loses its last client", "cli/checks.py", "counts[(n - low) // width] += 1", "counts[(n - low) // width] = 1", "tests/test_check.py -k bins"),
+    Mutant("a sweep's total is its last run's", "cli/checks.py", 'size(sum(c.run.bytes["down"] + c.run.bytes["up"] for c in found))', 'size(found[-1].run.bytes["down"] + found[-1].run.bytes["up"])', "tests/test_check.py -k sweep"),
+    Mutant("the first of equal rows is the duplicate", "data/doctor.py", "again = np.setdiff1d(train, train[first])", "again = train[first]", "tests/test_doctor.py -k 'duplicates or clean'"),
+    Mutant("a leak is a row on two sides", "data/doctor.py", "np.isin(key[seen.sides[side]], key[train])", "np.isin(seen.sides[side], train)", "tests/test_doctor.py -k duplicates"),
+    Mutant("spellings of a missing value are classes", "data/doctor.py", 'return "" if plain in MISSING else plain', "return plain", "tests/test_doctor.py -k spelling"),
+    Mutant("a cut row is as long as what is left", "data/doctor.py", "full = np.flatnonzero(n >= limit)", "full = np.flatnonzero(n > limit)", "tests/test_doctor.py -k lengths"),
+    Mutant("places are counted from 0", "data/doctor.py", 'return f"row {i + 1}"', 'return f"row {i}"', "tests/test_doctor.py -k empty"),
     Mutant("a partition is told by its sizes", "federation/summary.py", "rows.update(split.encode() + part.tobytes())", "rows.update(split.encode() + str(len(part)).encode())", "tests/test_report.py -k which_rows"),
     Mutant("a schedule begins again in every round", "federation/engine.py", "(info.round + (step + 0.5) / steps) / max(info.rounds, 1)", "(step + 0.5) / steps", "tests/test_law_run.py -k loops"),
     Mutant("kept moments are thrown away", "methods/sgd.py", 'if self.moments == "keep" else {}', 'if self.moments == "keep!" else {}', "tests/test_law_run.py -k loops"),

@@ -23,6 +23,7 @@ from rich.console import Console
 
 import fedlora as fl
 from fedlora.cli import checks
+from fedlora.data.doctor import DataFacts
 from fedlora.federation.facts import facts
 from fedlora.federation.memory import client_bytes
 from fedlora.federation.probe import estimated, probe
@@ -175,7 +176,7 @@ def test_it_is_readable_at_80_columns(classes: int, clients: int, tmp_path: Path
         model, fl.Classification(classes), data, HomLoRA(rank=2), tmp_path / "r", sampling=Sampling(rounds=2)
     )
     recipe = fl.Recipe.from_dict({"data": {"source": "demo"}, "method": "homlora"})
-    text = shown(Check(recipe, facts(f, 4), estimated(f, 4)))
+    text = shown(Check(recipe, DataFacts({}, None, ()), facts(f, 4), estimated(f, 4)))
     lines = [x.rstrip() for x in text.splitlines()]
     assert max(map(len, lines)) <= 80
     assert len(lines) < 75

@@ -76,6 +76,7 @@ def test_check_and_the_records_say_which_and_why(monkeypatch: pytest.MonkeyPatch
     from rich.console import Console
 
     from fedlora.cli import checks
+    from fedlora.data.doctor import DataFacts
     from fedlora.federation.facts import facts
     from fedlora.federation.probe import estimated
     from fedlora.federation.summary import environment
@@ -94,5 +95,5 @@ def test_check_and_the_records_say_which_and_why(monkeypatch: pytest.MonkeyPatch
     assert fed.model.dtype == torch.bfloat16
     assert environment(fed)["numbers"] == "bf16, because the recipe says so"
     console = Console(width=80, record=True, file=io.StringIO())
-    checks.one(console, Check(recipe, facts(fed, 1), estimated(fed, 1)))
+    checks.one(console, Check(recipe, DataFacts({}, None, ()), facts(fed, 1), estimated(fed, 1)))
     assert "bf16, because the recipe says so" in " ".join(console.export_text().split())

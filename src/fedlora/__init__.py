@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "adapters": "LoRA VeRA",
-    "api": "Run adapt load run",
+    "api": "Run adapt check load run",
     "data.batches": "LocalWork Plan",
     "data.examples": "Arrays Rows Tokens",
     "data.federated": "FederatedData assemble from_arrays",
@@ -35,6 +35,7 @@ _HOME = {
     "model.adapted": "Adapted",
     "model.targets": "matching",
     "recipe": "Recipe",
+    "recipe.checked": "Check",
     "training.loss": "Loss",
     "training.optimizers": "AdamW Optimizer SGD",
     "training.task": "Task",

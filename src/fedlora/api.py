@@ -15,6 +15,7 @@ from .federation.store import Which
 from .model.adapted import Adapted
 from .model.targets import matching
 from .recipe import Recipe, build, places
+from .recipe.checked import Check, checked
 from .serving import export
 from .serving.predict import Request, predict_texts
 from .training.task import Prediction
@@ -33,6 +34,15 @@ def run(
     problems of the recipe at once.
     """
     return build.federation(_recipe(recipe, sets), output).run(watch)
+
+
+def check(recipe: str | Path | Mapping[str, Any] | Recipe, sets: Sequence[str] = (), measure: bool = True) -> Check:
+    """What a recipe would do: facts of its run and its data, and what it takes by a few steps that are thrown away.
+
+    measure: whether these steps are tried; without them memory is estimated and time is not told. Raises ConfigError with all
+    problems of the recipe at once.
+    """
+    return checked(_recipe(recipe, sets), measure)
 
 
 def _recipe(recipe: str | Path | Mapping[str, Any] | Recipe, sets: Sequence[str]) -> Recipe:

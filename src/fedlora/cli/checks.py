@@ -76,6 +76,19 @@ def one(out: Console, c: Check) -> None:
         _clients(out, c)
         if run.label_names:
             _classes(out, c)
+    _findings(out, c)
+
+
+def _findings(out: Console, c: Check) -> None:
+    """What is odd in the data, a paragraph for each."""
+    if not c.data.findings:
+        out.print("Nothing odd in the data.")
+        return
+    out.print(Text("odd in the data", style="bold yellow"))
+    grid = Table.grid(padding=(0, 1))
+    for f in c.data.findings:
+        grid.add_row("-", Text(str(f)))
+    out.print(grid)
 
 
 def _facts(c: Check) -> list[tuple[str, str]]:
@@ -94,6 +107,7 @@ def _facts(c: Check) -> list[tuple[str, str]]:
         ("computes", f"base in {run.numbers}, adapters in fp32, on {run.device}; attention {run.attention or 'its own'}; operators: {run.kernels}"),
         ("layers", _list(layers)),
         ("rows", ", ".join(f"{n:,} {s}" for s, n in run.rows.items()) + cut),
+        *([("tokens", tokens(c))] if c.data.tokens else []),
         ("clients", f"{run.clients:,} train, {run.unseen:,} unseen, {run.cohort:,} a round, {run.block} in a block"),
         ("rounds", f"{run.rounds}, {run.steps} local steps of batch {r.train.batch_size}"),
         ("trained", f"{p['trainable']:,} numbers a client, of which head {p['head']:,}"),
@@ -103,6 +117,14 @@ def _facts(c: Check) -> list[tuple[str, str]]:
         ("memory", memory(c.cost)),
         ("time", time(c.cost, run.rounds)),
     ]  # fmt: skip
+
+
+def tokens(c: Check) -> str:
+    """How long rows are."""
+    t = c.data.tokens
+    assert t is not None
+    cut = f"; {t.cut:.1%} of the rows are cut to {c.recipe.data.max_length}" if t.cut else "; none is cut"
+    return f"median {t.median:,}, 95 % up to {t.most:,}, longest {t.longest:,}{cut}"
 
 
 def memory(cost: Cost) -> str:
@@ -217,7 +239,8 @@ def _classes(out: Console, c: Check) -> None:
 def many(out: Console, found: Sequence[Check]) -> None:
     """A line for each run of a sweep, and totals."""
     names = [c.recipe.name for c in found]
-    table = _table(f"{len(found)} runs are valid", "run", "clients", "trained", "sent", "memory", "time")
+    out.print(Text(f"{len(found)} runs are valid", style="bold"))
+    table = _table("", "run", "clients", "trained", "sent", "memory", "time")
     for name, c in zip(names, found, strict=True):
         sent = c.run.bytes["down"] + c.run.bytes["up"]
         table.add_row(
@@ -234,3 +257,8 @@ def many(out: Console, found: Sequence[Check]) -> None:
         column.no_wrap = True
     table.columns[0].overflow = "fold"
     out.print(table)
+    odd = dict.fromkeys(str(f) for c in found for f in c.data.findings)
+    if odd:
+        out.print(Text("odd in the data", style="bold yellow"))
+    for text in odd:
+        out.print(Text(f"- {text}"))

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import ConfigError, DataError, Problem, near
 from ..seeds import np_rng
 from .examples import Arrays, Rows, Tokens
-from .load import DEMO_CLIENT, Column, Reader, load
+from .load import DEMO_CLIENT, Column, Look, Reader, load
 from .partition import Given, group, label_permutation
 from .partitions import PARTITIONS
 from .split import histograms, like, split
@@ -76,12 +76,14 @@ def assemble(
     task: Reader,
     seed: int,
     cache: Path | None = None,
+    look: Look | None = None,
 ) -> FederatedData:
-    """The data that the recipe's sections `data` and `partition` describe. Raises ConfigError or DataError."""
+    """The data that the recipe's sections `data` and `partition` describe. look: is shown what was read (doctor.py). Raises
+    ConfigError or DataError."""
     by = data.get("client") or partition.get("column")
     if partition["kind"] == NATURAL and by is None and data["source"] == "demo":
         by = DEMO_CLIENT
-    loaded = load(tokenizer, data, task, seed, by, cache)
+    loaded = load(tokenizer, data, task, seed, by, cache, look)
     kind = NATURAL if data.get("client") else partition["kind"]
     fed = _divided(
         loaded.examples, loaded.groups, loaded.names, loaded.column, loaded.origin, {**partition, "kind": kind}, seed

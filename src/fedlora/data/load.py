@@ -95,6 +95,9 @@ class Reader(Protocol):
         """The labels of every table. Raises DataError."""
 
 
+Look = Callable[[Mapping[int, "pa.Table"], Sequence[Texts], Sequence[Encoded]], None]
+
+
 def load(
     tokenizer: Any,
     data: Mapping[str, Any],
@@ -102,10 +105,12 @@ def load(
     seed: int,
     by: str | None = None,
     cache: Path | None = None,
+    look: Look | None = None,
 ) -> Loaded:
     """Rows of the recipe section `data`, ready to train on.
 
-    by: the column that the partition asks for. cache: folder of tokenised texts; None for the user's cache folder.
+    by: the column that the partition asks for. cache: folder of tokenised texts; None for the user's cache folder. look: is shown
+    what was read.
     Raises DataError for what is missing, malformed or unlabelled.
     """
     if data["source"] == "demo":
@@ -113,6 +118,8 @@ def load(
     tables = _tables(data, seed)
     inputs = [task.texts(t, data) for t in tables.values()]
     encoded = [_tokens(tokenizer, x, data["max_length"], cache) for x in inputs]
+    if look is not None:
+        look(tables, inputs, encoded)
     how = inputs[0].how
     if how in LOST and (cut := sum(e.truncated for e in encoded)):
         warnings.warn(

@@ -13,6 +13,7 @@ from .. import kernels
 from ..checkpoints import peft, pretrained
 from ..data.batches import LocalWork
 from ..data.federated import FederatedData, assemble
+from ..data.load import Look
 from ..errors import ConfigError, FedloraError, Problem
 from ..federation import tensorboard
 from ..federation.engine import Schedule
@@ -81,9 +82,11 @@ def tokenizer_of(r: Recipe) -> Any:
     return pretrained.load_tokenizer(r.model.name, r.model.revision)
 
 
-def data_of(r: Recipe, tokenizer: Any, cache: Path | None = None) -> FederatedData:
-    """The clients' data, tokenised and partitioned."""
-    return assemble(tokenizer, r.data.model_dump(), r.partition.model_dump(), TASKS[r.model.task], r.run.seed, cache)
+def data_of(r: Recipe, tokenizer: Any, cache: Path | None = None, look: Look | None = None) -> FederatedData:
+    """The clients' data, tokenised and partitioned. look: is shown what was read."""
+    return assemble(
+        tokenizer, r.data.model_dump(), r.partition.model_dump(), TASKS[r.model.task], r.run.seed, cache, look
+    )
 
 
 def method_of(r: Recipe) -> Method:

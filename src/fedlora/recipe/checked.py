@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..checkpoints import peft
+from ..data.doctor import DataFacts, Doctor
+from ..data.federated import FederatedData
 from ..errors import ModelError
 from ..federation.facts import RunFacts, facts
 from ..federation.memory import resident
@@ -27,18 +29,21 @@ class Check:
     """A recipe that is valid, the facts of its run, and what it takes."""
 
     recipe: Recipe
+    data: DataFacts
     run: RunFacts
     cost: Cost
 
     def __repr__(self) -> str:
         time = f", about {seconds(self.cost.seconds)}" if self.cost.tried else ""
-        return f"Check({self.recipe.name}: {self.run.clients} clients, {size(self.cost.memory)} of memory{time})"
+        n = len(self.data.findings)
+        odd = f"{n} thing{'s' * (n != 1)} odd in the data" if n else "nothing odd in the data"
+        return f"Check({self.recipe.name}: {self.run.clients} clients, {size(self.cost.memory)} of memory{time}; {odd})"
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON has it."""
         cost = asdict(self.cost) | {"memory": self.cost.memory}
         names = {"name": self.recipe.name, "hash": self.recipe.hash}
-        return {**names, **asdict(self.run), "memory_bytes": self.cost.memory, "cost": cost}
+        return {**names, **asdict(self.run), "memory_bytes": self.cost.memory, "cost": cost, "data": asdict(self.data)}
 
 
 def checked(r: Recipe, measure: bool = True) -> Check:
@@ -47,9 +52,16 @@ def checked(r: Recipe, measure: bool = True) -> Check:
     Raises ConfigError with all problems.
     """
     program = _program()
-    fed = build.federation(r, UNUSED)
+    doctor, read = Doctor(), list[Any]()
+
+    def source(recipe: Recipe, tokenizer: Any) -> FederatedData:
+        read[:] = [tokenizer]
+        return build.data_of(recipe, tokenizer, look=doctor)
+
+    fed = build.federation(r, UNUSED, source)
+    seen = doctor.facts(read[0], r.data.model_dump(), r.partition.model_dump(), fed.data)
     block = fed.block_size()
-    return Check(r, facts(fed, block), probe(fed, block, program) if measure else estimated(fed, block, program))
+    return Check(r, seen, facts(fed, block), probe(fed, block, program) if measure else estimated(fed, block, program))
 
 
 def _program() -> int:
