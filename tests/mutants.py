@@ -35,6 +35,7 @@ class Mutant:
 CONTRACT = "tests/test_contract.py"
 DEPLOY = "tests/test_deploy.py"
 POLICY = "tests/test_policy.py"
+GENERATION = "tests/test_generation.py"
 PACKETS = "tests/test_packets.py -m 'not slow'"
 MUTANTS = (
     # engine: blocks, resume, ownership
@@ -65,6 +66,15 @@ MUTANTS = (
     Mutant("the mixed product is with the wrong leaves", "training/loss.py", "g = grad(value.sum(), [leaves[k] for k in v], create_graph=True)", "g = grad(value.sum(), [leaves[k] for k in list(leaves)[: len(v)]], create_graph=True)", "tests/test_tasks.py"),
     Mutant("lengths from the host are of rows in another order", "training/batching.py", 'lengths = batch["tokens"] if', 'lengths = batch["tokens"].flip(1) if', "tests/test_padding.py -k host"),
     Mutant("labels stay behind when rows are sorted", "training/batching.py", "[:, None], there] if v.ndim > 1 else v", '[:, None], there] if v.ndim > 1 and n != "labels" else v', "tests/test_tasks.py"),
+    # generation
+    Mutant("a client's prompts are written on by its neighbour's model", "model/decoding.py", "prompts = [a.prompts[q] for a, questions in zip(asked, filled, strict=True) for q in questions]", "prompts = [a.prompts[q] for q in range(n) for a, questions in zip(asked, filled, strict=True) for q in [questions[q]]]", f"{GENERATION} -k block_writes"),
+    Mutant("padding before a prompt is read", "model/decoding.py", "[0] * (width - len(p)) + [1] * len(p)", "[1] * width", f"{GENERATION} -k block_writes"),
+    Mutant("a text goes on behind its end", "model/decoding.py", "if t in stop), len(line))", "if t < 0), len(line))", f"{GENERATION} -k 'block_writes or row_ends'"),
+    Mutant("a draw depends on the padding", "model/decoding.py", "ids.shape[1] - self.start)", "ids.shape[1])", f"{GENERATION} -k same_in_every_block"),
+    Mutant("draws of all rows are one", "model/decoding.py", "starts(self.seeds, ids", "starts(self.seeds * 0, ids", f"{GENERATION} -k softmax"),
+    Mutant("a question is asked once for each reference", "federation/generation.py", "_, references = found.setdefault(prompt, (row, {}))", "_, references = found.setdefault((*prompt, *([-row] if row else [])), (row, {}))", f"{GENERATION} -k scores_what_its_clients"),
+    Mutant("numbers after the mark are passed over", "training/texts.py", "found[0] if mark else found[-1]", "found[-1]", f"{GENERATION} -k gsm8k"),
+    Mutant("only the first reference counts", "training/texts.py", "most = max(map(len, references))", "most = 1", f"{GENERATION} -k sacrebleus"),
     # compiled operators
     Mutant("a run's numbers are chosen anew where it is resumed", "recipe/core.py", '        plain["model"]["dtype"] = self.numbers.dtype\n', "", "tests/test_dtype.py"),
     Mutant("bf16 is taken on any processor", "recipe/device.py", "if able.get(name)", "if able is not None", "tests/test_dtype.py"),

@@ -57,6 +57,28 @@ def strings(table: pa.Table, name: str, field: str) -> list[str]:
     return out
 
 
+def lists(table: pa.Table, name: str, field: str) -> list[list[str]]:
+    """The column as one list of texts a row; a column of text has one in each. Raises DataError for other types and empty lists."""
+    import pyarrow as pa
+
+    kind = column(table, name, field).type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return [[t] for t in strings(table, name, field)]
+    inner = kind.value_type
+    if not (pa.types.is_string(inner) or pa.types.is_large_string(inner)):
+        raise DataError(
+            f"{field}: column {name!r} holds {kind}, expected texts or lists of texts; choose another column"
+        )
+    found: list[list[str]] = full(table, name, field).to_pylist()
+    for i, texts in enumerate(found):
+        if not texts or any(t is None for t in texts):
+            what = "an empty list" if not texts else "a list with a missing text"
+            raise DataError(
+                f"{field}: column {name!r} has {what} in row {i + 1}, expected one text or more; fill or remove it"
+            )
+    return found
+
+
 def codes(values: pa.ChunkedArray, name: str, field: str) -> tuple[np.ndarray, list[Any]]:
     """Distinct values by number: int64 [n] and the sorted values (integers as integers, dates as text).
 

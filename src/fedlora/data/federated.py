@@ -33,6 +33,9 @@ class FederatedData:
     groups: np.ndarray | None = None  # int64 [n] class of each row; None: that of the examples' labels
     truncated: int = 0  # rows cut to the longest length
     outputs: tuple[str, ...] = ()  # names of the model's outputs, where they are no classes of rows: tags, or labels
+    references: Mapping[int, tuple[str, ...]] | None = (
+        None  # row -> texts that answer its prompt, of all rows that do not train
+    )
 
     def histogram(self, split: str) -> np.ndarray:
         """Rows of each class that each client holds in a split, int64 [clients classes]."""
@@ -91,7 +94,11 @@ def assemble(
     site = data.get("site")
     if site is not None:
         fed = replace(fed, ids=[site] if kind != NATURAL and len(fed.ids) == 1 else [f"{site}/{c}" for c in fed.ids])
-    return replace(fed, truncated=loaded.truncated, outputs=loaded.outputs)
+    kept = None
+    if loaded.references is not None:
+        held = [int(i) for s, r in fed.splits.items() if s != "train" for i in r.rows]
+        kept = {i: tuple(loaded.references[i]) for i in held}
+    return replace(fed, truncated=loaded.truncated, outputs=loaded.outputs, references=kept)
 
 
 def from_arrays(

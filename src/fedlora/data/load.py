@@ -61,15 +61,27 @@ class Loaded:
     column: Column | None  # what decides the partition (kinds column and domain)
     truncated: int  # rows that lost tokens to max_length
     outputs: tuple[str, ...] = ()  # names of the model's outputs, where they are no classes of rows
+    references: Sequence[Sequence[str]] | None = None  # texts that answer each row's prompt, where rows have prompts
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The inputs of a table's rows. how: one of "texts" (first, or pairs), "words", "running" and "continuations"."""
+    """The inputs of a table's rows. how: one of "texts" (first, or pairs), "words", "running" and "continuations".
+
+    references: texts that answer each row's prompt, where they are others than `second`.
+    """
 
     how: str
     first: Sequence[Any]  # texts; for "words", lists of words
     second: Sequence[str] | None = None
+    references: Sequence[Sequence[str]] | None = None
+
+    @property
+    def answers(self) -> Sequence[Sequence[str]] | None:
+        """The references of every row; None where rows are no prompts with answers."""
+        if self.references is not None or self.how != "continuations" or self.second is None:
+            return self.references
+        return [(s,) for s in self.second]
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,15 @@ def load(
             )
     tokens = joined(encoded, pad_id=tokenizer.pad_token_id or 0, **labels)
     return Loaded(tokens, origin, take(targets.groups), targets.names, _column(tables, by, source),
-                  sum(e.truncated for e in encoded), targets.outputs)  # fmt: skip
+                  sum(e.truncated for e in encoded), targets.outputs, _references(inputs, source))  # fmt: skip
+
+
+def _references(inputs: Sequence[Texts], source: Sequence[np.ndarray]) -> list[Sequence[str]] | None:
+    """The references of every example, over all tables."""
+    parts = [x.answers for x in inputs]
+    if any(p is None for p in parts):
+        return None
+    return [p[row] for p, rows in zip(parts, source, strict=True) for row in rows.tolist() if p is not None]
 
 
 def _tables(data: Mapping[str, Any], seed: int) -> dict[int, pa.Table]:

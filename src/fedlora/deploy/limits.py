@@ -58,6 +58,8 @@ def _sizes(policy: Policy, r: Recipe) -> Iterator[Problem]:
         yield from _bound("train.epochs", t.epochs, 0, most.epochs)
     yield from _bound("train.batch_size", t.batch_size, least.batch, most.batch)
     yield from _bound("evaluation.batch_size", r.evaluation.batch_size, 1, most.batch)
+    if r.generation.scores:
+        yield from _bound("generation.new_tokens", r.generation.new_tokens, 1, most.tokens)
     yield from _bound("data.max_length", r.data.max_length, 1, most.tokens)
     yield from _bound("federation.rounds", r.federation.rounds, 1, most.rounds)
 

@@ -90,6 +90,7 @@ class Holding:
         raw["federation"] |= {"clients_per_round": None, "min_clients": 1}
         views = [v for v in raw["evaluation"]["views"] if v in SHOWN]
         raw["evaluation"] |= {"views": views or ["personal"], "analyses": []}
+        raw["generation"] = {**raw.get("generation", {}), "samples": 0}  # texts stay at their site
         raw["model"] |= {"device": self.device, **({"name": self.model} if self.model else {})}
         raw["run"] |= {"threads": self.threads, "block": self.block or "auto", "keep": "all", "tensorboard": False}
         return Recipe.from_dict(raw)

@@ -22,7 +22,11 @@ BLOCK = 1024  # 8-byte numbers in a sum
 
 def of(f: Setting) -> dict[str, str]:
     """Hex digests by what they are of: texts, labels and clients where the data are here, and base. Equal on every device."""
-    return _data(f.data) | {"base": base(f.model.base)}
+    found = _data(f.data)
+    if f.evaluation.generation is not None:
+        digest = hashlib.sha256(repr(sorted((f.data.references or {}).items())).encode())
+        found |= {"references": _short(digest)}
+    return found | {"base": base(f.model.base)}
 
 
 def _data(data: FederatedData) -> dict[str, str]:

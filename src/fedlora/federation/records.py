@@ -116,8 +116,19 @@ class AsymmetryLine(Line):
     stage: str | None = None
 
 
+@dataclass(frozen=True)
+class SamplesLine(Line):
+    """Generated texts. questions: each with its client, prompt and references; answers: client whose model it is -> one a question."""
+
+    kind: ClassVar[str] = "samples"
+    split: str
+    questions: list[dict[str, Any]]
+    answers: dict[str, list[str]]
+    stage: str | None = None
+
+
 KINDS: dict[str, type[Line]] = {
-    c.kind: c for c in (TrainLine, EvalLine, HandoverLine, CrossLine, EffectiveRanksLine, AsymmetryLine)
+    c.kind: c for c in (TrainLine, EvalLine, HandoverLine, CrossLine, EffectiveRanksLine, AsymmetryLine, SamplesLine)
 }
 
 

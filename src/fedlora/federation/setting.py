@@ -25,6 +25,7 @@ from ..training.task import Task
 from ..tree import count, select
 from .channel import Channel, unserved
 from .engine import Schedule
+from .generation import Generation
 from .guards.guard import Guard
 from .wire import Precision
 
@@ -94,6 +95,7 @@ class Evaluation:
     analyses: Sequence[Analysis] = ()
     threshold: float = 0.05
     clients: float | None = field(default=None, repr=False)
+    generation: Generation | None = field(default=None, repr=False)
 
     def scored(self, training: int, seed: int) -> list[int]:
         """Indices of the clients that are scored, ascending, of the `training` that train. Raises ConfigError for more."""
@@ -199,5 +201,6 @@ def _hash_of(f: Setting) -> str:
     sample = () if f.evaluation.clients is None else (f.evaluation.clients,)
     facts = (f.method, f.plan, f.schedule, f.sampling, f.evaluation, f.seed, *f.sampling.guards, *sample, len(f.data.ids),
              f.data.splits["train"].rows[:64].tolist(), sorted((g, len(s)) for g, s in f.model.groups.items()),
-             type(f.model.base).__name__)  # fmt: skip
+             type(f.model.base).__name__,
+             *([] if f.evaluation.generation is None else [f.evaluation.generation]))  # fmt: skip
     return hashlib.sha256(repr(facts).replace("LocalWork(", "Plan(").encode()).hexdigest()[:12]

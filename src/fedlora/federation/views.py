@@ -16,8 +16,9 @@ from ..evaluation.predictions import predict
 from ..methods.contract import RoundInfo, ServerState
 from ..training.metrics import Scores, summary
 from ..tree import Params, select, stack, unstack
+from . import generation
 from .engine import Engine, Schedule, train_block
-from .records import AsymmetryLine, CrossLine, EffectiveRanksLine, EvalLine, Line
+from .records import AsymmetryLine, CrossLine, EffectiveRanksLine, EvalLine, Line, SamplesLine
 from .setting import Setting, View
 
 
@@ -88,6 +89,8 @@ def evaluate(f: Setting, engine: Engine, server: ServerState) -> list[Line]:
             lines.append(scored(f, server.round, view, split, found[split], of=0 if view == "unseen" else of))
     if "cross" in f.evaluation.views and server.round == f.sampling.rounds:
         lines.append(cross(f, engine, server))
+    if (g := f.evaluation.generation) is not None and g.samples and server.round == f.sampling.rounds:
+        lines += samples(f, g, engine, server)
     return lines + (analyse(f, engine, server) if f.evaluation.analyses else [])
 
 
@@ -104,7 +107,11 @@ def by_split(
         models = dict(zip(part, served(f, engine, server, part, view), strict=True))
         for s in splits:
             have = [k for k in part if held[s][k]]
-            out[s] |= scores(f, [models[k] for k in have], have, s, engine.block) if have else {}
+            own = [models[k] for k in have]
+            out[s] |= scores(f, own, have, s, engine.block) if have else {}
+            if have and (g := f.evaluation.generation) is not None:
+                for id, written in generation.scores(f, g, own, have, s, engine.block).items():
+                    out[s][id] |= written
     return out
 
 
@@ -152,3 +159,29 @@ def cross(f: Setting, engine: Engine, server: ServerState) -> CrossLine:
         row = scores(f, [p] * n, chosen, "test", engine.block)
         matrix.append([row[f.data.ids[k]].get(metric, float("nan")) for k in chosen])
     return CrossLine(server.round, "test", metric, [f.data.ids[k] for k in chosen], matrix)
+
+
+def samples(f: Setting, g: generation.Generation, engine: Engine, server: ServerState) -> list[Line]:
+    """What the models of a few clients answer to one question of each of several clients, side by side."""
+    split = next((s for s in ("test", "validation") if s in f.data.splits and f.data.splits[s].offsets[-1] > 0), None)
+    if split is None:
+        return []
+    clients = some(f)[:: -(-len(some(f)) // generation.MOST_SAMPLED)]
+    held = [k for k in dict.fromkeys([*clients, *range(f.training)]) if f.data.splits[split].sizes[k]]
+    owners = held[: g.samples]
+    chosen = [generation.asked(f, g, k, split)[0] for k in owners]
+    models = served(f, engine, server, clients, "personal")
+    found = generation.write(f, g, models, [chosen] * len(clients), engine.block)
+    asked = [
+        {
+            "client": f.data.ids[k],
+            "prompt": g.tokenizer.decode(list(q.prompt), skip_special_tokens=True),
+            "references": list(q.references),
+        }
+        for k, q in zip(owners, chosen, strict=True)
+    ]
+    return [
+        SamplesLine(
+            server.round, split, asked, {f.data.ids[k]: list(w.answers) for k, w in zip(clients, found, strict=True)}
+        )
+    ]

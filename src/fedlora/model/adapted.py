@@ -238,10 +238,13 @@ class Adapted:
         return y.unflatten(0, first.shape[:2])
 
     @contextmanager
-    def serving(self, p: Params) -> Iterator[None]:
-        """The base itself computes with deltas p (K = 1) bound: for `generate`, which calls it many times."""
+    def serving(self, p: Params, clients: int = 1, rows: int = 1) -> Iterator[None]:
+        """The base itself computes with deltas p [K ...] bound: for `generate`, which calls it many times.
+
+        clients: K; rows: of each client, which follow each other.
+        """
         self.bind(p)
-        self._clients, self._all_rows = 1, 1
+        self._clients, self._all_rows = clients, clients * rows
         config: Any = self.base.config
         cache = getattr(config, "use_cache", None)
         config.use_cache = True

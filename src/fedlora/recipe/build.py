@@ -15,14 +15,17 @@ from ..data.batches import LocalWork
 from ..data.federated import FederatedData, assemble
 from ..data.load import Look
 from ..errors import ConfigError, FedloraError, Problem
-from ..federation import tensorboard
+from ..federation import generation, tensorboard
 from ..federation.engine import Schedule
+from ..federation.generation import Generation
 from ..federation.run import Federation
 from ..federation.setting import Evaluation, Sampling
 from ..methods.contract import Method
 from ..model.adapted import Adapted
+from ..model.decoding import Decoding
 from ..model.groups import groups
 from ..model.targets import matching
+from ..training import texts
 from ..training.optimizers import SGD, AdamW, Optimizer
 from ..training.task import Task
 from ..training.tasks import TASKS
@@ -89,6 +92,13 @@ def data_of(r: Recipe, tokenizer: Any, cache: Path | None = None, look: Look | N
     )
 
 
+def generation_of(r: Recipe, tokenizer: Any) -> Generation | None:
+    """What is written in evaluations; None where no score of it is asked for."""
+    g = r.generation
+    how = Decoding(g.new_tokens, g.temperature, g.top_p, g.top_k)
+    return Generation(g.scores, how, g.rows, g.samples, tokenizer) if g.scores else None
+
+
 def method_of(r: Recipe) -> Method:
     """The method with its optimizer and clipping filled in from the train section."""
     return r.method_object()
@@ -120,6 +130,8 @@ def federation(
     attempt("model.device", lambda: device_of(r.model.device))
     if r.run.tensorboard:
         attempt("run.tensorboard", tensorboard.check)
+    if r.generation.scores:
+        attempt("generation.scores", lambda: texts.check("generation.scores", r.generation.scores))
     attention = attempt("model.attention", lambda: attention_of(r, method)) if method else None
     tokenizer = attempt("model", lambda: tokenizer_of(r))
     data = attempt("data", lambda: source(r, tokenizer)) if tokenizer is not None else None
@@ -164,6 +176,7 @@ def federation(
             analyses=r.evaluation.analyses,
             threshold=r.evaluation.threshold,
             clients=r.evaluation.clients,
+            generation=generation_of(r, tokenizer),
         ),
         seed=r.run.seed,
         block=r.run.block,
@@ -176,6 +189,8 @@ def federation(
         numbers=f"{r.numbers.dtype}, because {r.numbers.why}",
     )
     fed.store.places = places.of(r, fed.store.root)
+    if r.generation.scores and len(data.examples):
+        attempt("generation.scores", lambda: generation.check(data))
     if fed.training:
         attempt("federation.clients_per_round", lambda: fed.sampling.size(fed.training))
     attempt("method", lambda: method.init(fed.context))

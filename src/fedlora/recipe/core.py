@@ -19,19 +19,44 @@ from .hyperparameters import MethodSection
 from .overrides import apply
 from .problems import UNTYPED, dumps, of_fields
 from .rules import Partial, broken
-from .sections import SECTIONS, Data, Deployment, Evaluation, Federation, Model, Partition, Run, Section, Train
+from .sections import (
+    SECTIONS,
+    Data,
+    Deployment,
+    Evaluation,
+    Federation,
+    Generation,
+    Model,
+    Partition,
+    Run,
+    Section,
+    Train,
+)
 
 if TYPE_CHECKING:
     from ..federation.guards.guard import Guard
     from ..methods.contract import Method
 
-ORDER = ("name", "model", "data", "partition", "method", "train", "federation", "evaluation", "deployment", "run")
+ORDER = (
+    "name",
+    "model",
+    "data",
+    "partition",
+    "method",
+    "train",
+    "federation",
+    "evaluation",
+    "generation",
+    "deployment",
+    "run",
+)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+LATER_SECTIONS = ("generation",)  # a section that is left out of the hash as a whole where it says nothing
 SHOWN = ("target", "bandwidth")  # fields of the section evaluation that only reports use
 # These fields came after 0.1; at their defaults they are left out of the hash, so that older hashes stay.
 LATER = {
     "model": ("kernels", "threshold"),
-    "data": ("classes", "site"),
+    "data": ("classes", "site", "references"),
     "federation": ("precision", "norm_bound", "guards"),
     "evaluation": ("clients",),
 }
@@ -54,6 +79,7 @@ class Recipe(BaseModel):
     train: Train = Train()
     federation: Federation = Federation()
     evaluation: Evaluation = Evaluation()
+    generation: Generation = Generation()
     deployment: Deployment = Deployment()
     run: Run = Run()
     _method: Any = PrivateAttr()
@@ -139,6 +165,9 @@ class Recipe(BaseModel):
         for name, fields in LATER.items():
             usual = defaults(SECTIONS[name])
             decisive[name] = {k: v for k, v in decisive[name].items() if k not in fields or v != usual[k]}
+        for name in LATER_SECTIONS:
+            if decisive[name] == defaults(SECTIONS[name]):
+                del decisive[name]
         decisive["run"] = {k: decisive["run"][k] for k in RESULT}
         decisive["evaluation"] = {k: v for k, v in decisive["evaluation"].items() if k not in SHOWN}
         text = json.dumps(decisive, sort_keys=True, separators=(",", ":"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.template import names
 from ..errors import Problem, near
-from .sections import Data, Evaluation, Federation, Model, Partition, Run, Section, Train
+from .sections import Data, Evaluation, Federation, Generation, Model, Partition, Run, Section, Train
 
 if TYPE_CHECKING:
     from ..training.task import Task
@@ -76,6 +76,23 @@ def options(model: Model) -> Iterator[Problem]:
         if value != usual and field not in _task(model).options:
             whose = ", ".join(name for name, t in _tasks().items() if field in t.options)
             yield Problem(f"model.{field}", value, f"{usual} for {model.task}", f"only {whose} reads it: leave it out")
+
+
+def generation(model: Model, data: Data, generation: Generation) -> Iterator[Problem]:
+    g = generation
+    if g.scores and not _task(model).over_vocabulary:
+        yield Problem("generation.scores", list(g.scores), f"none for {model.task}", "set model.task to causal-lm")
+    elif g.scores and data.completion is None:
+        what = "name data.prompt and data.completion, or leave it out"
+        yield Problem("generation.scores", list(g.scores), "none for texts without prompts", what)
+    if len(set(g.scores)) < len(g.scores):
+        yield Problem("generation.scores", list(g.scores), "each score once", "drop the repetition")
+    for field in ("top_p", "top_k"):
+        value, usual = getattr(g, field), Generation.model_fields[field].default
+        if not g.temperature and value != usual:
+            yield Problem(
+                f"generation.{field}", value, f"{usual} at temperature 0", "set generation.temperature to draw"
+            )
 
 
 def template(data: Data) -> Iterator[Problem]:
@@ -204,6 +221,7 @@ RULES: tuple[Rule, ...] = (
     targets,
     options,
     columns,
+    generation,
     template,
     encoding,
     clients,

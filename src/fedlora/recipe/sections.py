@@ -80,6 +80,8 @@ class Data(Section):
     prompt: Text | None = None
     """Column that a causal language model reads without loss, before `completion`."""
     completion: Text | None = None
+    references: Text | None = None
+    """Column of the texts, or lists of texts, with which generated answers are compared; null takes `completion`."""
     template: Text | None = None
     """Text made of several columns, instead of `text` or `prompt`: "{subject} {body}"; {text} and {prompt} are those columns."""
     test: Text | None = None
@@ -192,6 +194,25 @@ class Evaluation(Section):
     """Megabits a second of a client, down and up, for simulated seconds."""
 
 
+class Generation(Section):
+    """Texts that a language model writes in every evaluation, scored against references."""
+
+    scores: tuple[Literal["bleu", "chrf", "rouge", "exact-match", "number-match"], ...] = ()
+    """Nothing is written without one. number-match: of the number after "####", as in GSM8K, or of the last one."""
+    new_tokens: Annotated[int, Field(ge=1, le=8192)] = 64
+    """Most tokens of an answer."""
+    temperature: NotNegative = 0.0
+    """0 takes the likeliest token; above 0 a token is drawn."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens whose probabilities sum to this."""
+    top_k: Natural = 0
+    """Draw from so many of the likeliest tokens; 0 is no limit."""
+    rows: Count | None = 64
+    """Questions of a client in each split, drawn once; null for all. Rows with the same prompt are one question."""
+    samples: Natural = 3
+    """Questions that several clients' models answer side by side in the report, after the last round."""
+
+
 class Deployment(Section):
     """Real sites (fedlora server): whom a round waits for, and how long."""
 
@@ -234,6 +255,7 @@ SECTIONS: dict[str, type[Section]] = {
     "train": Train,
     "federation": Federation,
     "evaluation": Evaluation,
+    "generation": Generation,
     "deployment": Deployment,
     "run": Run,
 }

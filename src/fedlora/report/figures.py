@@ -21,7 +21,17 @@ HEAT = 400  # up to so many clients are in a heat map; of more, evenly spaced on
 
 def words(metric: str) -> str:
     """A metric's name for people."""
-    return {"macro_f1": "macro F1", "bits_per_character": "bits per character"}.get(metric, metric)
+    return {
+        "macro_f1": "macro F1",
+        "bits_per_character": "bits per character",
+        "bleu": "BLEU",
+        "chrf": "chrF",
+        "rouge1": "ROUGE-1",
+        "rouge2": "ROUGE-2",
+        "rougeL": "ROUGE-L",
+        "exact_match": "exact match",
+        "number_match": "number match",
+    }.get(metric, metric)
 
 
 def figure(x: str, y: str, height: int = 380, **layout: Any) -> go.Figure:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..federation.records import SamplesLine
 from ..units import number, seconds, size
 from . import figures, races
 from .read import Records
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from ..bench.examples import Course
+
+
+MOST_SHOWN = 400  # characters of a generated text
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,11 @@ def run_page(run: Records) -> dict[str, Any]:
     blocks = [b for b in blocks if b.figure is not None]
     if s:
         blocks += [Block("Scores on test", table=_scores(s)), Block("Cost", table=_costs(run, s))]
+    if written := next((x for x in reversed(run.lines) if isinstance(x, SamplesLine)), None):
+        what = (
+            "One question of each of several clients, answered by the models of several clients, after the last round."
+        )
+        blocks.append(Block("What the models write", what, table=_written(written), wide=True))
     refused = [(str(x.round), c, why) for x in run.trains for c, why in x.refused.items()]
     if refused:
         blocks.append(
@@ -172,6 +181,26 @@ def _scores(s: Mapping[str, Any]) -> list[tuple[str, ...]]:
     head = ("model", "summary", *(figures.words(n) for n in names))
     words = {"mean": "mean over clients", "weighted": "weighted by rows", "worst_decile": "worst tenth"}
     return [head, *((v, words[k], *(number(x[k].get(n)) for n in names)) for v, x in s["views"].items() for k in words)]
+
+
+def _written(x: SamplesLine) -> list[tuple[str, ...]]:
+    """A row a question; the client that asks is named beside it, and each column of answers is headed by whose model wrote it."""
+    head = ("question", "reference", *(f"model of {c}" for c in x.answers))
+    return [
+        head,
+        *(
+            (
+                f"{q['client']}: {_cut(q['prompt'])}",
+                " / ".join(map(_cut, q["references"][:3])),
+                *(_cut(said[i]) for said in x.answers.values()),
+            )
+            for i, q in enumerate(x.questions)
+        ),
+    ]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 1] + "…"
 
 
 def _costs(run: Records, s: Mapping[str, Any]) -> list[tuple[str, str]]:

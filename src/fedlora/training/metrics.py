@@ -16,7 +16,8 @@ Scores = dict[str, float]
 RANGE = {  # the range of a metric's scores; a metric that is not listed may have any finite score
     "accuracy": (0.0, 1.0), "macro_f1": (0.0, 1.0), "matthews": (-1.0, 1.0), "pearson": (-1.0, 1.0), "spearman": (-1.0, 1.0),
     "micro_f1": (0.0, 1.0), "exact_match": (0.0, 1.0), "f1": (0.0, 1.0), "precision": (0.0, 1.0), "recall": (0.0, 1.0),
-    "perplexity": (0.0, math.exp(700.0)),
+    "perplexity": (0.0, math.exp(700.0)), "bleu": (0.0, 100.0), "chrf": (0.0, 100.0), "rouge1": (0.0, 1.0), "rouge2": (0.0, 1.0),
+    "rougeL": (0.0, 1.0), "number_match": (0.0, 1.0),
 }  # fmt: skip
 
 

@@ -201,7 +201,7 @@ def labelled(kind: str, data: Any, pairs: bool = True, template: bool = True) ->
         yield Problem("data.text", None, f"{many} for {kind}", "name the column of the texts")
     if data.label is None:
         yield Problem("data.label", None, f"a column for {kind}", "name the column of the labels")
-    for field in ("prompt", "completion"):
+    for field in ("prompt", "completion", "references"):
         value = getattr(data, field)
         if value is not None:
             what = "set model.task to causal-lm, or use data.text"

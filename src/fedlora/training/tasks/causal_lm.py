@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...data import encode
-from ...data.columns import strings
+from ...data.columns import lists, strings
 from ...data.labels import classes
 from ...data.load import Targets, Texts, field_of, filled
 from ...errors import DataError, Problem
+from ...model.decoding import Asked, Decoding, decode
 from ..metrics import Predictions, Scores, mean_loss
-from ..task import Prediction, Serving, Task, full
+from ..task import ROWS, Prediction, Serving, Task, full
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -64,6 +64,9 @@ class CausalLM(Task):
             yield Problem("data.completion", None, "a column beside data.prompt", "name the column of the answers")
         if data.completion is not None and data.prompt is None and data.template is None:
             yield Problem("data.prompt", None, "a column beside data.completion", "name the column of the questions")
+        if data.references is not None and data.completion is None:
+            what = "name the column of the answers that are trained"
+            yield Problem("data.completion", None, "a column beside data.references", what)
         if data.text is None and data.prompt is None and data.completion is None and data.template is None:
             what = "name a text column, or data.prompt and data.completion"
             yield Problem("data.text", None, "a column for causal-lm", what)
@@ -78,7 +81,9 @@ class CausalLM(Task):
         first = filled(table, data) if template else None
         if completion:
             answers = strings(table, completion, "data.completion")
-            return Texts("continuations", first or strings(table, data["prompt"], "data.prompt"), answers)
+            prompts = first or strings(table, data["prompt"], "data.prompt")
+            more = data.get("references")
+            return Texts("continuations", prompts, answers, lists(table, more, "data.references") if more else None)
         return Texts("running", first or strings(table, data["text"], "data.text"))
 
     @classmethod
@@ -112,7 +117,18 @@ class CausalLM(Task):
                 stacklevel=2,
             )
         fitted = [p if len(p) <= room else [*p[:before], *p[len(p) - room + before :]] for p in prompts]
-        return [_continue(serving, t, p) for t, p in zip(texts, fitted, strict=True)]
+        params = {k: v[0] for k, v in serving.deltas.items()}
+        how, pad = Decoding(serving.new_tokens), serving.tokenizer.pad_token_id or 0
+        [said] = decode(
+            serving.model, [Asked(params, fitted, [0] * len(fitted))], how, pad, ends(serving.tokenizer), ROWS, 1
+        )
+        decoded = (serving.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said)
+        return [Prediction(t, d) for t, d in zip(texts, decoded, strict=True)]
+
+
+def ends(tokenizer: Any) -> list[int]:
+    """The token with which completions end in training; [] for a tokenizer that has none."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def _measures(p: Predictions) -> Scores:
@@ -137,18 +153,3 @@ def _prompt(s: Serving, text: str, number: int) -> list[int]:
             )
         ids = [begin]
     return ids
-
-
-def _continue(s: Serving, text: str, prompt: list[int]) -> Prediction:
-    ids = torch.tensor([prompt], device=s.model.device)
-    with torch.inference_mode(), s.model.serving(s.deltas):
-        base: Any = s.model.base
-        pad = s.tokenizer.pad_token_id
-        out = base.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=s.new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-        )
-    return Prediction(text, s.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).strip())
