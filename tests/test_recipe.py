@@ -428,6 +428,7 @@ train: {steps: 11, epochs: 1.0, batch_size: 8, optimizer: sgd, lr: 1.0, betas: [
         schedule: linear, warmup: 0.1, clip: 1.0, accumulation: 2, dropout: false}
 federation: {rounds: 11, clients_per_round: 4, cohort: fixed, min_clients: 2, precision: int8, norm_bound: 5.0, guards: [clip]}
 evaluation: {every: 2, views: [global], clients: 3, cross_clients: 4, batch_size: 32, analyses: [asymmetry], threshold: 0.1, target: 0.5, bandwidth: [5, 1]}
+generation: {new_tokens: 9, temperature: 0.5, rows: null, samples: 1}
 deployment: {clients: 3, deadline: 10.0, over_selection: 1.5, attempts: 2, histograms: true, same_base: false, bound: null}
 run: {seed: 1, block: 2, output: elsewhere, tensorboard: true, keep: all, threads: 1}
 """
@@ -446,7 +447,10 @@ SAME_RESULT = {
     "deployment.attempts",
     "deployment.histograms",
 }
-NOT_ALONE = {"data.prompt", "data.completion", "train.momentum", "model.threshold"}  # need other fields beside them
+NOT_ALONE = {  # need other fields beside them
+    "data.prompt", "data.completion", "data.references", "train.momentum", "model.threshold", "generation.scores", "generation.top_p",
+    "generation.top_k",
+}  # fmt: skip
 
 
 def test_hash_changes_with_all_that_decides_the_result() -> None:
