@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := pyproject.toml constraints.txt
 
-.PHONY: help demo test slow lint types imports pytest format docs mutants bench gpu attacks clean
+.PHONY: help demo test slow lint types imports pytest format docs mutants bench gpu reliability attacks clean
 
 help:
 	@echo "make demo     compare four methods on real text, with a report (about five minutes after installation)"
@@ -19,6 +19,7 @@ help:
 	@echo "make mutants  plant known bugs one by one; every one must be found"
 	@echo "make bench    speed beside plain PyTorch + PEFT, on the same work"
 	@echo "make gpu      device tests, speed and memory of one GPU, in under ten minutes"
+	@echo "make reliability  kills, damage, hostile messages and an hour's run, counted (two hours; PARTS=... for some)"
 	@echo "make attacks  what attackers do to each method under each defence (TEXTS=file.parquet)"
 	@echo "make clean    remove the virtual environment and the caches"
 
@@ -61,6 +62,10 @@ bench: $(VENV)/.installed-demo
 # pip brings a build of PyTorch for the GPU where one is offered; a Python that has one already is used with VENV=.
 gpu: $(VENV)/.installed-dev
 	$(BIN)/python bench/gpu.py
+
+# PARTS: kills events damage fuzz soak connections; by default those whose results are not there yet.
+reliability: $(VENV)/.installed-dev
+	$(BIN)/python bench/reliability.py $(PARTS)
 
 # TEXTS: a Parquet file with the columns text and label, such as 20 Newsgroups.
 attacks: $(VENV)/.installed-demo

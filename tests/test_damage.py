@@ -44,17 +44,18 @@ from fedlora.tree import Key, Params
 RECIPE = {"method": {"name": "x"}, "run": {"seed": 0}}
 
 
+def scored_plainly(self: Classification, found: Any) -> Any:
+    """A score without scikit-learn, whose many measures take most of the time of a small run."""
+    for p in found:
+        right = float((p.values == p.labels).mean())
+        yield {"n": len(p.losses), "loss": float(p.losses.mean()), "accuracy": right}
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
-    """A run of some milliseconds: a plain score instead of scikit-learn's many, and a disk that need not be waited for."""
-
-    def plain(self: Classification, found: Any) -> Any:
-        for p in found:
-            right = float((p.values == p.labels).mean())
-            yield {"n": len(p.losses), "loss": float(p.losses.mean()), "accuracy": right}
-
+    """A run of some milliseconds: a plain score, and a disk that need not be waited for."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(Classification, "scores", plain)
+        m.setattr(Classification, "scores", scored_plainly)
         m.setattr(summary, "environment", lambda f: {"python": "3"})
         m.setattr(os, "fsync", lambda fd: None)
         yield
