@@ -144,6 +144,11 @@ MUTANTS = (
     Mutant("a spectrum is one component short", "methods/florist.py", "int(short.sum()) + 1", "max(int(short.sum()), 1)", "tests/test_law_factors.py"),
     Mutant("a new component of a weak client is trained beyond its rank", "methods/florist.py", " & (rows < ranks.to(v.device)[:, None])", "", "tests/test_law_factors.py"),
     Mutant("Fed-SB's factors are not orthonormal", "adapters/lora_xs.py", "b, a = b / b.norm(dim=0), a / a.norm(dim=1, keepdim=True)", "pass", "tests/test_law_factors.py"),
+    Mutant("a weak client counts as zero beyond its rank", "methods/flexlora.py", "b = b / held[found.component].to(b)", "pass", "tests/test_law_ranks.py"),
+    Mutant("a component that nobody holds is forgotten", "methods/flexlora.py", "else (held == 0))", "else (held < 0))", "tests/test_law_ranks.py"),
+    Mutant("differences leave out what the server had", "methods/flexlora.py", "((1 - held) if", "((0 * held) if", "tests/test_law_ranks.py"),
+    Mutant("RBLA's weights are of all clients", "methods/ranks.py", "[:, :r] += torch", "[:, :] += torch", "tests/test_law_ranks.py"),
+    Mutant("the spectrum is of singular values", "methods/ranks.py", "energy[: len(s)] += s.square()", "energy[: len(s)] += s", "tests/test_law_ranks.py"),
     # summary and report
     Mutant("a hand-over's scores are a round's", "federation/summary.py", "if isinstance(x, EvalLine) and x.stage is None]", "if isinstance(x, EvalLine)]", "tests/test_federation.py -k hand_over"),
     Mutant("the untrained model is one of the last rounds", "federation/summary.py", "metric in x.mean and x.round]", "metric in x.mean]", "tests/test_federation.py -k hand_over"),
@@ -190,7 +195,7 @@ MUTANTS = (
     Mutant("FedSA shares B", "methods/average.py", "return k.part in self.form.first", "return k.part in self.form.second", f"tests/test_law_fedsa.py {CONTRACT} -k 'fedsa'"),
     Mutant("FFA trains A", "methods/average.py", "return k.part in self.form.second\n\n    def shares(self, k: Key) -> bool:\n        return True", "return True\n\n    def shares(self, k: Key) -> bool:\n        return True", f"{CONTRACT} -k ffa"),
     # baselines
-    Mutant("FlexLoRA averages factors", "methods/ranks.py", "(torch.cat(b, 1) / total, torch.cat(rows[layer], 0))", "(sum(b) / total, sum(rows[layer]))", "tests/test_law_baselines.py -k flexlora"),
+    Mutant("FlexLoRA averages factors", "methods/ranks.py", "Stacked(torch.cat(b, 1) / total, torch.cat(rows[layer], 0),", "Stacked(sum(b) / total, sum(rows[layer]),", "tests/test_law_baselines.py -k flexlora"),
     Mutant("FlexLoRA weighs a product twice", "methods/ranks.py", "append(v * p**0.5)", "append(v * p)", "tests/test_law_baselines.py -k flexlora"),
     Mutant("Per-FedAvg takes the Hessian at the moved point", "methods/perfedavg.py", "loss.hessian_vector(f, x, g, draws[2])", "loss.hessian_vector(f, moved, g, draws[2])", "tests/test_law_baselines.py -k per_fedavg"),
     Mutant("Per-FedAvg's gradient is at the start", "methods/perfedavg.py", "value, g = loss.gradient(f, moved, draws[1])", "value, g = loss.gradient(f, x, draws[1])", "tests/test_law_baselines.py -k per_fedavg"),

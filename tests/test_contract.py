@@ -71,6 +71,9 @@ TABLE = {
         "lora.A lora.rank lora.norm",
     ),
     "flexlora": Row(METHODS["flexlora"](rank=4, optimizer=AdamW(1e-2)), f"lora.A lora.B lora.rank {HEAD}"),
+    "flexlora-holders": Row(
+        METHODS["flexlora"](rank=4, padding="holders", optimizer=AdamW(1e-2)), f"lora.A lora.B lora.rank {HEAD}"
+    ),
     "fedprox": Row(METHODS["fedprox"](rank=4, mu=1e-3, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
     "perfedavg": Row(METHODS["perfedavg"](rank=4, lr_personal=0.1, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
     "perfedavg-first-order": Row(

@@ -70,6 +70,8 @@ def one(out: Console, c: Check) -> None:
     for name, value in _facts(c):
         grid.add_row(Text(name, style="cyan"), Text(value))
     out.print(grid, "")
+    if run.caution:
+        out.print(Text(run.caution, style="yellow"), "")
     if run.histogram and len(run.sizes) <= MOST_CLIENTS and _fits(out, run.label_names, run.ids):
         _matrix(out, c)
     else:

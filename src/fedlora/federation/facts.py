@@ -83,10 +83,12 @@ class RunFacts:
 
     numbers, attention and kernels say in what and by which operators the base computes, and why.
     layers: modules that get adapters, a number in their names as "*", with how many there are and their shape out x in.
+    caution: what the method warns of, "" for nothing.
     block: clients that would be trained at once. histogram: training rows [clients classes], () without classes.
     """
 
     method: str
+    caution: str
     device: str
     numbers: str
     attention: str
@@ -118,6 +120,7 @@ def facts(f: Setting, block: int) -> RunFacts:
     config = getattr(f.model.base, "config", None)
     return RunFacts(
         method=repr(f.method),
+        caution=f.method.caution(f.context, (f.client(k) for k in range(f.training))),
         device=str(f.model.device),
         numbers=f.numbers or str(f.model.dtype).removeprefix("torch."),
         attention=getattr(config, "_attn_implementation", None) or "",

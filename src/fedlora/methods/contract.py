@@ -203,6 +203,10 @@ class Method(ABC):
         """Leaves of the server that an upload's factors belong with though they do not travel up, for the exactness meter."""
         return {}
 
+    def caution(self, context: Context, clients: Iterable[Client]) -> str:
+        """What `fedlora check` should warn of, as a sentence; "" where there is nothing."""
+        return ""
+
     def aggregated(self, old: ServerState, new: ServerState) -> Params:
         """Factors whose products are what a round has made of its uploads, for the exactness meter."""
         return new.params

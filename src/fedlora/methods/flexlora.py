@@ -8,6 +8,12 @@ dW is never formed: the clients' factors are stacked, [sqrt(p_1) B_1 ...] and [s
 core between their QRs gives the factors. Choices: one scale alpha / r_max for all ranks; the singular values lie on B
 (`split="B"`) or half on each side ("sqrt"). While the products have fewer components than r_max, the rest is as at the
 start: B = 0 and a drawn A, so that it can learn.
+
+With the paper's rule a client counts as zero in the components that it does not hold. So these shrink from round to round, even if
+clients send back what they received. `padding` says what it counts as there:
+    zero      as in the paper
+    server    what the server has: dW + sum_k p_k (B_k A_k - what client k received), differences of products
+    holders   nothing: component i has weights p_k / P_i, P_i the sum over the clients that hold it (raFLoRA, arXiv:2602.13486)
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from ..adapters import named
 from ..errors import Problem
 from ..tree import Key, Params, factor_product
 from .contract import Context, ServerState, Upload
-from .ranks import Ranked, stacked
+from .ranks import Ranked, Stacked, stacked
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class FlexLoRA(Ranked):
     title: ClassVar[str] = "FlexLoRA"
     paper: ClassVar[str] = "arXiv:2402.11505"
     split: Literal["B", "sqrt"] = "B"
+    padding: Literal["zero", "server", "holders"] = "zero"
 
     def problems(self) -> list[Problem]:
         bad = super().problems()
@@ -46,6 +53,10 @@ class FlexLoRA(Ranked):
             )
         return bad
 
+    @property
+    def collapses(self) -> bool:
+        return self.padding == "zero"
+
     def trains(self, k: Key) -> bool:
         return k.part != "rank"
 
@@ -54,9 +65,21 @@ class FlexLoRA(Ranked):
 
     def aggregate(self, context: Context, server: ServerState, uploads: Iterable[Upload]) -> ServerState:
         new, products = stacked(uploads, self.weight)
-        for layer, (b, a) in products.items():
-            new |= self.factors(server, layer, b, a)
+        for layer, found in products.items():
+            new |= self.factors(server, layer, *self.padded(server, layer, found))
         return ServerState(server.round + 1, server.params | new, server.notes)
+
+    def padded(self, server: ServerState, layer: str, found: Stacked) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors of the mean product, with what stands for components that some clients do not hold."""
+        b, a = found.b, found.a
+        own_b, own_a = (server.params[Key(self.label, layer, part)] for part in ("B", "A"))
+        held = found.held(self.rank)
+        if self.padding == "zero" or bool((held == 1).all()):
+            return b, a
+        if self.padding == "holders":
+            b = b / held[found.component].to(b)
+        rest = ((1 - held) if self.padding == "server" else (held == 0))[: own_b.shape[1]].to(b)
+        return torch.cat([b, own_b * rest], 1), torch.cat([a, own_a])
 
     def factors(self, server: ServerState, layer: str, b: torch.Tensor, a: torch.Tensor) -> Params:
         """The best r_max components of b @ a, filled up where there are fewer."""

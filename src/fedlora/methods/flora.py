@@ -61,8 +61,8 @@ class FLoRA(OnBase, Ranked):
     def aggregate(self, context: Context, server: ServerState, uploads: Iterable[Upload]) -> ServerState:
         rest, products = stacked(uploads, self.weight)
         params = server.params | rest
-        for layer, (b, a) in products.items():
-            params = grown(params, layer, b * self.form.scale_at(layer), a)  # type: ignore[attr-defined]
+        for layer, found in products.items():
+            params = grown(params, layer, found.b * self.form.scale_at(layer), found.a)  # type: ignore[attr-defined]
         return ServerState(server.round + 1, params, server.notes)
 
     # client -----------------------------------------------------------------------------------------------------

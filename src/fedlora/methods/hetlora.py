@@ -10,6 +10,10 @@ Choices: norms, of the tail and of p_k, over the whole model (root of the sum of
 then added up; the head keeps the whole model's p_k); one prune decision a client or one a layer; one scale alpha / r_max
 for all ranks, so that equal factors mean equal deltas; a component that no member of the cohort holds keeps its server
 value (`padding="zero"` pads literally and lets it die). Data size is not in p_k.
+
+With the paper's rule a client counts as zero in the components that it does not hold. So these shrink from round to round, even
+if clients send back what they received. `padding="holders"` takes each component's mean over the clients that hold it (RBLA,
+arXiv:2408.08699), with p_k normalised over them.
 share = "first" gives FedSA-LoRA's ownership on HetLoRA's ranks: B_k stays, its norm ||B_k A_k|| travels for p_k.
 """
 
@@ -44,7 +48,7 @@ class HetLoRA(Ranked):
     lam: float = 1e-3
     norms: Literal["model", "site"] = "model"
     decide: Literal["client", "site"] = "client"
-    padding: Literal["keep", "zero"] = "keep"
+    padding: Literal["keep", "zero", "holders"] = "keep"
     share: Literal["both", "first"] = "both"
 
     def problems(self) -> list[Problem]:
@@ -62,6 +66,10 @@ class HetLoRA(Ranked):
                 )
             )
         return bad
+
+    @property
+    def collapses(self) -> bool:
+        return self.padding != "holders"
 
     @property
     def states(self) -> bool:
@@ -85,7 +93,9 @@ class HetLoRA(Ranked):
                 known[u.client.id] = {k.layer: int(v) for k, v in u.params.items() if k.part == "rank"}
                 yield Upload(u.client, select(u.params, lambda k: k.part != "norm")), self.weights_of(u)
 
-        new = padded_mean(weighted(), server.params, self.rank, guard=self.padding == "keep")
+        new = padded_mean(
+            weighted(), server.params, self.rank, guard=self.padding != "zero", holders=self.padding == "holders"
+        )
         return ServerState(server.round + 1, server.params | new, server.notes | {"ranks": known})
 
     def weights_of(self, u: Upload) -> Callable[[Key], float]:
@@ -114,7 +124,9 @@ class HetLoRA(Ranked):
 
     def record(self, server: ServerState) -> dict[str, Any]:
         """Rank trajectories: client -> its rank now, the mean over layers where layers decide."""
-        return {"ranks": {c: sum(r.values()) / len(r) for c, r in sorted(server.notes["ranks"].items())}}
+        return super().record(server) | {
+            "ranks": {c: sum(r.values()) / len(r) for c, r in sorted(server.notes["ranks"].items())}
+        }
 
     # client -----------------------------------------------------------------------------------------------------
     def begin(self, context: Context, info: object, down: Params, kept: Params) -> Work:

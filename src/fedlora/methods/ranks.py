@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from ..errors import ConfigError, Problem
+from ..evaluation.analyses import singular_values
 from ..seeds import np_rng
 from ..tree import Key, Params, cut_rank, mean, pad_rank, rank, select
 from .contract import Client, Context, ServerState, Upload
@@ -40,14 +41,20 @@ def truncate(p: Params, ranks: Callable[[Key], int]) -> Params:
 
 
 def padded_mean(
-    uploads: Iterable[tuple[Upload, Callable[[Key], float]]], server: Params, rank_max: int, guard: bool = True
+    uploads: Iterable[tuple[Upload, Callable[[Key], float]]],
+    server: Params,
+    rank_max: int,
+    guard: bool = True,
+    holders: bool = False,
 ) -> Params:
     """sum_k p_k (leaf of client k, factors zero-padded to rank_max); p_k, which may differ by leaf, is normalised here.
 
     Weights of a leaf that are all zero count as equal. guard: a component that no cohort member holds keeps its server
-    value. Zero in both factors never trains again, so literal padding (guard=False) kills components for good.
+    value. Zero in both factors never trains again, so literal padding (guard=False) kills components for good. holders: p_k
+    is normalised for each component over the clients that hold it, so that nobody counts as zero.
     """
     held: dict[tuple[str, str], int] = {}
+    mass: dict[Key, torch.Tensor] = {}  # of each component: the holders' weights and their number, [2 r], float64
     weighted: Params = {}
     plain: Params = {}
     total: dict[Key, float] = {}
@@ -58,11 +65,18 @@ def padded_mean(
                 continue
             if rank(k, v):
                 held[k.adapter, k.layer] = max(held.get((k.adapter, k.layer), 0), rank(k, v))
-            v, w = pad_rank(k, v, rank_max), weight(k)
+            r, v, w = rank(k, v), pad_rank(k, v, rank_max), weight(k)
+            if holders and r:
+                mass.setdefault(k, torch.zeros(2, rank_max, dtype=torch.float64))[:, :r] += torch.tensor(
+                    [[w], [1.0]], dtype=torch.float64
+                )
             total[k] = total.get(k, 0.0) + w
             weighted[k] = v * w if k not in weighted else weighted[k] + v * w
             plain[k] = v.clone() if k not in plain else plain[k] + v
     new = {k: v / total[k] if total[k] > 0 else plain[k] / n for k, v in weighted.items()}
+    for k, (w, number) in mass.items():
+        across = lambda x, k=k, v=new[k]: x.clamp_min(1e-300).view(-1, 1) if k.part == "A" else x.clamp_min(1e-300)  # noqa: E731
+        new[k] = (weighted[k] / across(w) if total[k] > 0 else plain[k] / across(number)).to(plain[k].dtype)
     if guard:
         for k, v in new.items():
             r = held.get((k.adapter, k.layer), rank_max)
@@ -73,26 +87,43 @@ def padded_mean(
     return new
 
 
-def stacked(
-    uploads: Iterable[Upload], weight: Callable[[Upload], float]
-) -> tuple[Params, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """(mean of the other leaves, layer -> (b [o n], a [n i]) with b @ a = sum_k p_k B_k A_k): factors side by side."""
+class Stacked(NamedTuple):
+    """Factors side by side: b [o n], a [n i] with b @ a = sum_k p_k B_k A_k, p_k normalised."""
+
+    b: torch.Tensor
+    a: torch.Tensor
+    component: torch.Tensor  # [n] which component of its client a column is
+    share: torch.Tensor  # [n] the client's p_k, float64
+
+    def held(self, r: int) -> torch.Tensor:
+        """P_i [r], float64: the share of clients that hold component i; exactly 1 where all do."""
+        mass = torch.zeros(r, dtype=torch.float64).index_add(0, self.component, self.share)
+        return torch.where(mass > 1 - 1e-9, 1.0, mass)
+
+
+def stacked(uploads: Iterable[Upload], weight: Callable[[Upload], float]) -> tuple[Params, dict[str, Stacked]]:
+    """(mean of the other leaves, layer -> stacked factors)."""
     bs: dict[str, list[torch.Tensor]] = {}
     rows: dict[str, list[torch.Tensor]] = {}
-    total = 0.0
+    weights: list[float] = []
 
     def rest() -> Iterable[tuple[Params, float]]:
-        nonlocal total
         for u in uploads:
             p = weight(u)
-            total += p
+            weights.append(p)
             for k, v in u.params.items():
                 if k.part in ("A", "B"):
                     (rows if k.part == "A" else bs).setdefault(k.layer, []).append(v * p**0.5)
             yield select(u.params, lambda k: k.part not in ("A", "B", "rank")), p
 
-    new = mean(rest())
-    return new, {layer: (torch.cat(b, 1) / total, torch.cat(rows[layer], 0)) for layer, b in bs.items()}
+    new, out = mean(rest()), {}
+    total = sum(weights)
+    for layer, b in bs.items():
+        sizes = torch.tensor([v.shape[1] for v in b])
+        share = torch.tensor(weights, dtype=torch.float64).repeat_interleave(sizes) / total
+        component = torch.cat([torch.arange(int(n)) for n in sizes])
+        out[layer] = Stacked(torch.cat(b, 1) / total, torch.cat(rows[layer], 0), component, share)
+    return new, out
 
 
 def lookup(ranks: Mapping[str, float], client: Client) -> float | None:
@@ -117,6 +148,30 @@ class Ranked(SGDMethod):
     @property
     def per_client(self) -> bool:
         return True
+
+    @property
+    def collapses(self) -> bool:
+        """Whether a client counts as zero in the components that it does not hold."""
+        return False
+
+    def caution(self, context: Context, clients: Iterable[Client]) -> str:
+        ranks = {self.first_rank(context, c) for c in clients}
+        if not self.collapses or len(ranks) < 2:
+            return ""
+        return (
+            f"clients have ranks from {min(ranks)} to {max(ranks)}, and count as zero beyond their own: what the server learns beyond "
+            f"rank {min(ranks)} shrinks from round to round. method.padding: holders keeps it"
+        )
+
+    def record(self, server: ServerState) -> dict[str, Any]:
+        """spectrum: share of each component in the energy (squared singular values) of the server's B A, all layers together."""
+        energy = torch.zeros(self.rank, dtype=torch.float64)
+        for k, a in server.params.items():
+            kb = k._replace(part="B")
+            if k.part == "A" and k.adapter == self.label and kb in server.params:
+                s = singular_values(server.params[kb].double(), a.double())[: self.rank]
+                energy[: len(s)] += s.square()
+        return {"spectrum": (energy / energy.sum()).tolist()} if float(energy.sum()) > 0 else {}
 
     @property
     def averages(self) -> bool:

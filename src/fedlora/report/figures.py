@@ -302,6 +302,29 @@ def exactness(run: Records) -> go.Figure | None:
     return fig
 
 
+def spectrum(run: Records) -> go.Figure | None:
+    """What the server has learned beyond its first components, over rounds."""
+    import plotly.graph_objects as go
+
+    points = [(x.round, x.extra["spectrum"]) for x in run.trains if "spectrum" in x.extra]
+    if not points:
+        return None
+    fig = figure("round", "share of the energy of B A", height=300)
+    cuts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < len(points[0][1])]
+    for i, n in enumerate(cuts):
+        fig.add_trace(
+            go.Scatter(
+                x=[r for r, _ in points],
+                y=[sum(s[n:]) for _, s in points],
+                name=f"beyond {n}",
+                mode="lines+markers",
+                line={"color": PALETTE[i % len(PALETTE)], "width": 2},
+            )
+        )
+    fig.update_yaxes(rangemode="tozero", tickformat=".1%")
+    return fig
+
+
 def ranks(run: Records) -> go.Figure | None:
     """Effective ranks, or ranks that clients chose, over rounds: a line per client, the mean over layers."""
     import plotly.graph_objects as go

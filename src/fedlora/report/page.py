@@ -99,6 +99,7 @@ def run_page(run: Records) -> dict[str, Any]:
         Block("Cost of averaging factors", "How far the product of averages is from the average of products.", figures.exactness(run)),
     ]  # fmt: skip
     blocks += [
+        Block("The server's spectrum", "What lies beyond its first components. It falls where weaker clients count as zero there.", figures.spectrum(run)),
         Block("Ranks", "Of each client over the rounds.", figures.ranks(run)),
         Block("How alike clients' factors are", "Mean over pairs of clients. Much of A's likeness is the common start.", figures.likeness(run)),
     ]  # fmt: skip
