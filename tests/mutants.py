@@ -52,6 +52,8 @@ MUTANTS = (
     Mutant("methods are scored on clients of their own", "federation/setting.py", 'np_rng(seed, "scored clients")', 'np_rng(seed, "scored clients", training, n % 3, id(self))', "tests/test_scored_clients.py -k sample"),
     Mutant("a client without training rows waits for ever", "federation/setting.py", 'np.flatnonzero(self.data.splits["train"].sizes[: self.training] == 0)', "np.zeros(0, int)", "tests/test_scored_clients.py -k without"),
     Mutant("clients of one side count in a difference", "report/statistics.py", "apart += len(one[seed].keys() ^ two[seed].keys())", "apart += 0", "tests/test_scored_clients.py -k left_out"),
+    Mutant("bodies of many connections fill the memory", "flower/door.py", "            if self.held > self.most:", "            if mine > self.most:", "tests/test_door.py -k common"),
+    Mutant("a body that was cut counts for ever", "flower/door.py", "            self.held -= mine", "            self.held -= 0", "tests/test_door.py -k common"),
     Mutant("cohorts follow the round's number alone", "federation/setting.py", 'draw = np_rng(seed, "cohort", 0 if self.cohort == "fixed" else round)', 'draw = np_rng("cohort", 0)', "tests/test_federation.py"),
     # rows grouped by length
     Mutant("a group is cut below its longest row", "training/batching.py", "return [fitted(_rows(batch, i, j), wide[i], tokenwise)", "return [fitted(_rows(batch, i, j), wide[j - 1], tokenwise)", "tests/test_tasks.py"),

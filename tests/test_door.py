@@ -33,12 +33,14 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextlib.contextmanager
-def listening(most: int = 100, each: int = 100, limit: int = 1000) -> Iterator[tuple[int, list[str]]]:
+def listening(
+    most: int = 100, each: int = 100, limit: int = 1000, together: int | None = None
+) -> Iterator[tuple[int, list[str]]]:
     heard: list[str] = []
     say = door.Seldom(heard.append)
     sock = superlink._bound("127.0.0.1", 0).limit(most, each, say)
     server, thread = superlink._serve(
-        superlink.guarded(app, superlink.FLEET, limit, say), sock, say, lifespan="off", http=door.Patient
+        superlink.guarded(app, superlink.FLEET, limit, say, together), sock, say, lifespan="off", http=door.Patient
     )
     try:
         yield sock.getsockname()[1], heard
@@ -89,6 +91,22 @@ def test_half_a_body_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert b" 408 " in closed(half)
         assert any("its request does not arrive" in text for text in heard)
         assert post(port, b"hello").endswith(b"hello")
+
+
+def test_bodies_on_their_way_have_a_common_limit() -> None:
+    """Many connections, each with a large body that never ends, hold no more memory than that; what is only announced is none
+    of it. Whoever comes in between is asked to come again, and is served once there is room."""
+    with listening(limit=1000, together=1000) as (port, heard):
+        announced = [connect(port, HEAD + b"content-length: 1000\r\n\r\n") for _ in range(5)]
+        assert post(port, b"x" * 900).endswith(b"x" * 900)
+        held = connect(port, HEAD + b"content-length: 1000\r\n\r\n" + b"x" * 600)
+        assert eventually(lambda: b" 503 " in post(port, b"x" * 900))
+        assert any("more than 1000 bytes together are on their way" in text for text in heard)
+        assert post(port, b"x" * 300).endswith(b"x" * 300)
+        held.close()
+        assert eventually(lambda: post(port, b"x" * 900).endswith(b"x" * 900))
+        for s in announced:
+            s.close()
 
 
 def test_a_body_that_drips_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

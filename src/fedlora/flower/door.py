@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from uvicorn import Server
@@ -165,8 +165,40 @@ class Slow(Exception):
     """The body of a request does not arrive."""
 
 
-def timed(receive: Callable[[], Any], length: int) -> Callable[[], Any]:
-    """ASGI's receive, for a body of `length` bytes that must arrive in time. Raises Slow."""
+class Full(Exception):
+    """The bodies that are on their way together are too large."""
+
+
+class Bodies:
+    """Bytes that have arrived of requests that are not answered yet: at most `most` of all peers together.
+
+    Each request is limited, but hundreds of connections could hold as many large ones before any is checked. Bytes count
+    once they are here: what a peer only announces keeps nobody out.
+    """
+
+    def __init__(self, most: int):
+        self.most, self.held = most, 0
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[Callable[[int], None]]:
+        """Around one request; gives what takes further bytes of it and raises Full."""
+        mine = 0
+
+        def take(size: int) -> None:
+            nonlocal mine
+            mine += size
+            self.held += size
+            if self.held > self.most:
+                raise Full
+
+        try:
+            yield take
+        finally:
+            self.held -= mine
+
+
+def timed(receive: Callable[[], Any], length: int, take: Callable[[int], None]) -> Callable[[], Any]:
+    """ASGI's receive, for a body of `length` bytes that must arrive in time. take: see Bodies. Raises Slow and Full."""
     end = time.monotonic() + STALLED + length / SLOWEST
     complete = False
 
@@ -177,6 +209,7 @@ def timed(receive: Callable[[], Any], length: int) -> Callable[[], Any]:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(STALLED, max(end - time.monotonic(), 0.0))):
                 event = await receive()
+                take(len(event.get("body", b"")))
                 complete = event["type"] != "http.request" or not event.get("more_body", False)
                 return event
         raise Slow

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import uvicorn
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
@@ -26,7 +27,7 @@ from flwr.superlink.grid import HttpGrid
 from flwr.superlink.main import create_app
 
 from ..errors import StateError, printable
-from .door import EACH, Door, Patient, Quiet, Seldom, Slow, room, timed
+from .door import EACH, Bodies, Door, Full, Patient, Quiet, Seldom, Slow, room, timed
 from .link import Session
 
 FLEET, RUNTIME = ("/v1/fleet/",), ("/v1/runtime/",)
@@ -126,9 +127,15 @@ class SuperLink:
             self.state.acknowledge_task_heartbeat(self.task)
 
 
-def guarded(app: Any, prefixes: tuple[str, ...], limit: int | None, say: Seldom) -> Any:
+def most_of_bodies(limit: int) -> int:
+    """Bytes of requests that may be on their way together: a quarter of the memory, and at least two of the largest."""
+    return max(2 * limit, psutil.virtual_memory().total // 4)
+
+
+def guarded(app: Any, prefixes: tuple[str, ...], limit: int | None, say: Seldom, most: int | None = None) -> Any:
     """The ASGI app, for paths below `prefixes` and bodies up to `limit` bytes that arrive in time; refusals are said, and
-    what a request does to the app stays with it."""
+    what a request does to the app stays with it. most: bytes of all bodies that are on their way, by default as above."""
+    bodies = Bodies(0 if limit is None else most or most_of_bodies(limit))
 
     async def refuse(send: Any, status: int, text: bytes) -> None:
         headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
@@ -160,7 +167,16 @@ def guarded(app: Any, prefixes: tuple[str, ...], limit: int | None, say: Seldom)
             await send(event)
 
         try:
-            await app(scope, receive if limit is None else timed(receive, int(length)), told)
+            with bodies.one() as take:
+                await app(scope, receive if limit is None else timed(receive, int(length), take), told)
+        except Full:
+            say(
+                "",
+                "full",
+                f"refused: requests of more than {bodies.most} bytes together are on their way; {who} is asked to come again",
+            )
+            if not started:
+                await refuse(send, 503, b"come again")
         except Exception as e:  # also Starlette's own, which comes after its answer
             slow = isinstance(e, Slow)
             why = "its request does not arrive" if slow else f"its request cannot be read ({type(e).__name__})"
