@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from .load import DEMO_CLIENT, Column, Look, Reader, load
 from .partition import Given, group, label_permutation
 from .partitions import PARTITIONS
 from .split import histograms, like, split
+from .together import Together, divided, split_together
+from .together import given as given_together
 
 NATURAL = "column"
 
@@ -86,11 +89,12 @@ def assemble(
     by = data.get("client") or partition.get("column")
     if partition["kind"] == NATURAL and by is None and data["source"] == "demo":
         by = DEMO_CLIENT
-    loaded = load(tokenizer, data, task, seed, by, cache, look)
+    loaded = load(tokenizer, data, task, seed, by, cache, look, partition.get("group"))
     kind = NATURAL if data.get("client") else partition["kind"]
     fed = _divided(
-        loaded.examples, loaded.groups, loaded.names, loaded.column, loaded.origin, {**partition, "kind": kind}, seed
-    )
+        loaded.examples, loaded.groups, loaded.names, loaded.column, loaded.origin, {**partition, "kind": kind}, seed,
+        loaded.together,
+    )  # fmt: skip
     site = data.get("site")
     if site is not None:
         fed = replace(fed, ids=[site] if kind != NATURAL and len(fed.ids) == 1 else [f"{site}/{c}" for c in fed.ids])
@@ -103,12 +107,13 @@ def assemble(
 
 def from_arrays(
     columns: Mapping[str, np.ndarray], kind: str = "iid", clients: int = 8, seed: int = 0, by: Sequence[Any] | None = None,
-    label_names: Sequence[str] = (), validation: float = 0.1, test: float = 0.2, **options: Any,
+    together: Sequence[Any] | None = None, label_names: Sequence[str] = (), validation: float = 0.1, test: float = 0.2, **options: Any,
 ) -> FederatedData:  # fmt: skip
     """A federation of a user's own arrays [n ...]; the column "labels" holds the targets.
 
     kind, clients and options (alpha, share, classes, min_size, unseen, permute_labels): as in the recipe's section
-    partition. by: one value per row, for the kinds column and domain.
+    partition. by: one value per row, for the kinds column and domain. together: one value per row; rows of one value go to one
+    client and to one side of its split.
     """
     examples = Arrays({n: np.asarray(v) for n, v in columns.items()})
     labels = examples.labels
@@ -116,10 +121,7 @@ def from_arrays(
     names = tuple(label_names) or (
         tuple(str(i) for i in range(int(labels.max()) + 1)) if groups is not None and labels is not None else ()
     )
-    column = None
-    if by is not None:
-        values, codes = np.unique(np.asarray(by), return_inverse=True)
-        column = Column(codes.astype(np.int64), values.tolist())
+    column, units = (None if v is None else _numbered(v) for v in (by, together))
     section = {"kind": kind, "clients": clients, "validation": validation, "test": test, **options}
     options_of = {f.name for cls in PARTITIONS.values() for f in fields(cls)}  # type: ignore[arg-type]
     known = options_of | {"kind", "clients", "validation", "test", "min_size", "unseen", "permute_labels"}
@@ -127,18 +129,28 @@ def from_arrays(
         raise ConfigError(
             [Problem(f"partition.{n}", section[n], "an option of a partition", near(n, known)) for n in odd]
         )
-    fed = _divided(examples, groups, names, column, np.zeros(len(examples), np.int8), section, seed)
+    fed = _divided(examples, groups, names, column, np.zeros(len(examples), np.int8), section, seed, units)
     return fed
+
+
+def _numbered(values: Sequence[Any]) -> Column:
+    names, codes = np.unique(np.asarray(values), return_inverse=True)
+    return Column(codes.astype(np.int64), names.tolist())
 
 
 def _divided(
     examples: Tokens | Arrays, groups: np.ndarray | None, names: tuple[str, ...], column: Column | None, origin: np.ndarray,
-    section: Mapping[str, Any], seed: int,
+    section: Mapping[str, Any], seed: int, units: Column | None = None,
 ) -> FederatedData:  # fmt: skip
-    """Partition the rows of origin 0, cut splits from them or take those of the files."""
+    """Partition the rows of origin 0, cut splits from them or take those of the files. units: rows that stay together."""
+    together = None if units is None else Together(units.codes, units.names)
     own = np.flatnonzero(origin == 0)
     labels = np.zeros(len(origin), np.int64) if groups is None else groups
-    rows, ids = _partition(section, labels[own], None if column is None else column.at(own), groups is not None, seed)
+    if together is not None:
+        together.apart(origin)
+        if column is not None and PARTITIONS[section["kind"]].by_column:
+            together.within(column.codes, column.names, "the partition's column")
+    rows, ids = _partition(section, labels, column, own, groups is not None, seed, together)
     unseen = section.get("unseen", 0)
     if unseen >= len(ids):
         raise ConfigError([Problem("partition.unseen", unseen, f"less than the number of clients, {len(ids)}")])
@@ -147,17 +159,26 @@ def _divided(
     files = {s: np.flatnonzero(origin == o) for o, s in ((1, "validation"), (2, "test")) if (origin == o).any()}
     shares = {s: section[s] for s in ("validation", "test") if s not in files}
     scaled = _targets(examples, labels)
-    splits = {s: Rows(r.offsets, own[r.rows]) for s, r in split(rows, scaled[own], shares, seed).items()}
+    rows = Rows(rows.offsets, own[rows.rows])
+    splits = (
+        split(rows, scaled, shares, seed) if together is None else split_together(together, rows, scaled, shares, seed)
+    )
     splits = {s: r for s, r in splits.items() if s == "train" or shares[s] > 0}
     for name, new in files.items():
         if section["kind"] == NATURAL and column is not None:
             splits[name] = _of_owner(column, ids, new, name)
         else:
             strata = column.codes if section["kind"] == "domain" and column is not None else labels
-            found = like(splits["train"], strata, strata[new], seed, [] if section["kind"] == "domain" else names)
+            called = [] if section["kind"] == "domain" else names
+            deal = partial(_dealt, splits["train"], strata, seed, called)
+            found = deal(new) if together is None else given_together(together, new, strata, deal)
             splits[name] = Rows(found.offsets, new[found.rows])
     maps = label_permutation(len(ids), len(names), seed) if section.get("permute_labels") else None
     return FederatedData(examples, ids, splits, names, maps, unseen, groups)
+
+
+def _dealt(train: Rows, strata: np.ndarray, seed: int, names: Sequence[str], new: np.ndarray) -> Rows:
+    return like(train, strata, strata[new], seed, names)
 
 
 def _unseen_last(rows: Rows, ids: Sequence[str], unseen: int, seed: int) -> tuple[Rows, list[str]]:
@@ -176,9 +197,10 @@ def _targets(examples: Tokens | Arrays, labels: np.ndarray) -> np.ndarray:
 
 
 def _partition(
-    p: Mapping[str, Any], labels: np.ndarray, column: Column | None, labelled: bool, seed: int
-) -> tuple[Rows, list[str]]:
-    """Rows of each client, and the clients' ids."""
+    p: Mapping[str, Any], labels: np.ndarray, column: Column | None, own: np.ndarray, labelled: bool, seed: int,
+    together: Together | None,
+) -> tuple[Rows, list[str]]:  # fmt: skip
+    """Which of the rows `own` each client has, by their places there, and the clients' ids."""
     kind = p["kind"]
     if kind not in PARTITIONS:
         raise ConfigError([Problem("partition.kind", kind, f"one of {', '.join(PARTITIONS)}", near(kind, PARTITIONS))])
@@ -190,10 +212,17 @@ def _partition(
     if cls.by_column and column is None:
         raise ConfigError([Problem("partition.column", None, f"a column for kind {kind}", "name it")])
     options = {f.name: p[f.name] for f in fields(cls) if f.name in p}  # type: ignore[arg-type]
-    codes, names = (None, ()) if column is None else (column.codes, column.names)
-    given = Given(labels, p["clients"], seed, p.get("min_size", 1), codes, names)
-    partition = cls(**options)
-    return partition.rows(given), partition.ids(given)
+    partition, least = cls(**options), p.get("min_size", 1)
+
+    def of(rows: np.ndarray, min_size: int) -> Given:
+        codes, names = (None, ()) if column is None else (column.codes[rows], column.names)
+        return Given(labels[rows], p["clients"], seed, min_size, codes, names)
+
+    ids = partition.ids(of(own, least))
+    if together is None or cls.natural:
+        return partition.rows(of(own, least)), ids
+    by_group = lambda rows: partition.rows(of(rows, min(least, 1)))  # noqa: E731
+    return divided(together, own, labels, p["clients"], least, seed, by_group), ids
 
 
 def _of_owner(column: Column, ids: Sequence[str], rows: np.ndarray, name: str) -> Rows:

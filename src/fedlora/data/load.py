@@ -62,6 +62,7 @@ class Loaded:
     truncated: int  # rows that lost tokens to max_length
     outputs: tuple[str, ...] = ()  # names of the model's outputs, where they are no classes of rows
     references: Sequence[Sequence[str]] | None = None  # texts that answer each row's prompt, where rows have prompts
+    together: Column | None = None  # rows of one value stay together
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,12 @@ def load(
     by: str | None = None,
     cache: Path | None = None,
     look: Look | None = None,
+    together: str | None = None,
 ) -> Loaded:
     """Rows of the recipe section `data`, ready to train on.
 
     by: the column that the partition asks for. cache: folder of tokenised texts; None for the user's cache folder. look: is shown
-    what was read.
+    what was read. together: the column of rows that stay together.
     Raises DataError for what is missing, malformed or unlabelled.
     """
     if data["source"] == "demo":
@@ -155,7 +157,8 @@ def load(
             )
     tokens = joined(encoded, pad_id=tokenizer.pad_token_id or 0, **labels)
     return Loaded(tokens, origin, take(targets.groups), targets.names, _column(tables, by, source),
-                  sum(e.truncated for e in encoded), targets.outputs, _references(inputs, source))  # fmt: skip
+                  sum(e.truncated for e in encoded), targets.outputs, _references(inputs, source),
+                  _column(tables, together, source, "partition.group"))  # fmt: skip
 
 
 def _references(inputs: Sequence[Texts], source: Sequence[np.ndarray]) -> list[Sequence[str]] | None:
@@ -205,22 +208,20 @@ def field_of(origin: int) -> str:
     return {0: "data.label", 1: "data.validation", 2: "data.test"}[origin]
 
 
-def _column(tables: Mapping[int, pa.Table], by: str | None, source: Sequence[np.ndarray]) -> Column | None:
+def _column(
+    tables: Mapping[int, pa.Table], by: str | None, source: Sequence[np.ndarray], field: str = "partition.column"
+) -> Column | None:
     """The column `by` over all rows."""
     if by is None:
         return None
     import pyarrow as pa
 
     by = CLIENT if by == "file" and all(CLIENT in t.column_names for t in tables.values()) else by
-    parts = [full(t, by, "partition.column") for t in tables.values()]
+    parts = [full(t, by, field) for t in tables.values()]
     kinds = {p.type for p in parts}
     if len(kinds) > 1:
-        raise DataError(
-            f"partition.column: {by!r} is {' and '.join(map(str, kinds))} in different files, expected one type"
-        )
-    numbers, names = codes(
-        pa.chunked_array([c for p in parts for c in p.chunks], parts[0].type), by, "partition.column"
-    )
+        raise DataError(f"{field}: {by!r} is {' and '.join(map(str, kinds))} in different files, expected one type")
+    numbers, names = codes(pa.chunked_array([c for p in parts for c in p.chunks], parts[0].type), by, field)
     starts = np.cumsum([0, *(len(p) for p in parts)])
     return Column(np.concatenate([numbers[a + s] for a, s in zip(starts, source, strict=False)]), names)
 

@@ -85,7 +85,7 @@ class Holding:
         raw["data"] = (
             {**raw["data"], **self.columns} if self.policy is None else self.policy.overlay(raw["data"])
         ) | own
-        shares = {k: raw["partition"][k] for k in ("validation", "test")}
+        shares = {k: raw["partition"].get(k) for k in ("validation", "test", "group")}
         raw["partition"] = {"kind": "column" if self.clients else "iid", "clients": 1, "column": self.clients, **shares}
         raw["federation"] |= {"clients_per_round": None, "min_clients": 1}
         views = [v for v in raw["evaluation"]["views"] if v in SHOWN]

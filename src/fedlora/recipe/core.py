@@ -57,6 +57,7 @@ SHOWN = ("target", "bandwidth")  # fields of the section evaluation that only re
 LATER = {
     "model": ("kernels", "threshold"),
     "data": ("classes", "site", "references"),
+    "partition": ("group",),
     "federation": ("precision", "norm_bound", "guards"),
     "evaluation": ("clients",),
 }

@@ -113,6 +113,8 @@ class Partition(Section):
     """Column that decides (kinds column and domain)."""
     domains: Count = 1
     """Domains a client holds (kind domain)."""
+    group: Text | None = None
+    """Column whose equal values stay together: at one client, and on one side of its split."""
     min_size: Count = 1
     """Rows that every client gets at least."""
     validation: PartShare = 0.1
