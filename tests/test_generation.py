@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from cli import model_folder
+from cli import fedlora, model_folder
 
 import fedlora as fl
 from fedlora.checkpoints.peft import default_targets
@@ -347,3 +347,56 @@ def test_recipes_without_generation_keep_their_hash(tmp_path: Path) -> None:
     given = recipe(tmp_path)
     plain = Recipe.from_dict({k: v for k, v in given.items() if k != "generation"})
     assert plain.hash == Recipe.from_dict(given | {"generation": {}}).hash != Recipe.from_dict(given).hash
+
+
+# a finished run ---------------------------------------------------------------------------------------------------------
+def test_a_finished_run_is_scored_on_other_rows(tmp_path: Path) -> None:
+    """The files that it writes give the same BLEU by sacrebleu's own command, with two references of each answer."""
+    fl.run(recipe(tmp_path, generation={"scores": []}))
+    other = tmp_path / "other.jsonl"
+    rows = [json.loads(x) for x in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    other.write_text("".join(json.dumps(r) + "\n" for r in rows if r["who"] != "s2"), encoding="utf-8")
+    done = fedlora(
+        "evaluate", tmp_path / "run", "--data", other, "-c", "s0", "-c", "s1", "--set", "generation.scores=[bleu, chrf]",
+        "--set", "generation.new_tokens=4", "-o", tmp_path / "said", "--json",
+    )  # fmt: skip
+    found = {x["model"]: x for x in map(json.loads, done.stdout.splitlines())}
+    assert list(found) == ["s0", "s1"] and found["s0"]["n"] == 20  # each client's own rows
+    for model, own in found.items():
+        files = [tmp_path / "said" / f"{model}.{n}.txt" for n in ("references", "answers")]
+        shown = command("-m", "sacrebleu", files[0], "--num-refs", 2, "-i", files[1], "-m", "chrf", "-b", "-w", 8)
+        assert own["chrf"] == pytest.approx(float(shown), abs=1e-6)
+    assert len((tmp_path / "said/answers.jsonl").read_text().splitlines()) == 20  # ten questions of each
+
+
+def test_the_scores_of_a_run_come_again(tmp_path: Path) -> None:
+    """On its own rows, whatever the models are grouped with; and in a table of 80 columns."""
+    fl.run(recipe(tmp_path))
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    run = fl.load(tmp_path / "run")
+    [last] = [x for x in lines if x["kind"] == "eval" and (x["round"], x["view"]) == (2, "personal")]
+    assert run.evaluate(clients=["s2", "s0"], round="last") == {
+        c: pytest.approx(last["clients"][c], abs=1e-6) for c in ("s2", "s0")
+    }
+    shown = fedlora("evaluate", tmp_path / "run", "--all-clients").stdout
+    assert "mean" in shown and "rougeL" in shown and max(map(len, shown.splitlines())) <= 80
+    with pytest.raises(ConfigError, match="the run is over"):
+        run.evaluate(sets=["train.lr=1"])
+
+
+def test_a_classifier_is_scored_with_the_classes_of_its_run(tmp_path: Path) -> None:
+    """Other rows hold two of three classes, in another order."""
+    from cli import rows, write_csv, write_recipe
+
+    from fedlora.errors import DataError
+
+    fl.run(write_recipe(tmp_path), sets=["federation.rounds=1"])
+    run = fl.load(tmp_path / "run")
+    other = [r for r in rows(60, 5) if r[1] != "food"]
+    write_csv(tmp_path / "other.csv", other[::-1])
+    said = run.predict([t for t, *_ in other])
+    right = np.mean([p.answer == label for p, (_, label, _) in zip(said, other, strict=True)])
+    assert run.evaluate(tmp_path / "other.csv")["global"]["accuracy"] == pytest.approx(right)
+    write_csv(tmp_path / "odd.csv", [*other, ("a goal", "chess", "site-0")])
+    with pytest.raises(DataError, match="chess"):
+        run.evaluate(tmp_path / "odd.csv")

@@ -430,12 +430,13 @@ federation: {rounds: 11, clients_per_round: 4, cohort: fixed, min_clients: 2, pr
 evaluation: {every: 2, views: [global], clients: 3, cross_clients: 4, batch_size: 32, analyses: [asymmetry], threshold: 0.1, target: 0.5, bandwidth: [5, 1]}
 generation: {new_tokens: 9, temperature: 0.5, rows: null, samples: 1}
 deployment: {clients: 3, deadline: 10.0, over_selection: 1.5, attempts: 2, histograms: true, same_base: false, bound: null}
-run: {seed: 1, block: 2, output: elsewhere, tensorboard: true, keep: all, threads: 1}
+run: {seed: 1, block: 2, output: elsewhere, tensorboard: true, trackers: [mlflow], keep: all, threads: 1}
 """
 SAME_RESULT = {
     "run.block",
     "run.output",
     "run.tensorboard",
+    "run.trackers",
     "run.keep",
     "run.threads",
     "evaluation.target",

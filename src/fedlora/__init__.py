@@ -29,6 +29,7 @@ _HOME = {
     "federation.guards.guard": "Guard",
     "federation.run": "Federation",
     "federation.setting": "Evaluation Sampling Setting",
+    "federation.trackers": "TRACKERS Tracker",
     "methods": "METHODS",
     "methods.contract": "Client Context Method Order RoundInfo Scene Server ServerState Upload",
     "methods.sgd": "SGDMethod",

@@ -16,8 +16,10 @@ from .model.adapted import Adapted
 from .model.targets import matching
 from .recipe import Recipe, build, places
 from .recipe.checked import Check, checked
+from .serving import evaluate as scoring
 from .serving import export
 from .serving.predict import Request, predict_texts
+from .training.metrics import Scores
 from .training.task import Prediction
 from .tree import Params
 
@@ -74,6 +76,18 @@ class Run:
         """
         tokenizer, data = build.tokenizer_of(self.recipe), self.recipe.data.model_dump()
         return predict_texts(self.federation, tokenizer, self.deltas(client, round), texts, data, new_tokens)
+
+    def evaluate(
+        self, data: str | Path | None = None, clients: Sequence[str] = (), sets: Sequence[str] = (), round: Which = "best",
+        split: str = "test",
+    ) -> dict[str, Scores]:  # fmt: skip
+        """Scores of clients' models, or of the global one, by model: on `data` (a file, folder or hub id), or on the run's own split.
+
+        sets: how texts are written and scored, such as "generation.scores=[bleu]".
+        """
+        source = None if data is None else str(data)
+        _, found = scoring.evaluate(self.recipe, self.federation, clients, source, split, sets, round)
+        return {e.model: e.scores for e in found}
 
     def export(
         self, out: str | Path, clients: Sequence[str] = (), merged: bool = False, round: Which = "best"

@@ -237,6 +237,35 @@ def predict(
             out.print(f"{s.answer}{sure}", soft_wrap=True, highlight=False, markup=False)
 
 
+def evaluate(
+    folder: Path, data: str | None, split: str, clients: Sequence[str], all_clients: bool, sets: Sequence[str], output: Path | None,
+    json: bool, which: Which,
+) -> None:  # fmt: skip
+    from ..recipe.build import tokenizer_of
+    from ..serving import evaluate as scoring
+
+    recipe, fed = opened(folder)
+    chosen = list(fed.data.ids[: fed.training]) if all_clients else list(clients)
+    with err.status("scoring"):
+        of, found = scoring.evaluate(recipe, fed, chosen, data, split, sets, which)
+    _of_round(of)
+    if json:
+        for e in found:
+            sys.stdout.write(json_.dumps({"model": e.model, **e.scores}) + "\n")
+    else:
+        tables.scores(out, {e.model: e.scores for e in found})
+    if output is not None:
+        if any(e.written is not None for e in found):
+            for path in scoring.write_answers(output, found, tokenizer_of(recipe)):
+                err.print(str(path), soft_wrap=True, highlight=False, markup=False)
+        else:
+            err.print(
+                "nothing was written: set generation.scores, e.g. --set generation.scores=[bleu]",
+                soft_wrap=True,
+                markup=False,
+            )
+
+
 def _of_round(of: Served) -> None:
     """Say which round's model it is, since a run has several."""
     more = "; --round last takes the last one's" if of.round is not None and of.round == of.best else ""

@@ -203,6 +203,39 @@ def predict(
 
 
 @app.command()
+def evaluate(
+    folder: Folder,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            "-d",
+            help="Rows to score on: a file, folder or hub id. Default: the run's own.",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[Literal["test", "validation"], typer.Option(help="Which of the run's own rows.")] = "test",
+    client: Annotated[
+        list[str] | None, typer.Option("--client", "-c", help="A client's model; repeat for more.", show_default=False)
+    ] = None,
+    all_clients: Annotated[bool, typer.Option("--all-clients", help="Every client's model.")] = False,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="generation.b=c", help="How texts are written and scored.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for what language models write.", show_default=False)
+    ] = None,
+    json: Json = False,
+    round: Round = "best",
+) -> None:
+    """Score the models of a finished run: the global one, or those of clients."""
+    from . import actions
+
+    actions.evaluate(folder, data, split, client or [], all_clients, sets or [], output, json, round)
+
+
+@app.command()
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete all of it.")] = False, json: Json = False
 ) -> None:

@@ -212,3 +212,19 @@ def pairs(out: Console, found: Sequence[Pair]) -> None:
     for column in table.columns[1:4]:
         column.no_wrap = True
     out.print(table)
+
+
+def scores(out: Console, found: Mapping[str, Mapping[str, float]]) -> None:
+    """A row a model, at most five scores side by side; of several models their mean stands below."""
+    every = list(dict.fromkeys(n for s in found.values() for n in s if n != "n"))
+    for i in range(0, len(every), 5):
+        names = every[i : i + 5]
+        table = _table("", "model", "rows", *(n.replace("_", " ") for n in names))
+        for model, own in found.items():
+            table.add_row(model, f"{own['n']:,.0f}", *(number(own.get(n)) for n in names))
+        if len(found) > 1:
+            means = [[s[n] for s in found.values() if n in s] for n in names]
+            table.add_section()
+            total = sum(s["n"] for s in found.values())
+            table.add_row("mean", f"{total:,.0f}", *(number(sum(v) / len(v)) for v in means))
+        out.print(table)

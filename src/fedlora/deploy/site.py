@@ -92,7 +92,13 @@ class Holding:
         raw["evaluation"] |= {"views": views or ["personal"], "analyses": []}
         raw["generation"] = {**raw.get("generation", {}), "samples": 0}  # texts stay at their site
         raw["model"] |= {"device": self.device, **({"name": self.model} if self.model else {})}
-        raw["run"] |= {"threads": self.threads, "block": self.block or "auto", "keep": "all", "tensorboard": False}
+        raw["run"] |= {
+            "threads": self.threads,
+            "block": self.block or "auto",
+            "keep": "all",
+            "tensorboard": False,
+            "trackers": [],
+        }
         return Recipe.from_dict(raw)
 
     def federation(self, recipe: Mapping[str, Any], folder: Path) -> Federation:

@@ -28,7 +28,7 @@ from .runtime import InProcess, Runtime
 from .setting import Setting
 from .store import Store
 from .summary import chosen_round, describe_again, describe_run, means, summarise
-from .tensorboard import TensorBoard
+from .trackers import TRACKERS
 from .wire import finite_state
 
 EXACTNESS_COHORT = 32  # the exactness meter holds a cohort's uploads; above this it is off
@@ -43,7 +43,7 @@ def in_process(fed: Federation, watch: Callback) -> Runtime:
 class Federation(Setting):
     """A run of a setting, in a folder.
 
-    output: the run folder. block: clients trained at once, or "auto" from memory. keep: states on disk. runtime: where
+    output: the run folder. block: clients trained at once, or "auto" from memory. keep: states on disk. trackers: names of TRACKERS. runtime: where
     clients are trained.
     """
 
@@ -51,6 +51,7 @@ class Federation(Setting):
     block: int | Literal["auto"] = field(default="auto", kw_only=True)
     keep: Literal["last", "all"] = field(default="last", kw_only=True)
     tensorboard: bool = field(default=False, kw_only=True)
+    trackers: Sequence[str] = field(default=(), kw_only=True)
     runtime: Callable[[Federation, Callback], Runtime] = field(default=in_process, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -105,8 +106,10 @@ class Federation(Setting):
                     f"{self.store.root}: a run over sites: start fedlora server again with this output folder"
                 )
             done = loaded[0] if loaded else 0
-            if self.tensorboard:
-                watch = Several(watch, TensorBoard(self.store.root / "tensorboard", done))
+            chosen = dict.fromkeys([*(["tensorboard"] if self.tensorboard else []), *self.trackers])
+            if chosen:
+                of = (done, self.name, self.recipe)
+                watch = Several(watch, *(TRACKERS[t](self.store.root / t, *of) for t in chosen))
             watch.start(self.name, done, self.sampling.rounds)
             runtime = self.runtime(self, watch)
             self.store.facts["block"] = runtime.block

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,11 +16,12 @@ from ..data.batches import LocalWork
 from ..data.federated import FederatedData, assemble
 from ..data.load import Look
 from ..errors import ConfigError, FedloraError, Problem
-from ..federation import generation, tensorboard
+from ..federation import generation
 from ..federation.engine import Schedule
 from ..federation.generation import Generation
 from ..federation.run import Federation
 from ..federation.setting import Evaluation, Sampling
+from ..federation.trackers import TRACKERS
 from ..methods.contract import Method
 from ..model.adapted import Adapted
 from ..model.decoding import Decoding
@@ -129,7 +131,9 @@ def federation(
         warnings.warn(r.numbers.warning, stacklevel=2)
     attempt("model.device", lambda: device_of(r.model.device))
     if r.run.tensorboard:
-        attempt("run.tensorboard", tensorboard.check)
+        attempt("run.tensorboard", lambda: TRACKERS["tensorboard"].check("run.tensorboard"))
+    for t in r.run.trackers:
+        attempt("run.trackers", partial(TRACKERS[t].check, "run.trackers"))
     if r.generation.scores:
         attempt("generation.scores", lambda: texts.check("generation.scores", r.generation.scores))
     attention = attempt("model.attention", lambda: attention_of(r, method)) if method else None
@@ -183,6 +187,7 @@ def federation(
         accumulation=r.train.accumulation,
         keep=r.run.keep,
         tensorboard=r.run.tensorboard,
+        trackers=r.run.trackers,
         name=r.name,
         recipe=r.resolved(),
         recipe_hash=r.hash,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..data import partitions
+from ..federation import trackers
 from ..training.tasks import NAMES
 
 Count = Annotated[int, Field(ge=1)]
@@ -25,6 +26,10 @@ else:
 PartShare = Annotated[float, Field(ge=0, lt=1)]  # a share of rows, below 1 so that some rows are left
 Text = Annotated[str, Field(min_length=1)]
 
+if TYPE_CHECKING:
+    TrackerName = str
+else:
+    TrackerName = Literal[trackers.NAMES]
 if TYPE_CHECKING:
     PartitionKind = str
 else:
@@ -243,6 +248,9 @@ class Run(Section):
     output: Text = "runs/{name}-{hash}"
     """Run folder; {name}, {hash}, {seed} and {method} are filled in."""
     tensorboard: bool = False
+    """The same as trackers: [tensorboard]."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Also write losses, scores and bytes for these, in folders of their names in the run folder; nothing is sent anywhere."""
     keep: Literal["last", "all"] = "last"
     """States on disk: those needed to resume, or those of every round."""
     threads: Count | None = None
