@@ -5,5 +5,5 @@ from __future__ import annotations
 from ...registry import found
 from .tracker import Tracker
 
-TRACKERS: dict[str, type[Tracker]] = found(__name__, __path__, Tracker)
+TRACKERS: dict[str, type[Tracker]] = found(__name__, __path__, Tracker)  # type: ignore[type-abstract]
 NAMES = tuple(TRACKERS)
