@@ -151,6 +151,11 @@ MUTANTS = (
     Mutant("differences leave out what the server had", "methods/flexlora.py", "((1 - held) if", "((0 * held) if", "tests/test_law_ranks.py"),
     Mutant("RBLA's weights are of all clients", "methods/ranks.py", "[:, :r] += torch", "[:, :] += torch", "tests/test_law_ranks.py"),
     Mutant("the spectrum is of singular values", "methods/ranks.py", "energy[: len(s)] += s.square()", "energy[: len(s)] += s", "tests/test_law_ranks.py"),
+    Mutant("Ditto's pull has no gradient", "methods/ditto.py", "own[k] = own[k] + self.lam * (v[k] - received)", "own[k] = own[k] + 0 * (v[k] - received)", "tests/test_law_drift.py"),
+    Mutant("Ditto serves the shared model", "methods/ditto.py", "super().ready(own or p, fixed)", "super().ready({k: v for k, v in p.items() if not k.adapter.startswith(OWN)} or own, fixed)", "tests/test_law_drift.py"),
+    Mutant("SCAFFOLD's correction has the other sign", "methods/scaffold.py", 'g[k] - work["own"][_of(OWN, k)] + work["c"]', 'g[k] + work["own"][_of(OWN, k)] - work["c"]', "tests/test_law_drift.py"),
+    Mutant("SCAFFOLD's control counts one step", "methods/scaffold.py", "rate = {RATE: work[\"rate\"][RATE] + lr", "rate = {RATE: 0 * work[\"rate\"][RATE] + lr", "tests/test_law_drift.py"),
+    Mutant("a cohort's controls stand for everybody's", "methods/scaffold.py", "(server.params[k] * sum(before.values()) + new[k] * cohort) / everybody", "server.params[k] + new[k]", "tests/test_law_drift.py"),
     # summary and report
     Mutant("a hand-over's scores are a round's", "federation/summary.py", "if isinstance(x, EvalLine) and x.stage is None]", "if isinstance(x, EvalLine)]", "tests/test_federation.py -k hand_over"),
     Mutant("the untrained model is one of the last rounds", "federation/summary.py", "metric in x.mean and x.round]", "metric in x.mean]", "tests/test_federation.py -k hand_over"),

@@ -75,6 +75,10 @@ TABLE = {
         METHODS["flexlora"](rank=4, padding="holders", optimizer=AdamW(1e-2)), f"lora.A lora.B lora.rank {HEAD}"
     ),
     "fedprox": Row(METHODS["fedprox"](rank=4, mu=1e-3, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
+    "ditto": Row(METHODS["ditto"](rank=4, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
+    "scaffold": Row(
+        METHODS["scaffold"](rank=4, head="personal", optimizer=SGD(0.5)), "lora.A lora.B control.cA control.cB"
+    ),
     "perfedavg": Row(METHODS["perfedavg"](rank=4, lr_personal=0.1, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
     "perfedavg-first-order": Row(
         METHODS["perfedavg"](rank=4, hypergradient="first_order", moments="keep", optimizer=AdamW(1e-2)),

@@ -188,9 +188,13 @@ class SGDMethod(Method):
         return {k: v + m for (k, v), m in zip(g.items(), more, strict=True)}
 
     def descend(self, work: Work, g: Params, lr: Tensor) -> Work:
-        """One optimizer step along g on the leaves that g has."""
+        """One optimizer step along g, clipped, on the leaves that g has."""
+        return self.moved(work, clip(g, self.clip), lr)
+
+    def moved(self, work: Work, g: Params, lr: Tensor) -> Work:
+        """One optimizer step along g as it is."""
         p = work["train"]
-        new, state = self.optimizer.update(clip(g, self.clip), _deep(work["moments"]), {k: p[k] for k in g}, lr)
+        new, state = self.optimizer.update(g, _deep(work["moments"]), {k: p[k] for k in g}, lr)
         return work | {"train": p | new, "moments": _flat(state)}
 
     def finish(self, work: Work) -> tuple[Params, Params]:
