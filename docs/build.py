@@ -1,4 +1,4 @@
-"""Writes docs/recipes.md from the recipe's own types, so that it cannot go stale: `make docs`."""
+"""Writes docs/recipes.md and the JSON schema of recipes from the recipe's own types, so that they cannot go stale: `make docs`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fedlora.recipe.core import defaults, meaning
 from fedlora.recipe.hyperparameters import UNTYPED, all_fields, default, own_fields
 from fedlora.recipe.schema import schema
 from fedlora.recipe.sections import SECTIONS
+from fedlora.recipe.shipped import SCHEMA
 
 HEAD = """# Recipes
 
@@ -28,6 +29,10 @@ and nothing else: a run can be resumed with other threads, but not with another 
 A section `sweep` makes many runs of one file.
 `sweep: {method.name: [homlora, fedsa], run.seed: [0, 1, 2]}` makes six. `variants` in it changes
 several fields at once.
+
+Editors with a YAML language server (the YAML extension of VS Code, Neovim, Helix, Emacs) complete
+and check recipes by a JSON schema. The first line of a shipped recipe names it, and copies name
+that of the installed package.
 
 This page is made from the types by `make docs`.
 
@@ -105,3 +110,4 @@ def text() -> str:
 
 if __name__ == "__main__":
     (Path(__file__).parent / "recipes.md").write_text(text(), encoding="utf-8")
+    SCHEMA.write_text(json.dumps(schema(), indent=1) + "\n", encoding="utf-8")

@@ -353,6 +353,7 @@ MUTANTS = (
     Mutant("small clients stay small", "data/together.py", "owner = _filled(owner, np.bincount(number), clients, min_size, seed)", "pass", "tests/test_together.py -k small"),
     Mutant("a test file may share groups", "data/federated.py", "        together.apart(origin)\n", "", "tests/test_together.py -k test_file"),
     Mutant("a class is lost to the other side with its groups", "data/together.py", "side[number[np.flatnonzero(mine == label)[0]]] = names.index(\"train\")", "pass", "tests/test_together.py -k torn"),
+    Mutant("a copied recipe names a schema that is elsewhere", "recipe/shipped.py", 'f.write(f"{MARK}{SCHEMA.as_uri()}\\n{body}")', "f.write(text)", "tests/test_recipes_shipped.py -k copy"),
     Mutant("a partition is told by its sizes", "federation/summary.py", "rows.update(split.encode() + part.tobytes())", "rows.update(split.encode() + str(len(part)).encode())", "tests/test_report.py -k which_rows"),
     Mutant("a schedule begins again in every round", "federation/engine.py", "(info.round + (step + 0.5) / steps) / max(info.rounds, 1)", "(step + 0.5) / steps", "tests/test_law_run.py -k loops"),
     Mutant("kept moments are thrown away", "methods/sgd.py", 'if self.moments == "keep" else {}', 'if self.moments == "keep!" else {}', "tests/test_law_run.py -k loops"),

@@ -6,6 +6,8 @@ import json
 import re
 import zipfile
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import local
 import pytest
@@ -13,9 +15,9 @@ from cli import fedlora
 
 import fedlora as fl
 from fedlora.errors import ConfigError
-from fedlora.recipe import expand
+from fedlora.recipe import expand, schema
 from fedlora.recipe.reading import read
-from fedlora.recipe.shipped import FOLDER, Shipped, copy, shipped
+from fedlora.recipe.shipped import FOLDER, MARK, SCHEMA, Shipped, copy, shipped
 
 RECIPES = shipped()
 SHORT = ["federation.rounds=2", "train.epochs=null", "train.steps=1", "train.batch_size=4", "evaluation.every=2"]
@@ -44,6 +46,23 @@ def test_a_recipe_names_what_its_reader_can_get(recipe: Shipped) -> None:
     assert {int(runs[2])} == {r.federation.rounds for r in expand(recipe.path)}
 
 
+def test_every_recipe_names_its_schema_and_keeps_to_it() -> None:
+    """Checked by a validator that is not ours; the file is what `make docs` writes."""
+    from jsonschema import Draft202012Validator as validator
+
+    kept = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    assert kept == json.loads(json.dumps(schema())), "run `make docs`"
+    validator.check_schema(kept)
+    for r in RECIPES:
+        first = r.path.read_text(encoding="utf-8").splitlines()[0]
+        assert first.startswith(MARK)
+        assert (r.path.parent / first.removeprefix(MARK)).resolve() == SCHEMA.resolve()
+        validator(kept).validate(read(r.path))
+    wrong = read(RECIPES[0].path)
+    assert not validator(kept).is_valid(wrong | {"train": {"lr": "fast"}})
+    assert not validator(kept).is_valid(wrong | {"trian": {}})
+
+
 # Those of the papers are many and long: two of them stand for all in the quick suite.
 QUICK = {r.name for r in RECIPES if not r.paper} | {"fedsa-sst2", "hetlora-huffpost"}
 
@@ -70,7 +89,11 @@ def test_recipe_runs(recipe: Shipped, shared: Path, tmp_path: Path, monkeypatch:
 def test_a_copy_is_the_recipe_and_overwrites_nothing(tmp_path: Path) -> None:
     file = copy("sst2", tmp_path)
     assert file == tmp_path / "sst2.yaml"
-    assert file.read_text(encoding="utf-8") == (FOLDER / "sst2.yaml").read_text(encoding="utf-8")
+    first, _, rest = file.read_text(encoding="utf-8").partition("\n")
+    assert rest == (FOLDER / "sst2.yaml").read_text(encoding="utf-8").partition("\n")[2]
+    assert (
+        json.loads(Path(url2pathname(urlparse(first.removeprefix(MARK)).path)).read_text(encoding="utf-8")) == schema()
+    )
     file.write_text("mine", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"sst2\.yaml', expected a file that is not there yet; move the file away"):
         copy("sst2", tmp_path)
