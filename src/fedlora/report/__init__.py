@@ -91,7 +91,7 @@ def write_page(page: dict[str, Any], out: Path, beside: Path | None = None) -> P
         height = figure.layout.height
         return (
             f'<div id="{id}" style="height:{height}px"></div>'
-            f"<script>{{const f={data};Plotly.newPlot({id!r},f.data,f.layout,{config});}}</script>"
+            f"<script>{{const f={data};drawn({id!r},f);Plotly.newPlot({id!r},f.data,f.layout,{config});}}</script>"
         )
 
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(

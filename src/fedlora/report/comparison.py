@@ -138,4 +138,4 @@ def _pairs(groups: Mapping[str, Sequence[Records]]) -> Block:
             + ("" if len(odd) <= 6 else f"; and in {len(odd) - 6} further pairs")
             + "."
         )
-    return Block("Pair by pair", told, table=[head, *body] if body else ())
+    return Block("Pair by pair", told, table=[head, *body] if body else (), wide=True, folded=len(body) > 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,11 @@ def words(metric: str) -> str:
     }.get(metric, metric)
 
 
+def folded(title: str) -> str:
+    """An axis' title in lines that fit a telephone."""
+    return "<br>".join(textwrap.wrap(title, 32))
+
+
 def figure(x: str, y: str, height: int = 380, **layout: Any) -> go.Figure:
     """An empty figure with named axes in the house's style. height: pixels."""
     import plotly.graph_objects as go
@@ -56,8 +62,8 @@ def figure(x: str, y: str, height: int = 380, **layout: Any) -> go.Figure:
             "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
             "hoverlabel": {"font": {"family": FONT}},
             "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#bdc1c6", "activecolor": "#5f6368"},
-            "xaxis": {**axis, "title": {"text": x}},
-            "yaxis": {**axis, "title": {"text": y}},
+            "xaxis": {**axis, "title": {"text": folded(x)}},
+            "yaxis": {**axis, "title": {"text": folded(y)}},
             **layout,
         }
     )
