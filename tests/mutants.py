@@ -156,6 +156,9 @@ MUTANTS = (
     Mutant("SCAFFOLD's correction has the other sign", "methods/scaffold.py", 'g[k] - work["own"][_of(OWN, k)] + work["c"]', 'g[k] + work["own"][_of(OWN, k)] - work["c"]', "tests/test_law_drift.py"),
     Mutant("SCAFFOLD's control counts one step", "methods/scaffold.py", "rate = {RATE: work[\"rate\"][RATE] + lr", "rate = {RATE: 0 * work[\"rate\"][RATE] + lr", "tests/test_law_drift.py"),
     Mutant("a cohort's controls stand for everybody's", "methods/scaffold.py", "(server.params[k] * sum(before.values()) + new[k] * cohort) / everybody", "server.params[k] + new[k]", "tests/test_law_drift.py"),
+    Mutant("the rest of the world holds oneself", "methods/fedalt.py", " if n != own]", "]", "tests/test_law_fedalt.py"),
+    Mutant("a round's uploads are all that the server remembers", "methods/fedalt.py", "server.params | new | last", "select(server.params, lambda k: k.adapter == 'head') | new | last", "tests/test_law_fedalt.py"),
+    Mutant("the router is one for all tokens", "adapters/routed.py", "weight = torch.softmax(torch.bmm(each, p[\"gate\"].mT), -1)", "weight = torch.softmax(torch.bmm(each, p[\"gate\"].mT), -1).mean(1, keepdim=True)", "tests/test_law_fedalt.py"),
     # summary and report
     Mutant("a hand-over's scores are a round's", "federation/summary.py", "if isinstance(x, EvalLine) and x.stage is None]", "if isinstance(x, EvalLine)]", "tests/test_federation.py -k hand_over"),
     Mutant("the untrained model is one of the last rounds", "federation/summary.py", "metric in x.mean and x.round]", "metric in x.mean]", "tests/test_federation.py -k hand_over"),

@@ -75,6 +75,7 @@ TABLE = {
         METHODS["flexlora"](rank=4, padding="holders", optimizer=AdamW(1e-2)), f"lora.A lora.B lora.rank {HEAD}"
     ),
     "fedprox": Row(METHODS["fedprox"](rank=4, mu=1e-3, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
+    "fedalt": Row(METHODS["fedalt"](rank=4, optimizer=AdamW(1e-2)), f"sent.A sent.B {HEAD}"),
     "ditto": Row(METHODS["ditto"](rank=4, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
     "scaffold": Row(
         METHODS["scaffold"](rank=4, head="personal", optimizer=SGD(0.5)), "lora.A lora.B control.cA control.cB"

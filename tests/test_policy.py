@@ -134,7 +134,7 @@ def test_the_default_allows_low_rank_updates_alone() -> None:
         if name in allowed:
             assert sent <= {"A", "B", "rank", "norm", "head"}
         elif not ALL[name].pooled:
-            assert sent & {"weight", "bias", "values", "down", "table", "dA", "R", "cA"}, name
+            assert sent & {"weight", "bias", "values", "down", "table", "dA", "R", "cA", "A_rest"}, name
 
 
 def test_all_that_is_wrong_with_a_policy_is_said_at_once(tmp_path: Path) -> None:
