@@ -66,7 +66,10 @@ def test_label_only_in_test(tmp_path: Path) -> None:
     write_recipe(tmp_path)
     write_csv(tmp_path / "test.csv", [*rows(12, 1), ("the planet", "space", "site-1")])
     refused(
-        tmp_path, "label 'space' (row 13, 1 rows in all) occurs only here", data={"test": str(tmp_path / "test.csv")}
+        tmp_path,
+        "label 'space' (",
+        "test.csv, line 14, 1 rows in all) occurs only here",
+        data={"test": str(tmp_path / "test.csv")},
     )
 
 

@@ -38,6 +38,11 @@ def distinct(n: int) -> list[tuple[str, str, str]]:
     return [(f"{t} w{i}", label, who) for i, (t, label, who) in enumerate(rows(n))]
 
 
+def lines(folder: Path, *numbers: int) -> tuple[str, ...]:
+    """Places in the file, whose first line has the names of the columns."""
+    return tuple(f"{folder}/rows.csv, line {n}" for n in numbers)
+
+
 def test_clean_data_have_nothing_odd(tmp_path: Path) -> None:
     found, checked = look(tmp_path, distinct(120))
     assert not found
@@ -51,8 +56,8 @@ def test_empty_and_blank_texts(tmp_path: Path) -> None:
         data[i] = (t, *data[i][1:])
     found, _ = look(tmp_path, data)
     assert set(found) == {"empty", "blank"}
-    assert (found["empty"][0].count, found["empty"][0].places) == (2, ("row 5", "row 51"))
-    assert (found["blank"][0].count, found["blank"][0].places) == (2, ("row 10", "row 100"))
+    assert (found["empty"][0].count, found["empty"][0].places) == (2, lines(tmp_path, 6, 52))
+    assert (found["blank"][0].count, found["blank"][0].places) == (2, lines(tmp_path, 11, 101))
 
 
 def test_duplicates_and_leaks_are_counted_against_the_split(tmp_path: Path) -> None:
@@ -76,7 +81,7 @@ def test_equal_texts_with_different_labels(tmp_path: Path) -> None:
     data[7] = (data[3][0], "sea" if data[3][1] != "sea" else "food", "x")
     found, _ = look(tmp_path, data)
     (f,) = found["labels-differ"]
-    assert (f.count, f.places) == (2, ("row 4", "row 8"))
+    assert (f.count, f.places) == (2, lines(tmp_path, 5, 9))
 
 
 def test_labels_that_differ_in_spelling_alone(tmp_path: Path) -> None:

@@ -341,9 +341,9 @@ def test_cut_words_are_said_and_missed(tmp_path: Path) -> None:
 
 BAD = {
     "text": ("token-classification", {"words": "a b", "tags": ["O", "O"]}, "data.text: column 'words' holds string, expected a list"),
-    "sizes": ("token-classification", {"words": ["a", "b"], "tags": ["O"]}, "data.label: row 1 has 2 words and 1 tags"),
-    "no words": ("token-classification", {"words": [], "tags": []}, "data.text: row 1 of column 'words' has no words"),
-    "null": ("multi-label", {"words": "a", "tags": ["x", None]}, "data.label: the list in row 1 of column 'tags' has an item without"),
+    "sizes": ("token-classification", {"words": ["a", "b"], "tags": ["O"]}, "data.label: .*rows.jsonl, line 1 has 2 words and 1 tags"),
+    "no words": ("token-classification", {"words": [], "tags": []}, "data.text: .*rows.jsonl, line 1 of column 'words' has no words"),
+    "null": ("multi-label", {"words": "a", "tags": ["x", None]}, "data.label: the list in .*rows.jsonl, line 1 of column 'tags' has an item without"),
     "empty": ("multi-label", {"words": "a", "tags": []}, "data.label: the lists of column 'tags' are all empty"),
     "plain": ("multi-label", {"words": "a", "tags": "x"}, "data.label: column 'tags' holds string, expected a list"),
 }  # fmt: skip

@@ -114,6 +114,12 @@ RULES = [
     ({"model": {"task": "causal-lm"}, "data": {"text": None, "completion": "a"}}, "data.prompt", "beside data.comp"),
     ({"model": {"task": "causal-lm"}, "data": {"prompt": "q", "completion": "a"}}, "data.text", "null beside"),
     ({"data": {"encoding": "utf8x"}}, "data.encoding", "a character encoding"),
+    ({"data": {"delimiter": "x"}}, "data.delimiter", "auto, tab, or one character"),
+    ({"data": {"delimiter": ";;"}}, "data.delimiter", "auto, tab, or one character"),
+    ({"data": {"source": "https://example.org/r.csv"}}, "data.source", "a hub id, or a database"),
+    ({"data": {"source": "sqlite:///r.db"}}, "data.query", "a query beside a database"),
+    ({"data": {"query": "SELECT 1"}}, "data.query", "data.source is no database"),
+    ({"data": {"test": "https://example.org/r.csv"}}, "data.test", "a split, or a query"),
     ({"partition": {"validation": 0.5, "test": 0.5}}, "partition.validation", "less than 0.5 beside test 0.5"),
     ({"partition": {"clients": 4, "unseen": 4}}, "partition.unseen", "less than partition.clients, 4"),
     ({"partition": {"kind": "domain"}}, "partition.column", "kind domain"),
@@ -422,7 +428,8 @@ OTHER = """
 model: {name: other, task: regression, targets: [query], attention: eager, dtype: bf16, device: cpu,
         gradient_checkpointing: true, revision: v1, kernels: none}
 data: {source: b.csv, subset: s, split: s, format: csv, text: other, label: other, template: 't {text}', test: t, validation: v,
-       classes: [a, b], site: s, client: file, max_length: 32, limit: 10, encoding: latin-1}
+       classes: [a, b], site: s, client: file, max_length: 32, limit: 10, encoding: latin-1,
+       delimiter: ';', sheet: other}
 partition: {kind: quantity, clients: 9, alpha: 1.0, share: 0.1, classes: 3, column: c, domains: 2, group: g, min_size: 2,
             validation: 0.2, test: 0.1, unseen: 1, permute_labels: true}
 train: {steps: 11, epochs: 1.0, batch_size: 8, optimizer: sgd, lr: 1.0, betas: [0.5, 0.5], weight_decay: 0.1,
@@ -450,7 +457,7 @@ SAME_RESULT = {
     "deployment.histograms",
 }
 NOT_ALONE = {  # need other fields beside them
-    "data.prompt", "data.completion", "data.references", "train.momentum", "model.threshold", "generation.scores", "generation.top_p",
+    "data.prompt", "data.completion", "data.references", "data.query", "train.momentum", "model.threshold", "generation.scores", "generation.top_p",
     "generation.top_k",
 }  # fmt: skip
 

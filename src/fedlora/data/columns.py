@@ -1,13 +1,15 @@
-"""Columns of a table, with errors that name the column, the row and the remedy. Rows are counted from 1."""
+"""Columns of a table, with errors that name the column, the place of the row and the remedy."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import DataError, near
+from .lines import place, shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -18,9 +20,7 @@ def column(table: pa.Table, name: str, field: str = "data.text") -> pa.ChunkedAr
     import pyarrow as pa
 
     if name not in table.column_names:
-        raise DataError(
-            f"{field}: no column {name!r} among the columns {table.column_names}; {near(name, table.column_names)}"
-        )
+        raise DataError(f"{field}: no column {name!r} among the columns {shown(table)}; {near(name, shown(table))}")
     if table.column_names.count(name) > 1:
         raise DataError(
             f"{field}: {table.column_names.count(name)} columns are called {name!r}, expected one; rename the others"
@@ -38,7 +38,7 @@ def full(table: pa.Table, name: str, field: str) -> pa.ChunkedArray:
     at = pc.index(empty, True).as_py()
     if at >= 0:
         count = pc.sum(empty).as_py()
-        raise DataError(f"{field}: column {name!r} has no value in row {at + 1} ({count} of {len(values)} rows are empty), "
+        raise DataError(f"{field}: column {name!r} has no value in {place(table, at)} ({count} of {len(values)} rows are empty), "
                         "expected a value in every row; fill or remove those rows")  # fmt: skip
     return values
 
@@ -74,15 +74,17 @@ def lists(table: pa.Table, name: str, field: str) -> list[list[str]]:
         if not texts or any(t is None for t in texts):
             what = "an empty list" if not texts else "a list with a missing text"
             raise DataError(
-                f"{field}: column {name!r} has {what} in row {i + 1}, expected one text or more; fill or remove it"
+                f"{field}: column {name!r} has {what} in {place(table, i)}, expected one text or more; fill or remove it"
             )
     return found
 
 
-def codes(values: pa.ChunkedArray, name: str, field: str) -> tuple[np.ndarray, list[Any]]:
+def codes(
+    values: pa.ChunkedArray, name: str, field: str, at: Callable[[int], str] = lambda i: f"row {i + 1}"
+) -> tuple[np.ndarray, list[Any]]:
     """Distinct values by number: int64 [n] and the sorted values (integers as integers, dates as text).
 
-    Raises DataError for other types, and for an empty text: CSV and TSV write a missing value so.
+    at: the place of a value, counted from 0. Raises DataError for other types, and for an empty text: CSV and TSV write a missing value so.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -92,7 +94,7 @@ def codes(values: pa.ChunkedArray, name: str, field: str) -> tuple[np.ndarray, l
         numbers = values.to_numpy()
         broken = np.flatnonzero((numbers != np.floor(numbers)) | (np.abs(numbers) >= 2**63))
         if len(broken):
-            raise DataError(f"{field}: column {name!r} holds {numbers[broken[0]]} in row {broken[0] + 1}, expected classes (text or "
+            raise DataError(f"{field}: column {name!r} holds {numbers[broken[0]]} in {at(int(broken[0]))}, expected classes (text or "
                             "whole numbers); for real values set model.task to regression")  # fmt: skip
         values = pa.chunked_array([numbers.astype(np.int64)])
     elif pa.types.is_temporal(kind) or pa.types.is_string_view(kind):
@@ -113,7 +115,7 @@ def codes(values: pa.ChunkedArray, name: str, field: str) -> tuple[np.ndarray, l
     found, distinct = number[encoded.indices.to_numpy()], encoded.dictionary.take(order).to_pylist()
     if distinct and distinct[0] == "":
         rows = np.flatnonzero(found == 0)
-        raise DataError(f"{field}: column {name!r} is empty in row {rows[0] + 1} ({len(rows)} of {len(found)} rows are), "
+        raise DataError(f"{field}: column {name!r} is empty in {at(int(rows[0]))} ({len(rows)} of {len(found)} rows are), "
                         "expected a value in every row; fill or remove those rows")  # fmt: skip
     return found, distinct
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from .encode import Encoded
 from .federated import FederatedData
+from .lines import place
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -107,11 +108,7 @@ class _Seen:
 
     def place(self, row: int) -> str:
         t = int(np.searchsorted(self.starts, row, side="right")) - 1
-        table, i = self.tables[t], row - int(self.starts[t])
-        if "__line__" not in table.column_names:
-            return f"row {i + 1}"
-        file, line = table.column("__file__")[i].as_py(), table.column("__line__")[i].as_py()
-        return str(file) if line is None else f"{file} {line}"
+        return place(self.tables[t], row - int(self.starts[t]))
 
     def places(self, rows: Sequence[int] | np.ndarray) -> tuple[str, ...]:
         return tuple(self.place(int(i)) for i in rows[:SHOWN])

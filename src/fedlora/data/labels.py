@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import DataError, near
 from .columns import class_names, codes, full
+from .lines import place
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,12 +25,12 @@ def classes(
     """
     values = full(table, name, field)
     names = class_names(table, name)
-    found, distinct = codes(values, name, field)
+    found, distinct = codes(values, name, field, lambda i: place(table, i))
     if names is not None:
         ids = np.asarray(distinct, np.int64)[found] if distinct else found
         outside = np.flatnonzero((ids < 0) | (ids >= len(names)))
         if len(outside):
-            raise DataError(f"{field}: column {name!r} holds {ids[outside[0]]} in row {outside[0] + 1}, expected 0 to {len(names) - 1}; "
+            raise DataError(f"{field}: column {name!r} holds {ids[outside[0]]} in {place(table, int(outside[0]))}, expected 0 to {len(names) - 1}; "
                             "-1 marks data without labels (the test split of many hub data sets): choose a labelled split")  # fmt: skip
     else:
         ids, names = found, [str(d) for d in distinct]
@@ -41,7 +42,7 @@ def classes(
     if len(unknown):
         label = names[ids[unknown[0]]]
         whose = "is not in data.classes" if field == "data.label" else "occurs only here and not in the training data"
-        raise DataError(f"{field}: label {label!r} (row {unknown[0] + 1}, {len(unknown)} rows in all) {whose}, "
+        raise DataError(f"{field}: label {label!r} ({place(table, int(unknown[0]))}, {len(unknown)} rows in all) {whose}, "
                         f"expected one of its {len(known)} labels; {near(label, known)} or remove those rows")  # fmt: skip
     return translated, tuple(known)
 
@@ -59,7 +60,8 @@ def reals(table: pa.Table, name: str, field: str = "data.label") -> np.ndarray:
     broken = np.flatnonzero(~(np.abs(numbers) <= np.finfo(np.float32).max))
     if len(broken):
         raise DataError(
-            f"{field}: column {name!r} holds {numbers[broken[0]]} in row {broken[0] + 1}, expected a finite number that float32 holds; remove that row"
+            f"{field}: column {name!r} holds {numbers[broken[0]]} in {place(table, int(broken[0]))}, expected a finite number that "
+            "float32 holds; remove that row"
         )
     return numbers.astype(np.float32)
 
@@ -83,14 +85,19 @@ def lists(table: pa.Table, name: str, field: str) -> tuple[pa.ChunkedArray, np.n
     items = pc.list_flatten(values)
     empty = pc.index(pc.is_null(items, nan_is_null=True), True).as_py()
     if empty >= 0:
-        row = int(np.searchsorted(offsets, empty, side="right"))
+        row = place(table, int(np.searchsorted(offsets, empty, side="right")) - 1)
         raise DataError(
-            f"{field}: the list in row {row} of column {name!r} has an item without a value, expected a value in every item; "
+            f"{field}: the list in {row} of column {name!r} has an item without a value, expected a value in every item; "
             "fill or remove it"
         )
     if pa.types.is_null(items.type):
         items = pa.chunked_array([], pa.string())
     return (items.cast(items.type.value_type) if pa.types.is_dictionary(items.type) else items), offsets
+
+
+def _of_item(table: pa.Table, offsets: np.ndarray) -> Callable[[int], str]:
+    """The place of the row that holds an item."""
+    return lambda i: place(table, int(np.searchsorted(offsets, i, side="right")) - 1)
 
 
 def listed(
@@ -106,7 +113,8 @@ def listed(
     for origin, table in tables.items():
         field = field_of(origin)
         items, offsets = lists(table, name, field)
-        ids, distinct = codes(items, name, field)
+        at = _of_item(table, offsets)
+        ids, distinct = codes(items, name, field, at)
         own = class_names(table, name)
         if own is not None and (outside := [d for d in distinct if not 0 <= int(d) < len(own)]):
             raise DataError(f"{field}: column {name!r} holds {outside[0]}, expected 0 to {len(own) - 1}")
@@ -118,10 +126,10 @@ def listed(
         found = number[ids] if len(said) else ids
         odd = np.flatnonzero(found < 0)
         if len(odd):
-            row, label = int(np.searchsorted(offsets, odd[0], side="right")), said[ids[odd[0]]]
+            label = said[ids[odd[0]]]
             whose = "is not in data.classes" if known is not None else "occurs only here and not in the training data"
             raise DataError(
-                f"{field}: {what} {label!r} (row {row}, {len(odd)} in all) {whose}, expected one of {len(names)}; "
+                f"{field}: {what} {label!r} ({at(int(odd[0]))}, {len(odd)} in all) {whose}, expected one of {len(names)}; "
                 f"{near(label, names)} or remove those rows"
             )
         out.append((found, offsets))

@@ -17,11 +17,13 @@ import numpy as np
 from ..errors import DataError
 from ..files import cache as user_cache
 from . import encode, template
+from .addresses import scheme
 from .columns import codes, column, full, strings
 from .encode import Encoded
 from .examples import Tokens, Words
-from .files import FORMATS
-from .sources import CLIENT, read
+from .files import is_data_file
+from .lines import CLIENT, place
+from .sources import read
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -171,16 +173,17 @@ def _references(inputs: Sequence[Texts], source: Sequence[np.ndarray]) -> list[S
 
 def _tables(data: Mapping[str, Any], seed: int) -> dict[int, pa.Table]:
     """Rows by origin."""
-    shared: dict[str, Any] = {k: data.get(k) for k in ("subset", "encoding", "client", "limit")}
-    shared["encoding"] = shared["encoding"] or "utf-8"
-    tables = {0: read(data["source"], format=data.get("format", "auto"), split=data.get("split"), seed=seed, **shared)}
+    shared: dict[str, Any] = {k: data.get(k) for k in ("subset", "sheet", "client", "limit")}
+    shared |= {k: data.get(k) or v for k, v in (("format", "auto"), ("encoding", "utf-8"), ("delimiter", "auto"))}
+    tables = {0: read(data["source"], query=data.get("query"), split=data.get("split"), seed=seed, **shared)}
     for origin, field in ((1, "validation"), (2, "test")):
         where = data.get(field)
         if where is not None:
             path = Path(where).expanduser()
-            is_file = path.exists() or path.suffix.lower() in FORMATS or "*" in where
-            source, split = (where, None) if is_file else (data["source"], where)
-            tables[origin] = read(source, format=data.get("format", "auto"), split=split, seed=seed, **shared)
+            is_file = path.exists() or is_data_file(path) or "*" in where or scheme(where) is not None
+            asks = not is_file and data.get("query") is not None  # a second query of the same database
+            source, split = (where, None) if is_file else (data["source"], None if asks else where)
+            tables[origin] = read(source, query=where if asks else None, split=split, seed=seed, **shared)
     return tables
 
 
@@ -221,8 +224,14 @@ def _column(
     kinds = {p.type for p in parts}
     if len(kinds) > 1:
         raise DataError(f"{field}: {by!r} is {' and '.join(map(str, kinds))} in different files, expected one type")
-    numbers, names = codes(pa.chunked_array([c for p in parts for c in p.chunks], parts[0].type), by, field)
     starts = np.cumsum([0, *(len(p) for p in parts)])
+    whole = pa.chunked_array([c for p in parts for c in p.chunks], parts[0].type)
+
+    def at(i: int) -> str:
+        t = int(np.searchsorted(starts, i, side="right")) - 1
+        return place([*tables.values()][t], i - int(starts[t]))
+
+    numbers, names = codes(whole, by, field, at)
     return Column(np.concatenate([numbers[a + s] for a, s in zip(starts, source, strict=False)]), names)
 
 

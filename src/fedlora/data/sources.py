@@ -1,4 +1,5 @@
-"""Where examples come from: files, globs, folders, `save_to_disk` folders, hub ids, the built-in demo, or a table at hand."""
+"""Where examples come from: files, globs, folders, `save_to_disk` folders, databases, hub ids, the built-in demo, or a table at
+hand."""
 
 from __future__ import annotations
 
@@ -13,12 +14,13 @@ import numpy as np
 from ..errors import ConfigError, DataError, Problem, near
 from ..hub import reachable
 from ..seeds import np_rng
-from .files import FORMATS, missing, read_file
+from . import addresses
+from .files import FORMATS, Shape, is_data_file, missing, read_file
+from .lines import CLIENT, shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-CLIENT = "__client__"  # column that client="file" adds
 HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 
 
@@ -29,22 +31,32 @@ def read(
     subset: str | None = None,
     split: str | None = None,
     encoding: str = "utf-8",
+    delimiter: str = "auto",
+    sheet: str | None = None,
+    query: str | None = None,
     client: str | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> pa.Table:
     """The rows of `source`.
 
-    source: "demo"; a file; a glob; a list of files or globs; a folder of data files; a folder written by `save_to_disk`; a hub
-    id; or a pyarrow table or `datasets.Dataset`. subset and split: configuration and split of a hub data set; split also picks a split
-    of a saved data set, or the files of a folder named after it (train.parquet, train-00000-of-00002.parquet).
-    client: "file" adds the column "__client__", the name of the file each row comes from.
-    limit: a random choice of that many rows, in their order, which depends on `seed` alone.
+    source: "demo"; a file, which gzip or zip may pack; a glob; a list of files or globs; a folder of data files, or of folders of .txt
+    files, each named as its label; a folder written by `save_to_disk`; the URL of a database, with `query`; a hub id; or a pyarrow table
+    or `datasets.Dataset`. format, encoding, delimiter, sheet: of files (`files.Shape`). subset and split: configuration and split of
+    a hub data set; split also picks a split of a saved data set, or the files of a folder named after it (train.parquet,
+    train-00000-of-00002.parquet, train/).
+    client: "file" adds the column "__client__", the name of the file each row comes from. Files and queries add the place of each row
+    (`lines`). limit: a random choice of that many rows, in their order, which depends on `seed` alone.
     Raises DataError for what is missing, empty or malformed.
     """
-    table = _read(source, format, subset, split, encoding, client == "file")
+    table = _read(source, subset, split, Shape(format, encoding, delimiter, sheet, query), client == "file")
     if table.num_rows == 0:
         raise DataError(f"data.source: {_shown(source)} has no rows, expected at least one")
+    return limited(table, limit, seed)
+
+
+def limited(table: pa.Table, limit: int | None, seed: int) -> pa.Table:
+    """A random choice of `limit` rows, in their order."""
     if limit is not None and limit < 1:
         raise ConfigError([Problem("data.limit", limit, "an integer >= 1 or null")])
     if limit is None or limit >= table.num_rows:
@@ -53,20 +65,30 @@ def read(
     return table.take(np.sort(chosen))
 
 
-def _read(source: Any, format: str, subset: str | None, split: str | None, encoding: str, by_file: bool) -> pa.Table:
+def _read(source: Any, subset: str | None, split: str | None, shape: Shape, by_file: bool) -> pa.Table:
     import pyarrow as pa
 
+    if isinstance(source, Sequence) and not isinstance(source, str) and len(source) == 1:
+        (source,) = source
     if isinstance(source, (str, Path)):
         name = str(source)
         if name == "demo" and not by_file:
             from .demo import corpus
 
             return corpus()
+        if wrong := addresses.unfit(name, shape.query):
+            raise ConfigError([wrong])
+        if addresses.is_database(name):
+            if by_file:
+                raise ConfigError([Problem("data.client", "file", "a column of the query", "a database has no files")])
+            from .database import select
+
+            return select(name, str(shape.query))
         path = Path(name).expanduser()
         if path.is_dir() and not by_file and _saved(path):
             return _from_disk(path, split)
         if path.exists() or by_file or not _may_be_hub_id(name):
-            return _files(_paths(source, split), format, encoding, by_file)
+            return _files(_paths(source, split, shape.format), shape, by_file, path if path.is_dir() else None)
         return from_hub(name, subset, split)
     if isinstance(source, pa.Table):
         return source
@@ -75,7 +97,13 @@ def _read(source: Any, format: str, subset: str | None, split: str | None, encod
     ):  # datasets.Dataset, without importing datasets
         return _arrow(_pick(source, split, "the data set"))
     if isinstance(source, Sequence) and source and all(isinstance(s, (str, Path)) for s in source):
-        return _files([p for s in source for p in _paths(s, split)], format, encoding, by_file)
+        for s in map(str, source):
+            if addresses.scheme(s) is not None:
+                what = addresses.hidden(s)
+                raise ConfigError(
+                    [Problem("data.source", what, "files in a list of several", "an address stands alone")]
+                )
+        return _files([p for s in source for p in _paths(s, split, shape.format)], shape, by_file)
     raise DataError(
         f"data.source: got {type(source).__name__}, expected a path, a list of paths, a hub id, a pyarrow table or a data set"
     )
@@ -84,18 +112,21 @@ def _read(source: Any, format: str, subset: str | None, split: str | None, encod
 # files ----------------------------------------------------------------------------------------------------------------
 
 
-def _paths(source: str | Path, split: str | None) -> list[Path]:
-    """The data files of a path, glob or folder, sorted."""
+def _paths(source: str | Path, split: str | None, format: str) -> list[Path]:
+    """The data files of a path, glob or folder, sorted. Texts (.txt) of a folder count where it holds no other data, since many a
+    folder of tables has a readme."""
     path = Path(source).expanduser()
     if path.is_dir():
-        found = sorted(
-            p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in FORMATS and not p.name.startswith(".")
-        )
+        inside = path / split if split and (path / split).is_dir() else path
+        every = sorted(p for p in inside.rglob("*") if p.is_file() and not p.name.startswith("."))
+        found = [p for p in every if format != "auto" or is_data_file(p)]
+        tables = [p for p in found if p.suffix.lower() != ".txt"]
+        found = tables or found if format == "auto" else found
         if not found:
             raise DataError(
-                f"data.source: folder {path} holds no data file ({', '.join(FORMATS)}); {near('', [p.name for p in path.iterdir()])}"
+                f"data.source: folder {inside} holds no data file ({', '.join(FORMATS)}); {near('', [p.name for p in inside.iterdir()])}"
             )
-        return _of_split(found, split, path) if split else found
+        return _of_split(found, split, path) if split and inside == path else found
     if not path.exists() and glob.has_magic(str(path)):
         found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
         if not found:
@@ -109,7 +140,7 @@ def _paths(source: str | Path, split: str | None) -> list[Path]:
 
 
 def _of_split(paths: list[Path], split: str, folder: Path) -> list[Path]:
-    names = {p: re.sub(r"-\d+-of-\d+$", "", p.stem) for p in paths}
+    names = {p: re.sub(r"-\d+-of-\d+$", "", p.name.partition(".")[0]) for p in paths}
     chosen = [p for p in paths if names[p] == split]
     if not chosen:
         raise DataError(
@@ -118,15 +149,18 @@ def _of_split(paths: list[Path], split: str, folder: Path) -> list[Path]:
     return chosen
 
 
-def _files(paths: list[Path], format: str, encoding: str, by_file: bool) -> pa.Table:
+def _files(paths: list[Path], shape: Shape, by_file: bool, folder: Path | None = None) -> pa.Table:
+    """The rows of all files. folder: where they were found, if their folders say labels."""
     import pyarrow as pa
 
-    tables = [read_file(p, format, encoding) for p in paths]
+    tables = [read_file(p, shape) for p in paths]
+    if shape.format == "txt" or all(p.suffix.lower() == ".txt" for p in paths):
+        tables = _labelled(tables, paths, folder)
     first = tables[0]
     for path, table in zip(paths, tables, strict=True):
         if set(table.column_names) != set(first.column_names):
             odd = sorted(set(table.column_names) ^ set(first.column_names))
-            raise DataError(f"data.source: {path} has columns {table.column_names}, {paths[0]} has {first.column_names}; expected the same in "
+            raise DataError(f"data.source: {path} has columns {shown(table)}, {paths[0]} has {shown(first)}; expected the same in "
                             f"every file: rename or add {', '.join(map(repr, odd))}, or give fewer files")  # fmt: skip
     if by_file:
         tables = [
@@ -139,6 +173,19 @@ def _files(paths: list[Path], format: str, encoding: str, by_file: bool) -> pa.T
     except (pa.ArrowInvalid, pa.ArrowTypeError) as e:
         raise DataError(f"data.source: the {len(paths)} files from {paths[0]} to {paths[-1]} do not fit together "
                         f"({str(e).splitlines()[0]}); expected one type in each column") from e  # fmt: skip
+
+
+def _labelled(tables: list[pa.Table], paths: list[Path], folder: Path | None) -> list[pa.Table]:
+    """Texts with the column "label", the name of the folder that each file lies in, if they lie in folders of a folder."""
+    import pyarrow as pa
+
+    beside = [p for p in paths if folder is not None and p.parent == folder]
+    if folder is None or len(beside) == len(paths):
+        return tables
+    if beside:
+        raise DataError(f"data.source: {beside[0]} lies beside the folders of {folder}, whose names are labels; expected every "
+                        "text in a folder; move it, or name the folders' parent")  # fmt: skip
+    return [t.append_column("label", pa.array([p.parent.name])) for t, p in zip(tables, paths, strict=True)]
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -157,7 +204,7 @@ def _names(paths: list[Path]) -> list[str]:
 
 
 def _may_be_hub_id(name: str) -> bool:
-    return HUB_ID.fullmatch(name) is not None and Path(name).suffix.lower() not in FORMATS
+    return HUB_ID.fullmatch(name) is not None and not is_data_file(Path(name))
 
 
 def from_hub(name: str, subset: str | None = None, split: str | None = None, **options: Any) -> pa.Table:

@@ -10,6 +10,8 @@ import string
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..data.addresses import hidden, scheme, unfit
+from ..data.delimiters import DELIMITERS, WORDS
 from ..data.template import names
 from ..errors import Problem, near
 from .sections import Data, Evaluation, Federation, Generation, Model, Partition, Run, Section, Train
@@ -119,6 +121,32 @@ def encoding(data: Data) -> Iterator[Problem]:
         )
 
 
+def delimiter(data: Data) -> Iterator[Problem]:
+    d = data.delimiter
+    if d in ("auto", *WORDS):
+        return
+    if len(d) != 1 or not d.isascii() or d.isalnum() or d in '"\r\n':
+        hint = near(d, ["auto", *WORDS, *DELIMITERS]) if len(d) > 1 else "the file's own, which no text holds unquoted"
+        yield Problem(
+            "data.delimiter", d, "auto, tab, or one character that is no letter, digit or quotation mark", hint
+        )
+
+
+def source(data: Data) -> Iterator[Problem]:
+    several = [data.source] if isinstance(data.source, str) else list(data.source)
+    if len(several) > 1:
+        several = [s for s in several if scheme(s) is not None]
+        for s in several:
+            yield Problem("data.source", hidden(s), "files in a list of several", "an address stands alone")
+    elif wrong := unfit(several[0], data.query):
+        yield wrong
+    for field in ("test", "validation"):
+        where = getattr(data, field)
+        if where is not None and scheme(where) is not None:
+            yield Problem(f"data.{field}", hidden(where), "a file, a split, or a query of the database in data.source",
+                          "fetch a file first, and name it")  # fmt: skip
+
+
 def clients(partition: Partition, data: Data) -> Iterator[Problem]:
     p = partition
     if p.validation + p.test >= 1:
@@ -224,6 +252,8 @@ RULES: tuple[Rule, ...] = (
     generation,
     template,
     encoding,
+    delimiter,
+    source,
     clients,
     labels,
     cohort,

@@ -72,11 +72,18 @@ class Data(Section):
     """The examples, before they are given to clients."""
 
     source: Text | Annotated[tuple[Text, ...], Field(min_length=1)]
-    """A file, a glob, a list of files, a folder, a hub id, a folder made by datasets' save_to_disk, or "demo"."""
+    """A file, a glob, a list of files, a folder, a database (with `query`), a hub id, a folder made by datasets' save_to_disk, or "demo"."""
     subset: Text | None = None
     """Configuration name of a hub data set."""
     split: Text | None = None
-    format: Literal["auto", "csv", "tsv", "jsonl", "parquet"] = "auto"
+    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "xlsx", "txt"] = "auto"
+    """Of the files; "auto" goes by their endings, within .gz and .zip too."""
+    delimiter: Text = "auto"
+    """Between the fields of a CSV or TSV file: one character, or "tab"; "auto" finds it in the first rows."""
+    sheet: Text | None = None
+    """Of a workbook (.xlsx) that has several."""
+    query: Text | None = None
+    """SELECT ... whose rows are the examples, where `source` is a database's URL; `test` and `validation` are then queries too."""
     text: Text | tuple[Text, Text] | None = None
     """Column of the text, or the two columns of a pair."""
     label: Text | None = None
@@ -90,7 +97,7 @@ class Data(Section):
     template: Text | None = None
     """Text made of several columns, instead of `text` or `prompt`: "{subject} {body}"; {text} and {prompt} are those columns."""
     test: Text | None = None
-    """File or split that is test data only."""
+    """File, split or query that is test data only."""
     validation: Text | None = None
     client: Text | None = None
     """Column that names the client of each row, or "file": one client per file."""

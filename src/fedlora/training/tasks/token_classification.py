@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...data import encode
 from ...data.labels import listed, lists
+from ...data.lines import place
 from ...data.load import Targets, Texts, field_of, joined, tagged
 from ...errors import DataError, Problem
 from ..metrics import Predictions, Scores, owners, ratio
@@ -82,7 +83,7 @@ class TokenClassification(Task):
         words = [str(w) for w in items.to_pylist()]
         short = np.flatnonzero(np.diff(offsets) == 0)
         if len(short):
-            raise DataError(f"data.text: row {short[0] + 1} of column {data['text']!r} has no words ({len(short)} rows in all); "
+            raise DataError(f"data.text: {place(table, int(short[0]))} of column {data['text']!r} has no words ({len(short)} rows in all); "
                             "remove those rows")  # fmt: skip
         return Texts("words", [words[a:b] for a, b in pairwise(offsets)])
 
@@ -95,7 +96,7 @@ class TokenClassification(Task):
             if len(odd):
                 i = int(odd[0])
                 raise DataError(
-                    f"{field_of(origin)}: row {i + 1} has {sizes[i]} words and {np.diff(offsets)[i]} tags ({len(odd)} rows in "
+                    f"{field_of(origin)}: {place(table, i)} has {sizes[i]} words and {np.diff(offsets)[i]} tags ({len(odd)} rows in "
                     "all), expected a tag for every word; correct those rows"
                 )
         if len(names) < 2:
