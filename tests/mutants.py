@@ -77,6 +77,11 @@ MUTANTS = (
     Mutant("a question is asked once for each reference", "federation/generation.py", "_, references = found.setdefault(prompt, (row, {}))", "_, references = found.setdefault((*prompt, *([-row] if row else [])), (row, {}))", f"{GENERATION} -k scores_what_its_clients"),
     Mutant("numbers after the mark are passed over", "training/texts.py", "found[0] if mark else found[-1]", "found[-1]", f"{GENERATION} -k gsm8k"),
     Mutant("only the first reference counts", "training/texts.py", "most = max(map(len, references))", "most = 1", f"{GENERATION} -k sacrebleus"),
+    # a start
+    Mutant("an adapter's scale is forgotten", "checkpoints/start.py", 'f["B"] * _scale(config, layer)', 'f["B"]', "tests/test_start.py -k first_global"),
+    Mutant("a method's own scale is counted twice", "methods/sgd.py", "return found / scale(k.layer) if", "return found if", "tests/test_start.py -k first_global"),
+    Mutant("clients of a finished run begin anew", "federation/run.py", "if own is not None or self.earlier is None:", "if True:", "tests/test_start.py -k goes_on_from_a_finished"),
+    Mutant("a run goes on from the start of another", "federation/run.py", "return replace(first, params=own, notes=notes)", "return first", "tests/test_start.py -k goes_on_from_a_finished"),
     # compiled operators
     Mutant("a run's numbers are chosen anew where it is resumed", "recipe/core.py", '        plain["model"]["dtype"] = self.numbers.dtype\n', "", "tests/test_dtype.py"),
     Mutant("bf16 is taken on any processor", "recipe/device.py", "if able.get(name)", "if able is not None", "tests/test_dtype.py"),

@@ -108,6 +108,23 @@ def run(recipe: Path, sets: Sequence[str], output: Path | None, quiet: bool, jso
     compare(where, sweep / "comparison.html", json, sweep)
 
 
+def run_from(
+    start: Path, recipe: Path | None, sets: Sequence[str], output: Path | None, quiet: bool, json: bool
+) -> None:  # fmt: skip
+    """Go on from a finished run, by default with its own recipe, in a folder beside it."""
+    from ..recipe import Recipe
+
+    changes = [f"federation.start={start}", *sets]
+    if recipe is not None:
+        run(recipe, changes, output, quiet, json)
+        return
+    own = recipe_of(start).model_dump(mode="json", exclude_unset=True)
+    new = Recipe.from_dict(own, sets=changes)
+    folder = _execute(new, output or start.parent / f"{start.name}-{new.hash}", quiet, json)
+    if not json:
+        tables.result(out, folder)
+
+
 def resume(folder: Path, quiet: bool, json: bool) -> None:
     recipe = recipe_of(folder)
     if (folder / DEPLOYMENT).exists():

@@ -33,11 +33,31 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of 
 
 
 @app.command()
-def run(recipe: Recipe, sets: Sets = None, output: Output = None, quiet: Quiet = False, json: Json = False) -> None:
-    """Run a recipe (or a sweep of them) to its end, with a report. An interrupted run is taken up where it was."""
+def run(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML).", show_default=False)] = None,
+    sets: Sets = None,
+    output: Output = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="RUN", help="Go on from this finished run: new data, more rounds.", show_default=False
+        ),
+    ] = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Run a recipe (or a sweep of them) to its end, with a report. An interrupted run is taken up where it was.
+
+    With --from, a recipe may be left out: the finished run's own is taken, with the changes of --set.
+    """
     from . import actions
 
-    actions.run(recipe, sets or [], output, quiet, json)
+    if start is not None:
+        actions.run_from(start, recipe, sets or [], output, quiet, json)
+    elif recipe is None:
+        raise typer.BadParameter("give a recipe, or a finished run with --from")
+    else:
+        actions.run(recipe, sets or [], output, quiet, json)
 
 
 @app.command()

@@ -49,6 +49,13 @@ def check(recipe: Recipe) -> None:
                 "every client that is here scores its own model",
             )
         )
+    if recipe.model.adapter is not None:
+        what = "merge the adapter into the base and give every site that"
+        bad.append(Problem("model.adapter", recipe.model.adapter, "null in a deployment", what))
+    if recipe.federation.start is not None:
+        bad.append(
+            Problem("federation.start", recipe.federation.start, "null in a deployment", "sites keep their own leaves")
+        )
     if recipe.evaluation.analyses:
         bad.append(
             Problem("evaluation.analyses", list(recipe.evaluation.analyses), "none", "they look into personal leaves")

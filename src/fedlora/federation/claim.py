@@ -19,6 +19,8 @@ WHAT = {  # of `inputs`, for people
     "texts": "the texts (data.source, or the tokenizer of model.name)",
     "labels": "the labels (data.source)",
     "clients": "who holds which rows (data.source)",
+    "adapter": "the adapter to start from (model.adapter)",
+    "references": "the texts that answers are compared with",
     "base": "the weights of the base (model.name)",
 }
 
@@ -57,6 +59,7 @@ class Claimed(Folder):
             raise StateError(
                 f"{self.root}: belongs to recipe {known['hash']}, not to {hash}{_difference(known['recipe'], recipe)}; "
                 "give another output folder (run.output or --output), or the recipe it was made with"
+                + (f". To go on with more rounds: fedlora run RECIPE --from {self.root}" if known["recipe"] else "")
             )
         self.same(inputs, known["inputs"])
         if not (self.root / "recipe.json").exists() or self.damaged("recipe.json"):

@@ -6,11 +6,12 @@ A run that is resumed with other ones would give numbers that belong to neither;
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.examples import Tokens
 from ..data.federated import FederatedData
@@ -26,6 +27,8 @@ def of(f: Setting) -> dict[str, str]:
     if f.evaluation.generation is not None:
         digest = hashlib.sha256(repr(sorted((f.data.references or {}).items())).encode())
         found |= {"references": _short(digest)}
+    if f.start:
+        found |= {"adapter": _short(_added(hashlib.sha256(), f.start))}
     return found | {"base": base(f.model.base)}
 
 
@@ -84,6 +87,13 @@ def _add(digest: Any, x: np.ndarray | None) -> None:
     else:
         digest.update(f"{x.dtype} {x.shape}".encode())
         digest.update(repr(x.tolist()).encode() if x.dtype.hasobject else np.ascontiguousarray(x))
+
+
+def _added(digest: Any, start: Mapping[tuple[str, str], Tensor]) -> Any:
+    for name, v in sorted(start.items()):
+        digest.update(repr(name).encode())
+        _add(digest, v.numpy())
+    return digest
 
 
 def _short(digest: Any) -> str:

@@ -18,7 +18,7 @@ from ..data.batches import batch_of
 from ..errors import StateError, TrainingError
 from ..evaluation.analyses import product_error
 from ..methods.contract import Client, ServerState, Upload
-from ..tree import Params
+from ..tree import Params, apart, select
 from . import inputs
 from .callbacks import Callback, Several
 from .engine import Engine, RoundLog
@@ -31,6 +31,7 @@ from .summary import chosen_round, describe_again, describe_run, means, summaris
 from .trackers import TRACKERS
 from .wire import finite_state
 
+LAST = 2**31  # after every round
 EXACTNESS_COHORT = 32  # the exactness meter holds a cohort's uploads; above this it is off
 
 
@@ -44,7 +45,7 @@ class Federation(Setting):
     """A run of a setting, in a folder.
 
     output: the run folder. block: clients trained at once, or "auto" from memory. keep: states on disk. trackers: names of TRACKERS. runtime: where
-    clients are trained.
+    clients are trained. earlier: the folder of a finished run from which this one goes on.
     """
 
     output: str | Path
@@ -52,21 +53,67 @@ class Federation(Setting):
     keep: Literal["last", "all"] = field(default="last", kw_only=True)
     tensorboard: bool = field(default=False, kw_only=True)
     trackers: Sequence[str] = field(default=(), kw_only=True)
+    earlier: Store | None = field(default=None, kw_only=True)
     runtime: Callable[[Federation, Callback], Runtime] = field(default=in_process, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.store = Store(Path(self.output), keep=self.keep)
+        self._beginning: tuple[int, Params, dict[str, Any]] | None = None
         self._means: list[EvalLine] = []  # of the rounds so far: the best one's states are kept
 
     # rounds -----------------------------------------------------------------------------------------------------
     def engine(self, watch: Callback) -> Engine:
         """The engine that trains this run's clients and reports to `watch`."""
         return Engine(
-            self.method, self.context, self.loss, self.batches, lambda id, r: self.store.load_client(id, r),
+            self.method, self.context, self.loss, self.batches, self._load,
             lambda id, r, p: self.store.save_client(id, r, p), self.schedule, self.block_size(), self.sampling.min_clients,
             self.sampling.channel, watch.clients_done, lambda b, n: self._lowered(b, n, watch),
         )  # fmt: skip
+
+    def _load(self, id: str, round: int) -> Params | None:
+        """A client's own leaves before a round; those of the earlier run until it has trained in this one."""
+        own = self.store.load_client(id, round)
+        if own is not None or self.earlier is None:
+            return own
+        self._opened()
+        return (
+            select(self.earlier.load_client(id, LAST) or {}, lambda k: "~" not in k.adapter and "@" not in k.adapter)
+            or None
+        )
+
+    def _opened(self) -> tuple[int, Params, dict[str, Any]]:
+        """The state of the earlier run's best round; from here on its store gives the leaves that belong to it."""
+        assert self.earlier is not None
+        if self._beginning is None:
+            loaded = self.earlier.load_state("best")
+            if loaded is None:
+                raise StateError(
+                    f"federation.start: {self.earlier.root} holds no finished round; name the folder of a run"
+                )
+            self.earlier.same({"base": inputs.base(self.model.base)})
+            self._beginning = loaded
+        return self._beginning
+
+    def beginning(self) -> ServerState:
+        """The server before the first round: the method's own, or the earlier run's. Raises StateError for one of another method."""
+        first = self.method.init(self.context)
+        if self.earlier is None:
+            return first
+        _, leaves, notes = self._opened()
+        own, _ = apart(leaves)
+        odd = sorted(str(k) for k in first.params.keys() ^ own.keys())
+        odd += sorted(
+            f"{k} of shape {list(own[k].shape)}, {list(v.shape)} here"
+            for k, v in first.params.items()
+            if k in own and own[k].shape != v.shape
+        )
+        if odd:
+            raise StateError(
+                f"federation.start: {self.earlier.root} has other leaves than this run ({odd[0]}; {len(odd)} in all), expected a run of the "
+                "same method, rank, targets and head; keep these, or export its global model and name it as model.adapter"
+            )
+        return replace(first, params=own, notes=notes)
 
     def _lowered(self, block: int, clients: int, watch: Callback) -> None:
         """A resumed run starts with the blocks that fitted."""
@@ -115,7 +162,7 @@ class Federation(Setting):
             self.store.facts["block"] = runtime.block
             if loaded is None:
                 describe_run(self, self.store, runtime.block)
-                server = self.method.init(self.context)
+                server = self.beginning()
                 self._commit(server, self.evaluate(runtime, server, watch), watch)
             else:
                 describe_again(self, self.store, runtime.block)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from ..data.batches import LocalWork, train_batches
 from ..data.federated import FederatedData
@@ -114,7 +115,7 @@ class Setting:
     """A method over a model and its clients' data. Raises ConfigError for guards that cannot serve the method.
 
     accumulation: parts in which a batch is computed. recipe, recipe_hash: the recipe it was built from, {} if by hand. numbers: what the
-    base computes in and why, for records.
+    base computes in and why, for records. start: factors and head at which training begins (Context.start).
     """
 
     model: Adapted
@@ -131,11 +132,12 @@ class Setting:
     recipe: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     recipe_hash: str = field(default="", kw_only=True)
     numbers: str = field(default="", kw_only=True)
+    start: Mapping[tuple[str, str], Tensor] = field(default_factory=dict, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         if bad := unserved(self.sampling.channel.guards, self.method):
             raise ConfigError(bad)
-        self.context = Context(self.model.groups, self.seed)
+        self.context = Context(self.model.groups, self.seed, self.start)
         self.loss = Loss(self.model, self.task, self.accumulation)
         self.enrol(self.data)
         self._refuse_empty()

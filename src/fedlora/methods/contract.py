@@ -63,10 +63,14 @@ class Upload:
 
 @dataclass(frozen=True)
 class Context:
-    """Fixed facts about the run that both sides know."""
+    """Fixed facts about the run that both sides know.
+
+    start: (layer, part) -> where the trained factors and the head begin, instead of a delta of zero; B with its scale.
+    """
 
     groups: Mapping[str, Sequence[Layer]]
     seed: int
+    start: Mapping[tuple[str, str], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def head(self) -> Sequence[Layer]:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..adapters import FORMS, AdapterName, Form, Pattern, init_head, make, named, pattern_problems
-from ..errors import ConfigError, Problem, near
+from ..errors import ConfigError, ModelError, Problem, near
 from ..layers import Layer
 from ..model.adapted import Batch
 from ..training.loss import Loss
 from ..training.optimizers import AdamW, Optimizer, clip
-from ..tree import Key, Params, mean, select, stack, unstack
+from ..tree import Key, Params, mean, rank_axis, select, stack, unstack
 from .contract import Client, Context, Method, Metrics, RoundInfo, ServerState, Upload, Work
 
 Head = Literal["shared", "personal", "frozen"]
@@ -131,15 +131,25 @@ class SGDMethod(Method):
     def fixed(self, context: Context) -> Params:
         """Leaves that every party derives from the seed: frozen halves, random projections. Nobody owns or sends them."""
         form, layers = self.form, self.layers_of(context)
-        start = form.init(self.label, layers, context.seed)
+        start = self.begun(context, form.init(self.label, layers, context.seed))
         return form.fixed(self.label, layers, context.seed) | select(start, lambda k: not self.trains(k))
 
     def start(self, context: Context) -> Params:
         """Every trained leaf at its start: the deltas are zero, so training starts at the base model."""
         layers = self.layers_of(context)
         self.form.check(self.title, layers)
-        p = select(self.form.init(self.label, layers, context.seed), self.trains)
-        return p if self.head == "frozen" else p | init_head(context.head)
+        p = select(self.begun(context, self.form.init(self.label, layers, context.seed)), self.trains)
+        return p if self.head == "frozen" else p | self.begun(context, init_head(context.head))
+
+    def begun(self, context: Context, p: Params) -> Params:
+        """Leaves at the start that the run was given, where it has one. Raises ModelError for factors of another rank."""
+        if not context.start:
+            return p
+        return {
+            k: _given(context.start[k.layer, k.part], k, v, self.form)
+            for k, v in p.items()
+            if (k.layer, k.part) in context.start
+        } | {k: v for k, v in p.items() if (k.layer, k.part) not in context.start}
 
     def init(self, context: Context) -> ServerState:
         return ServerState(0, select(self.start(context), self.shared))
@@ -217,6 +227,18 @@ class SGDMethod(Method):
     def weight(self, u: Upload) -> float:
         """p_k before normalisation."""
         return float(u.client.examples) if self.weights == "examples" else 1.0
+
+
+def _given(found: Tensor, k: Key, usual: Tensor, form: Form) -> Tensor:
+    """A leaf of the start in the shape and scale of the method's own."""
+    if found.shape != usual.shape:
+        axis = rank_axis(k)
+        mine, theirs = (v.shape[axis or 0] for v in (usual, found))
+        raise ModelError(
+            f"model.adapter: its rank at {k.layer!r} is {theirs}, the method's {mine}; set method.rank to {theirs} (or method.rank_pattern)"
+        )
+    scale = getattr(form, "scale_at", None)
+    return found / scale(k.layer) if k.part == "B" and scale is not None else found
 
 
 def to(p: Params, like: Params) -> Params:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from .. import kernels
-from ..checkpoints import peft, pretrained
+from ..adapters import at_layers
+from ..checkpoints import peft, pretrained, start
 from ..data.batches import LocalWork
 from ..data.federated import FederatedData, assemble
 from ..data.load import Look
@@ -21,6 +22,7 @@ from ..federation.engine import Schedule
 from ..federation.generation import Generation
 from ..federation.run import Federation
 from ..federation.setting import Evaluation, Sampling
+from ..federation.store import Store
 from ..federation.trackers import TRACKERS
 from ..methods.contract import Method
 from ..model.adapted import Adapted
@@ -31,6 +33,7 @@ from ..training import texts
 from ..training.optimizers import SGD, AdamW, Optimizer
 from ..training.task import Task
 from ..training.tasks import TASKS
+from ..tree import stack
 from . import places
 from .device import device_of
 
@@ -71,15 +74,50 @@ def attention_of(r: Recipe, method: Method) -> str | None:
     return "eager" if method.second_order or r.train.dropout or device.type == "cpu" else None
 
 
-def adapted_of(r: Recipe, loaded: pretrained.Pretrained, method: Method) -> Adapted:
-    """The base with the layers that the method needs."""
+def adapted_of(
+    r: Recipe, loaded: pretrained.Pretrained, method: Method, adapter: start.Adapter | None = None
+) -> Adapted:
+    """The base with the layers that the method needs. adapter: where training starts; its layers are the usual targets."""
     targets: Any = r.model.targets
     if targets == "auto":
-        targets = peft.default_targets(loaded.model_type)
+        targets = peft.default_targets(loaded.model_type) if adapter is None else [*adapter.factors]
     inside = [n for n in matching(loaded.base, targets) if n not in loaded.head]
     found = groups(method.groups, loaded.base, loaded.model_type, inside, loaded.head)
     return Adapted(loaded.base, found, checkpointing=r.model.gradient_checkpointing, dropout=r.train.dropout,
                    compiled=r.model.kernels == "auto")  # fmt: skip
+
+
+def start_of(
+    r: Recipe, loaded: pretrained.Pretrained, model: Adapted, adapter: start.Adapter
+) -> dict[tuple[str, str], torch.Tensor]:
+    """The adapter at the layers of the model. Raises ModelError where it is another base's."""
+    layers = [s.name for s in model.groups["target"]]
+    return start.fitted(adapter, loaded.base, layers, loaded.head, [pretrained.known_as(r.model.name), r.model.name])
+
+
+def starts_there(f: Federation) -> None:
+    """Raise ConfigError for a method or a form whose first global model is not the adapter."""
+    server = f.method.init(f.context)
+    down, kept = f.method.whole(f.context, server), f.method.fresh(f.context, f.client(0))
+    first = f.method.personal(f.context, stack([down]), stack([kept]))
+    for layer in {layer for layer, part in f.start if part == "A"}:
+        want = f.start[layer, "B"] @ f.start[layer, "A"]
+        got = sum(
+            (p["B"][0] @ p["A"][0] for p in at_layers(first).get(layer, {}).values() if p.keys() == {"A", "B"}),
+            torch.zeros(()),
+        )
+        if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-4, atol=1e-6):
+            what = f"a method that starts at given factors; {f.method.title} with this delta form does not"
+            raise ConfigError(
+                [
+                    Problem(
+                        "model.adapter",
+                        layer,
+                        what,
+                        "choose homlora, fedsa or pf2lora with adapter lora, or merge the adapter",
+                    )
+                ]
+            )
 
 
 def tokenizer_of(r: Recipe) -> Any:
@@ -152,7 +190,13 @@ def federation(
                     attention=attention, revision=r.model.revision, device=device_of(r.model.device), names=names,
                 ),
             )  # fmt: skip
-    model = attempt("model.targets", lambda: adapted_of(r, loaded, method)) if loaded and method else None
+    adapter = attempt("model.adapter", lambda: start.read(r.model.adapter or "")) if r.model.adapter else None
+    model = None
+    if loaded and method and (adapter or not r.model.adapter):
+        model = attempt("model.targets", lambda: adapted_of(r, loaded, method, adapter))
+    begin = (
+        attempt("model.adapter", lambda: start_of(r, loaded, model, adapter)) if adapter and model and loaded else {}
+    )
     if problems or method is None or data is None or model is None:
         raise ConfigError(problems)
     fed = Federation(
@@ -192,6 +236,8 @@ def federation(
         recipe=r.resolved(),
         recipe_hash=r.hash,
         numbers=f"{r.numbers.dtype}, because {r.numbers.why}",
+        start=begin or {},
+        earlier=None if r.federation.start is None else Store(Path(r.federation.start).expanduser()),
     )
     fed.store.places = places.of(r, fed.store.root)
     if r.generation.scores and len(data.examples):
@@ -199,6 +245,10 @@ def federation(
     if fed.training:
         attempt("federation.clients_per_round", lambda: fed.sampling.size(fed.training))
     attempt("method", lambda: method.init(fed.context))
+    if fed.earlier is not None and not problems:
+        attempt("federation.start", fed.beginning)
+    if begin and not problems:
+        attempt("model.adapter", lambda: starts_there(fed))
     if problems:
         raise ConfigError(problems)
     return fed

@@ -55,10 +55,10 @@ LATER_SECTIONS = ("generation",)  # a section that is left out of the hash as a 
 SHOWN = ("target", "bandwidth")  # fields of the section evaluation that only reports use
 # These fields came after 0.1; at their defaults they are left out of the hash, so that older hashes stay.
 LATER = {
-    "model": ("kernels", "threshold"),
+    "model": ("adapter", "kernels", "threshold"),
     "data": ("classes", "site", "references"),
     "partition": ("group",),
-    "federation": ("precision", "norm_bound", "guards"),
+    "federation": ("start", "precision", "norm_bound", "guards"),
     "evaluation": ("clients",),
 }
 RESULT = ("seed",)  # the fields of the section run that change the result; the others are not hashed

@@ -21,7 +21,14 @@ from ..files import sealed
 if TYPE_CHECKING:
     from . import Recipe
 
-FIELDS = (("data", "source"), ("data", "validation"), ("data", "test"), ("model", "name"))
+FIELDS = (
+    ("data", "source"),
+    ("data", "validation"),
+    ("data", "test"),
+    ("model", "name"),
+    ("model", "adapter"),
+    ("federation", "start"),
+)
 
 
 def recipe_in(folder: Path) -> Recipe:

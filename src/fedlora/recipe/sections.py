@@ -50,6 +50,8 @@ class Model(Section):
 
     name: Text = "minilm"
     """A hub id, a local folder, or "minilm" (carried by the extra "demo")."""
+    adapter: Text | None = None
+    """Where training starts: a folder with a LoRA adapter of this base, as PEFT saves it, or a hub id. null starts at the base."""
     task: TaskName = "classification"
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Of task multi-label: a label is said where its probability is above this."""
@@ -170,6 +172,8 @@ class Federation(Section):
     """Rounds and who takes part."""
 
     rounds: Count = 10
+    start: Text | None = None
+    """Folder of a finished run of the same method: its server's leaves and its clients' own ones are where this run begins."""
     clients_per_round: Count | Annotated[float, Field(gt=0, le=1)] | None = None
     """A number of clients, a share of them as 0.1 to 1.0, or null for all."""
     cohort: Literal["uniform", "fixed"] = "uniform"
