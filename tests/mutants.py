@@ -82,6 +82,8 @@ MUTANTS = (
     Mutant("a method's own scale is counted twice", "methods/sgd.py", "return found / scale(k.layer) if", "return found if", "tests/test_start.py -k first_global"),
     Mutant("clients of a finished run begin anew", "federation/run.py", "if own is not None or self.earlier is None:", "if True:", "tests/test_start.py -k goes_on_from_a_finished"),
     Mutant("a run goes on from the start of another", "federation/run.py", "return replace(first, params=own, notes=notes)", "return first", "tests/test_start.py -k goes_on_from_a_finished"),
+    Mutant("all-linear takes the output over the vocabulary", "model/targets.py", "if modules[n] is not last]", "if last or True]", "tests/test_targets.py -k all_linear"),
+    Mutant("a local copy is taken unchecked", "checkpoints/pretrained.py", "    _verified(weights, sha256, about.st_mtime_ns, about.st_size)\n", "", "tests/test_targets.py -k short_name"),
     # compiled operators
     Mutant("a run's numbers are chosen anew where it is resumed", "recipe/core.py", '        plain["model"]["dtype"] = self.numbers.dtype\n', "", "tests/test_dtype.py"),
     Mutant("bf16 is taken on any processor", "recipe/device.py", "if able.get(name)", "if able is not None", "tests/test_dtype.py"),

@@ -112,7 +112,7 @@ class Bench:
 
     def __init__(self, method: Method, loaded: pretrained.Pretrained, task: str, targets: Any, batch: Batch):
         self.method, self.batch = method, batch
-        names = peft.default_targets(loaded.model_type) if targets == "auto" else targets
+        names = peft.default_targets(loaded.model_type, loaded.base) if targets == "auto" else targets
         inside = [n for n in matching(loaded.base, names) if n not in loaded.head]
         self.groups = groups(method.groups, loaded.base, loaded.model_type, inside, loaded.head)
         self.loaded, self.task = loaded, task

@@ -56,7 +56,11 @@ class Fedlora(System):
         loaded = pretrained.load(
             work.model, work.task, CLASSES, seed=work.seed, dtype=dtype, attention=attention, device=work.device
         )
-        names = [n for n in matching(loaded.base, peft.default_targets(loaded.model_type)) if n not in loaded.head]
+        names = [
+            n
+            for n in matching(loaded.base, peft.default_targets(loaded.model_type, loaded.base))
+            if n not in loaded.head
+        ]
         self.method = work.method()
         found = groups(self.method.groups, loaded.base, loaded.model_type, names, loaded.head)
         model = Adapted(loaded.base, found, dropout=False, compiled=compiled)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters import Form, Parts, at_layers, form_of
 from ..errors import ModelError, near
+from ..model.targets import matching, usual
 from ..training.tasks import TASKS
 from .merge import merge
 
@@ -22,11 +23,18 @@ if TYPE_CHECKING:
 ALSO = {"albert": ["query", "value"], "distilbert": ["q_lin", "v_lin"], "deberta-v3": ["query_proj", "value_proj"]}
 
 
-def default_targets(model_type: str) -> list[str] | str:
-    """PEFT's own default LoRA targets of an architecture; raises ModelError where it has none."""
+def default_targets(model_type: str, base: nn.Module | None = None) -> list[str] | str:
+    """PEFT's own default LoRA targets of an architecture. For one that PEFT does not know, and where its names are not in `base`, the
+    rule of model/targets.py. Raises ModelError without a base to look at."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
 
     found: list[str] | str | None = TABLE.get(model_type, ALSO.get(model_type))
+    if base is not None:
+        try:
+            matching(base, found or [])
+        except ModelError:
+            found = None
+        return found or usual(base)
     if found is None:
         raise ModelError(
             f"model.targets: no default targets for architecture {model_type!r}; name the layers yourself, e.g. "

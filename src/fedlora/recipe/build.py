@@ -80,7 +80,7 @@ def adapted_of(
     """The base with the layers that the method needs. adapter: where training starts; its layers are the usual targets."""
     targets: Any = r.model.targets
     if targets == "auto":
-        targets = peft.default_targets(loaded.model_type) if adapter is None else [*adapter.factors]
+        targets = peft.default_targets(loaded.model_type, loaded.base) if adapter is None else [*adapter.factors]
     inside = [n for n in matching(loaded.base, targets) if n not in loaded.head]
     found = groups(method.groups, loaded.base, loaded.model_type, inside, loaded.head)
     return Adapted(loaded.base, found, checkpointing=r.model.gradient_checkpointing, dropout=r.train.dropout,

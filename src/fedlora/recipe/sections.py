@@ -49,14 +49,14 @@ class Model(Section):
     """The pretrained base and where it is adapted."""
 
     name: Text = "minilm"
-    """A hub id, a local folder, or "minilm" (carried by the extra "demo")."""
+    """A hub id, a local folder, or a short name: "minilm" (carried by the extra "demo"), "mpnet", "smollm2"."""
     adapter: Text | None = None
     """Where training starts: a folder with a LoRA adapter of this base, as PEFT saves it, or a hub id. null starts at the base."""
     task: TaskName = "classification"
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Of task multi-label: a label is said where its probability is above this."""
     targets: Text | Annotated[tuple[Text, ...], Field(min_length=1)] = "auto"
-    """Layers with a delta: "auto" (PEFT's table for the architecture), name endings, or one regular expression."""
+    """Layers with a delta: "auto" (PEFT's table, or queries and values), "all-linear", name endings, or one regular expression."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the frozen base; adapters are always fp32. "auto": bf16 where the device has bf16 products, else fp32; the run keeps what it chose."""
