@@ -441,6 +441,11 @@ MUTANTS = (
     Mutant("SQLite makes the file that is missing", "data/database.py", '    if not path.is_file():\n        raise missing(path)\n    return url.set(database=f"{path.absolute().as_uri()}", query={**url.query, "mode": "ro", "uri": "true"})', "    return url", "tests/test_database.py -m 'not slow'"),
     Mutant("a query writes", "data/database.py", '"mode": "ro", "uri": "true"', '"uri": "true"', "tests/test_database.py -m 'not slow' -k give_nothing"),
     Mutant("a colon in a query is a parameter", "data/database.py", "connection.execution_options(no_parameters=True, **read_only).exec_driver_sql(query)", "connection.execute(sa.text(query))", "tests/test_database.py -m 'not slow' -k rows_of"),
+    Mutant("rows are left out in silence", "data/missing.py", "    if lost:\n", "    if False:\n", "tests/test_missing.py"),
+    Mutant("an empty cell is a text", "data/missing.py", "    if blank and (", "    if False and (", "tests/test_missing.py"),
+    Mutant("the limit counts rows that are left out", "data/load.py", "    if data.get(\"missing\") == \"drop\":\n", "    tables = {o: limited(t, data.get(\"limit\"), seed) for o, t in tables.items()}\n    if data.get(\"missing\") == \"drop\":\n", "tests/test_missing.py -k counted"),
+    Mutant("a server asks the site's database", "deploy/site.py", "{**raw[\"data\"], **usual, **self.columns}", "{**raw[\"data\"], **self.columns}", "tests/test_site_commands.py -k own_matter"),
+    Mutant("a policy hears the order's query", "deploy/policy.py", "{k: getattr(d, k) for k in SHAPE}", "{k: given.get(k) for k in SHAPE}", "tests/test_site_commands.py -k own_matter"),
     Mutant("a web address becomes a path", "data/addresses.py", "    if kind in WEB:\n", "    if False:\n", "tests/test_files.py -k addresses"),
     # recipes, the hub, the example by hand
     Mutant("a copied recipe overwrites a file", "recipe/shipped.py", 'target.open("x", encoding="utf-8")', 'target.open("w", encoding="utf-8")', "tests/test_recipes_shipped.py -k overwrites"),

@@ -429,7 +429,7 @@ model: {name: other, adapter: folder, task: regression, targets: [query], attent
         gradient_checkpointing: true, revision: v1, kernels: none}
 data: {source: b.csv, subset: s, split: s, format: csv, text: other, label: other, template: 't {text}', test: t, validation: v,
        classes: [a, b], site: s, client: file, max_length: 32, limit: 10, encoding: latin-1,
-       delimiter: ';', sheet: other}
+       delimiter: ';', sheet: other, missing: drop}
 partition: {kind: quantity, clients: 9, alpha: 1.0, share: 0.1, classes: 3, column: c, domains: 2, group: g, min_size: 2,
             validation: 0.2, test: 0.1, unseen: 1, permute_labels: true}
 train: {steps: 11, epochs: 1.0, batch_size: 8, optimizer: sgd, lr: 1.0, betas: [0.5, 0.5], weight_decay: 0.1,

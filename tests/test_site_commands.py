@@ -97,3 +97,59 @@ def test_a_site_may_say_the_encoding_of_its_files() -> None:
     assert Holding("a", "mine.csv", {}).recipe(given).data.encoding == "utf-8"
     with pytest.raises(ConfigError, match="encodings"):
         Holding("a", "mine.csv", {"encodings": "cp1252"}).recipe(given)
+
+
+def test_how_its_rows_are_written_is_the_sites_own_matter() -> None:
+    """No order says it, not even of a server that is trusted: a query is asked of the site's database."""
+    from fedlora.deploy.policy import SHAPE, Policy
+
+    recipe = Recipe.from_dict(
+        {"name": "r", "model": {"name": "minilm"}, "method": {"name": "fedsa"},
+         "data": {"source": "sqlite:///theirs.db", "query": "DROP", "text": "t", "label": "l", "classes": ["a", "b"],
+                  "format": "tsv", "delimiter": ";", "sheet": "theirs", "missing": "drop"}}
+    )  # fmt: skip
+    given = recipe.resolved()
+    usual = {
+        "format": "auto",
+        "delimiter": "auto",
+        "sheet": None,
+        "query": None,
+        "missing": "refuse",
+        "encoding": "utf-8",
+    }
+    assert usual.keys() == set(SHAPE)
+    own = {"format": "csv", "delimiter": "|", "sheet": "mine", "missing": "drop", "encoding": "cp1252"}
+    for said in ({}, own):
+        for policy in (None, Policy().with_columns(said)):
+            data = Holding("a", "mine.csv", said, policy=policy).recipe(given).data
+            assert {k: getattr(data, k) for k in SHAPE} == usual | said
+    asks = {"query": "SELECT text, label FROM notes"}
+    mine = Holding("a", "sqlite:///mine.db", asks, policy=Policy().with_columns(asks)).recipe(given).data
+    assert (mine.source, mine.query) == ("sqlite:///mine.db", asks["query"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--data", "https://example.org/r.csv"], "--data: got 'https://example.org/r.csv', expected a file here"),
+        (["--data", "sqlite:///r.db"], "--query: got None, expected a query beside a database"),
+        (["--data", "sqlite:///r.db", "--query", "q", "--data", "sqlite:///s.db"], "files, or one database alone"),
+        (
+            ["--data", "postgresql://a:hunter2@h/b", "--query", "q"],
+            "'postgresql://a:***@h/b', expected an address without",
+        ),
+        (["--data", "r.csv", "--query", "q"], "--query: got 'q', expected null"),
+        (["--data", "r.csv", "--delimiter", ";;"], "data.delimiter: got ';;', expected auto, tab, or one character"),
+        (["--data", "r.csv", "--missing", "maybe"], "data.missing: got 'maybe', expected 'refuse' or 'drop'"),
+        (["--data", "r.csv", "--encoding", "klingon"], "data.encoding: got 'klingon', expected a character encoding"),
+    ],
+)
+def test_a_site_hears_at_once_what_is_wrong_with_its_data(
+    flags: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.csv").write_text("text,label\n")
+    assert main(["client", "--id", "a", "--server", "localhost:1", "--insecure", *flags]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert says in said and "hunter2" not in said
+    assert not Path("fedlora-state").exists()

@@ -7,11 +7,13 @@ import json as json_
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..data.addresses import hidden, scheme, unfit
 from ..errors import ConfigError, FedloraError, Problem, StateError, printable
 from ..federation.callbacks import Several
 from ..federation.records import TrainLine, read_lines
@@ -157,7 +159,9 @@ def client(
     if ca is not None and not ca.is_file():
         problems.append(Problem("--ca", str(ca), "a PEM file that exists"))
     problems += [
-        Problem("--data", d, "a file that exists") for d in data if "*" not in d and not Path(d).expanduser().exists()
+        Problem("--data", d, "a file that exists")
+        for d in data
+        if scheme(d) is None and "*" not in d and not Path(d).expanduser().exists()
     ]
     if ":" not in server:
         problems.append(Problem("--server", server, "host:port", "for example fl.example.org:8443"))
@@ -178,6 +182,15 @@ def client(
         rules = None if trust_server else _policy(policy, said, model, share_histogram, share_scores)
     except ConfigError as e:
         problems += e.problems
+    else:
+        query = said.get("query") if rules is None else rules.data.query
+        wrong = [unfit(d, query) for d in data]
+        names = {"data.source": "--data", "data.query": "--query"}
+        problems += [replace(p, field=names[p.field]) for p in wrong[:1] if p]
+        if len(data) > 1 and (away := [d for d in data if scheme(d) is not None]):
+            problems.append(
+                Problem("--data", hidden(away[0]), "files, or one database alone", "start a client for each")
+            )
     if problems:
         raise ConfigError(problems)
     holding = Holding(

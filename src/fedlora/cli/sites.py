@@ -42,7 +42,9 @@ def server(
 def client(
     id: Annotated[str, typer.Option("--id", help="This site, as the server knows its key.", show_default=False)],
     server: Annotated[str, typer.Option(help="host:port of the server.", show_default=False)],
-    data: Annotated[list[str], typer.Option(help="File of rows; repeat for more.", show_default=False)],
+    data: Annotated[
+        list[str], typer.Option(help="File of rows, or a database; repeat for more files.", show_default=False)
+    ],
     ca: Annotated[
         Path | None,
         typer.Option(help="Authority of the server's certificate, PEM; else the system's.", show_default=False),
@@ -59,6 +61,19 @@ def client(
     completion: Annotated[str | None, typer.Option(help="Column of the completion.", show_default=False)] = None,
     encoding: Annotated[
         str | None, typer.Option(help="Of the files, if not the recipe's: utf-8, cp1252, ...", show_default=False)
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="Of the files, if not by their endings: csv, xlsx, ...", show_default=False)
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option(help="Of CSV files, if not found in their first rows: ';', tab.", show_default=False)
+    ] = None,
+    sheet: Annotated[str | None, typer.Option(help="Of a workbook that has several.", show_default=False)] = None,
+    query: Annotated[
+        str | None, typer.Option(help="SELECT ..., where --data is a database's URL.", show_default=False)
+    ] = None,
+    missing: Annotated[
+        str | None, typer.Option(help="Rows without a value: refuse (an error) or drop.", show_default=False)
     ] = None,
     clients: Annotated[
         str | None,
@@ -96,6 +111,7 @@ def client(
 
     columns = {
         "text": text, "label": label, "template": template, "prompt": prompt, "completion": completion, "encoding": encoding,
+        "format": format, "delimiter": delimiter, "sheet": sheet, "query": query, "missing": missing,
     }  # fmt: skip
     deployment.client(
         id, server, data, ca, key, insecure, columns, clients, state, model, device, block, threads, share_histogram,

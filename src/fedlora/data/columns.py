@@ -39,7 +39,7 @@ def full(table: pa.Table, name: str, field: str) -> pa.ChunkedArray:
     if at >= 0:
         count = pc.sum(empty).as_py()
         raise DataError(f"{field}: column {name!r} has no value in {place(table, at)} ({count} of {len(values)} rows are empty), "
-                        "expected a value in every row; fill or remove those rows")  # fmt: skip
+                        "expected a value in every row; fill or remove those rows, or leave them out by data.missing: drop")  # fmt: skip
     return values
 
 
@@ -116,7 +116,7 @@ def codes(
     if distinct and distinct[0] == "":
         rows = np.flatnonzero(found == 0)
         raise DataError(f"{field}: column {name!r} is empty in {at(int(rows[0]))} ({len(rows)} of {len(found)} rows are), "
-                        "expected a value in every row; fill or remove those rows")  # fmt: skip
+                        "expected a value in every row; fill or remove those rows, or leave them out by data.missing: drop")  # fmt: skip
     return found, distinct
 
 

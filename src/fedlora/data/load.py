@@ -23,7 +23,8 @@ from .encode import Encoded
 from .examples import Tokens, Words
 from .files import is_data_file
 from .lines import CLIENT, place
-from .sources import read
+from .missing import complete
+from .sources import limited, read
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -131,7 +132,7 @@ def load(
     """
     if data["source"] == "demo":
         data = {**data, **{k: v for k, v in DEMO.items() if data.get(k) is None}}
-    tables = _tables(data, seed)
+    tables = _tables(data, seed, (by, together))
     inputs = [task.texts(t, data) for t in tables.values()]
     encoded = [_tokens(tokenizer, x, data["max_length"], cache) for x in inputs]
     if look is not None:
@@ -171,11 +172,11 @@ def _references(inputs: Sequence[Texts], source: Sequence[np.ndarray]) -> list[S
     return [p[row] for p, rows in zip(parts, source, strict=True) for row in rows.tolist() if p is not None]
 
 
-def _tables(data: Mapping[str, Any], seed: int) -> dict[int, pa.Table]:
-    """Rows by origin."""
-    shared: dict[str, Any] = {k: data.get(k) for k in ("subset", "sheet", "client", "limit")}
+def _tables(data: Mapping[str, Any], seed: int, more: Sequence[str | None]) -> dict[int, pa.Table]:
+    """Rows by origin. more: columns that the partition asks for."""
+    shared: dict[str, Any] = {k: data.get(k) for k in ("subset", "sheet", "client")}
     shared |= {k: data.get(k) or v for k, v in (("format", "auto"), ("encoding", "utf-8"), ("delimiter", "auto"))}
-    tables = {0: read(data["source"], query=data.get("query"), split=data.get("split"), seed=seed, **shared)}
+    tables = {0: read(data["source"], query=data.get("query"), split=data.get("split"), **shared)}
     for origin, field in ((1, "validation"), (2, "test")):
         where = data.get(field)
         if where is not None:
@@ -183,8 +184,10 @@ def _tables(data: Mapping[str, Any], seed: int) -> dict[int, pa.Table]:
             is_file = path.exists() or is_data_file(path) or "*" in where or scheme(where) is not None
             asks = not is_file and data.get("query") is not None  # a second query of the same database
             source, split = (where, None) if is_file else (data["source"], None if asks else where)
-            tables[origin] = read(source, query=where if asks else None, split=split, seed=seed, **shared)
-    return tables
+            tables[origin] = read(source, query=where if asks else None, split=split, **shared)
+    if data.get("missing") == "drop":
+        tables = complete(tables, data, more)
+    return {o: limited(t, data.get("limit"), seed) for o, t in tables.items()}
 
 
 def tagged(encoded: Sequence[Encoded], words: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:

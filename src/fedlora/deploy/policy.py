@@ -18,7 +18,7 @@ from ..data import template
 from ..errors import ConfigError, Problem, near, printable
 from ..recipe import reading
 from ..recipe.core import read_section
-from ..recipe.sections import Count, Natural, Positive, Section, Text
+from ..recipe.sections import Count, Format, Natural, Positive, Section, Text
 from ..training.tasks import NAMES as TASK_NAMES
 from .refusal import Refusal
 
@@ -27,6 +27,14 @@ METHODS = (
     "hetlora", "pf2lora", "pf2hetlora", "rolora", "fedsvd", "flora", "fedex", "lora-fair", "fedrot", "florist", "ditto",
 )  # fmt: skip
 TEMPLATE = 500  # characters
+SHAPE = (
+    "encoding",
+    "format",
+    "delimiter",
+    "sheet",
+    "query",
+    "missing",
+)  # how a site's rows are written: its own matter
 
 SPARSE = "sparse"  # a form that no recipe names: methods that train single entries have it
 if TYPE_CHECKING:
@@ -52,6 +60,12 @@ class Rows(Section):
     classes: Annotated[tuple[Text, ...], Field(min_length=2)] | None = None
     """Classes that a recipe may name; null: any. A label that the recipe does not name is an error at the site."""
     encoding: Text = "utf-8"
+    format: Format = "auto"
+    delimiter: Text = "auto"
+    sheet: Text | None = None
+    query: Text | None = None
+    """Where the site's data are a database; no order says what is asked of it."""
+    missing: Literal["refuse", "drop"] = "refuse"
 
 
 class Base(Section):
@@ -176,7 +190,7 @@ class Policy(BaseModel):
         given: that section. Raises Refusal for a template that names other columns than the site's.
         """
         d = self.data
-        out: dict[str, Any] = {k: given.get(k) for k in ("classes", "max_length")} | {"encoding": d.encoding}
+        out: dict[str, Any] = {k: given.get(k) for k in ("classes", "max_length")} | {k: getattr(d, k) for k in SHAPE}
         used = [k for k in ("text", "label", "prompt", "completion") if given.get(k) is not None]
         out |= {k: getattr(d, k) for k in used}
         if isinstance(given.get("text"), (list, tuple)) != isinstance(d.text, tuple) and "text" in used:
@@ -229,7 +243,11 @@ class Policy(BaseModel):
 
 
 def _inconsistent(data: Rows, allow: Allow, least: Least, most: Most, **_: Any) -> Iterator[Problem]:
+    from ..recipe import rules
     from ..recipe.hyperparameters import table
+
+    shape: Any = data  # these rules read fields that a recipe's section data has too
+    yield from (*rules.encoding(shape), *rules.delimiter(shape))
 
     yield from (Problem("allow.methods", m, "a method", near(m, table())) for m in allow.methods if m not in table())
     texts = (data.text,) if isinstance(data.text, str) else data.text

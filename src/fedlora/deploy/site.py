@@ -30,12 +30,12 @@ from . import schema
 from .audit import digest
 from .gate import Ask, Gate
 from .packets import EVERYBODY, PROTOCOL, Packet, order_of
-from .policy import Policy
+from .policy import SHAPE, Policy, Rows
 from .refusal import Refusal, told
 from .schema import PacketError
 
 SHOWN = ("personal", "global")  # the views that need nobody else's data
-COLUMNS = ("text", "label", "template", "prompt", "completion", "encoding")
+COLUMNS = ("text", "label", "template", "prompt", "completion", *SHAPE)
 FOLDER_OF_SERVER = "(a folder of the server) "  # begins the name of a model that only the server can load
 
 
@@ -81,9 +81,11 @@ class Holding:
             "subset": None,
             "limit": None,
         }
-        own = {"source": self.data, "format": "auto", **elsewhere}
+        own = {"source": self.data, **elsewhere}
+        # A server that is trusted may know the encoding; how else the site's rows are written, it cannot.
+        usual = {k: Rows.model_fields[k].default for k in SHAPE if k != "encoding"}
         raw["data"] = (
-            {**raw["data"], **self.columns} if self.policy is None else self.policy.overlay(raw["data"])
+            {**raw["data"], **usual, **self.columns} if self.policy is None else self.policy.overlay(raw["data"])
         ) | own
         shares = {k: raw["partition"].get(k) for k in ("validation", "test", "group")}
         raw["partition"] = {"kind": "column" if self.clients else "iid", "clients": 1, "column": self.clients, **shares}

@@ -1,8 +1,8 @@
 """ServerApp and ClientApp: the project as a plain Flower app, for those who run Flower already (`flwr run`).
 
 Run config: recipe (path at the server), output. Node config of a SuperNode: id, data; and text, label, template, prompt,
-completion, encoding, clients, model, state, block, policy, accept (digests, with commas between), trust-server,
-share-histogram, share-scores as `fedlora client` has them. Flower starts a process per message: it imports torch
+completion, encoding, format, delimiter, sheet, query, missing, clients, model, state, block, policy, accept (digests, with
+commas between), trust-server, share-histogram, share-scores as `fedlora client` has them. Flower starts a process per message: it imports torch
 and loads the model each time; `fedlora client` does not.
 """
 

@@ -25,6 +25,7 @@ else:
     TaskName = Literal[NAMES]
 PartShare = Annotated[float, Field(ge=0, lt=1)]  # a share of rows, below 1 so that some rows are left
 Text = Annotated[str, Field(min_length=1)]
+Format = Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "xlsx", "txt"]
 
 if TYPE_CHECKING:
     TrackerName = str
@@ -78,7 +79,7 @@ class Data(Section):
     subset: Text | None = None
     """Configuration name of a hub data set."""
     split: Text | None = None
-    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "xlsx", "txt"] = "auto"
+    format: Format = "auto"
     """Of the files; "auto" goes by their endings, within .gz and .zip too."""
     delimiter: Text = "auto"
     """Between the fields of a CSV or TSV file: one character, or "tab"; "auto" finds it in the first rows."""
@@ -110,6 +111,8 @@ class Data(Section):
     limit: Count | None = None
     """Use at most this many rows."""
     encoding: Text = "utf-8"
+    missing: Literal["refuse", "drop"] = "refuse"
+    """Rows without a value in a column that is needed: an error, or left out and counted."""
 
 
 class Partition(Section):
