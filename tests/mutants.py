@@ -166,6 +166,8 @@ MUTANTS = (
     Mutant("the rest of the world holds oneself", "methods/fedalt.py", " if n != own]", "]", "tests/test_law_fedalt.py"),
     Mutant("a round's uploads are all that the server remembers", "methods/fedalt.py", "server.params | new | last", "select(server.params, lambda k: k.adapter == 'head') | new | last", "tests/test_law_fedalt.py"),
     Mutant("the router is one for all tokens", "adapters/routed.py", "weight = torch.softmax(torch.bmm(each, p[\"gate\"].mT), -1)", "weight = torch.softmax(torch.bmm(each, p[\"gate\"].mT), -1).mean(1, keepdim=True)", "tests/test_law_fedalt.py"),
+    Mutant("FedRep's body trains beside the head", "methods/fedrep.py", "(k.adapter == \"head\") == (done < self.head_steps)", "done >= self.head_steps or k.adapter == \"head\"", "tests/test_law_drift.py"),
+    Mutant("the second phase goes on with the first one's count", "methods/fedrep.py", "if done in (0, self.head_steps):", "if done == 0:", "tests/test_law_drift.py"),
     # summary and report
     Mutant("a hand-over's scores are a round's", "federation/summary.py", "if isinstance(x, EvalLine) and x.stage is None]", "if isinstance(x, EvalLine)]", "tests/test_federation.py -k hand_over"),
     Mutant("the untrained model is one of the last rounds", "federation/summary.py", "metric in x.mean and x.round]", "metric in x.mean]", "tests/test_federation.py -k hand_over"),

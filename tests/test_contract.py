@@ -77,6 +77,7 @@ TABLE = {
     "fedprox": Row(METHODS["fedprox"](rank=4, mu=1e-3, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
     "fedalt": Row(METHODS["fedalt"](rank=4, optimizer=AdamW(1e-2)), f"sent.A sent.B {HEAD}"),
     "ditto": Row(METHODS["ditto"](rank=4, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
+    "fedrep": Row(METHODS["fedrep"](rank=4, head_steps=1, optimizer=AdamW(1e-2)), "lora.A lora.B"),
     "scaffold": Row(
         METHODS["scaffold"](rank=4, head="personal", optimizer=SGD(0.5)), "lora.A lora.B control.cA control.cB"
     ),
@@ -171,7 +172,12 @@ def state(f: Federation) -> tuple[Params, dict[str, Params], str]:
     return params, kept, (f.store.root / "metrics.jsonl").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", TABLE)
+# Variants of methods whose own row is quick: their laws are quick as well.
+SLOW = ("flora-mixed", "fedrot-client", "fedsb-random", "flexlora-holders")
+NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in TABLE]
+
+
+@pytest.mark.parametrize("name", NAMES)
 class TestEveryMethod:
     def test_block_equals_one_by_one(self, name: str, tmp_path: Path) -> None:
         """Clients of unequal length trained in one block == one at a time, dropout included."""

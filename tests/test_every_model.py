@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_contract import TABLE, state
+from test_contract import SLOW, TABLE, state
 from test_export import refusals
 
 from fedlora.checkpoints.merge import merge
@@ -27,7 +27,7 @@ FAMILIES = ("roberta", "gpt2", "llama")
 REFUSED = {("bitfit", "llama"): "BitFit: LlamaForSequenceClassification has no biases to train"}
 TURNED = {"flexlora": 1e-3}  # singular vectors of close singular values turn with the last bits: factors differ by more
 CASES = [
-    pytest.param(name, family, marks=() if FAMILIES[i % 3] == family else pytest.mark.slow)
+    pytest.param(name, family, marks=() if FAMILIES[i % 3] == family and name not in SLOW else pytest.mark.slow)
     for i, name in enumerate(TABLE)
     for family in FAMILIES
     if (name, family) not in REFUSED

@@ -53,7 +53,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "homlora": {}, "ffa": {}, "share-b": {}, "local": {}, "fedavg-ft": {}, "flexlora": {}, "fedprox": {}, "perfedavg": {},
     "feddpa-f": {}, "feddpa-t": {}, "pf2hetlora": {}, "fft": {}, "sft": {"density": 0.1}, "bitfit": {}, "houlsby": {}, "pfeiffer": {},
     "rolora": {}, "fedsvd": {}, "flora": {}, "fedex": {}, "frlora": {}, "lora-fair": {}, "fedrot": {},
-    "florist": {}, "fedsb": {}, "ditto": {}, "fedalt": {},
+    "florist": {}, "fedsb": {}, "ditto": {}, "fedalt": {}, "fedrep": {"head_steps": 1},
 }  # fmt: skip
 
 

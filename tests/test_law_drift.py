@@ -1,4 +1,4 @@
-"""Ditto and SCAFFOLD against their algorithms as plain loops in float64, and their reductions."""
+"""Ditto, SCAFFOLD and FedRep against their algorithms as plain loops in float64, and their reductions."""
 
 from __future__ import annotations
 
@@ -153,10 +153,41 @@ def test_ditto_serves_its_own_model_and_the_shared_one_to_strangers() -> None:
         torch.testing.assert_close(shared[k][0], scale * v)
 
 
+@pytest.mark.parametrize("optimizer", [SGD(0.3), AdamW(0.02)], ids=["sgd", "adamw"])
+def test_fedrep_trains_the_head_and_then_the_body(optimizer: Any) -> None:
+    """Two steps of the head with the body fixed, then two of the body, each phase with an optimizer of torch's of its own."""
+    m, bench = METHODS["fedrep"](rank=2, alpha=4.0, head_steps=2, optimizer=optimizer), Bench()
+    server = ServerState(0, double(m.init(bench.context).params, 1))
+    kept = double(m.keep(bench.context, Client("c0", 1)), 2)
+    bench.batches[0] = bench.batches[0] * 2
+    up, mine = bench.train(m, server, kept, 0, 0)
+    x = {k: torch.nn.Parameter(v.clone()) for k, v in (server.params | kept).items()}
+    for phase in (0, 1):
+        live = [k for k in x if (k.adapter == "head") == (phase == 0)]
+        of = torch.optim.SGD if isinstance(optimizer, SGD) else torch.optim.AdamW
+        theirs = of([x[k] for k in live], lr=optimizer.lr, weight_decay=0.0)
+        for b in bench.batches[0][2 * phase : 2 * phase + 2]:
+            g = bench.gradient({k: v.detach() for k, v in x.items()}, b)
+            for k in live:
+                x[k].grad = g[k]
+            theirs.step()
+    assert {k.adapter for k in up} == {"lora"} and {k.adapter for k in mine} == {"head"}
+    for k, v in (up | mine).items():
+        torch.testing.assert_close(v, x[k].detach(), rtol=1e-6, atol=1e-8)
+
+
+def test_a_round_in_which_fedreps_body_would_never_train_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train.steps: got 2, expected at least 6, for FedRep"):
+        tiny.federation(METHODS["fedrep"](rank=2), tmp_path, **SHORT)
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "said"),
     [
         ("ditto", {"lam": -1.0}, "method.lam"),
+        ("fedrep", {"head": "shared"}, "heads stay with their clients"),
+        ("fedrep", {"moments": "keep"}, "method.moments"),
+        ("fedrep", {"head_steps": -1}, "method.head_steps"),
         ("scaffold", {"optimizer": SGD(0.1, momentum=0.9)}, "sgd without momentum"),
         ("scaffold", {"optimizer": AdamW()}, "got 'adamw', expected sgd"),
     ],

@@ -79,7 +79,7 @@ def test_the_papers_rules_forget_what_weak_clients_do_not_hold(name: str) -> Non
     for _ in range(10):
         server = echo(m, server)
         shares = m.record(server)["spectrum"]
-        assert sum(shares[2:]) == pytest.approx(beyond(server.params, 2), abs=1e-9)
+        assert sum(shares[2:]) == pytest.approx(beyond(server.params, 2), abs=1e-5)
     assert first > 0.3 and beyond(server.params, 2) < 0.02
 
 
@@ -177,4 +177,4 @@ def test_check_warns_and_a_run_records_the_spectrum(tmp_path: Path) -> None:
     f.run()
     lines = [json.loads(x) for x in (f.store.root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for line in (x for x in lines if x["kind"] == "train"):
-        assert sum(line["spectrum"]) == pytest.approx(1.0) and len(line["spectrum"]) == 4
+        assert sum(line["spectrum"]) == pytest.approx(1.0, abs=1e-5) and len(line["spectrum"]) == 4

@@ -24,7 +24,7 @@ from .refusal import Refusal
 
 METHODS = (
     "homlora", "ffa", "fedsa", "share-b", "local", "fedavg-ft", "fedprox", "perfedavg", "feddpa-f", "feddpa-t", "flexlora",
-    "hetlora", "pf2lora", "pf2hetlora", "rolora", "fedsvd", "flora", "fedex", "lora-fair", "fedrot", "florist", "ditto",
+    "hetlora", "pf2lora", "pf2hetlora", "rolora", "fedsvd", "flora", "fedex", "lora-fair", "fedrot", "florist", "ditto", "fedrep",
 )  # fmt: skip
 TEMPLATE = 500  # characters
 SHAPE = (

@@ -137,6 +137,9 @@ class Setting:
     def __post_init__(self) -> None:
         if bad := unserved(self.sampling.channel.guards, self.method):
             raise ConfigError(bad)
+        least = self.method.least_steps
+        if self.plan.steps is not None and self.plan.steps < least:
+            raise ConfigError([Problem("train.steps", self.plan.steps, f"at least {least}, for {self.method.title}")])
         self.context = Context(self.model.groups, self.seed, self.start)
         self.loss = Loss(self.model, self.task, self.accumulation)
         self.enrol(self.data)

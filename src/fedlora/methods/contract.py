@@ -108,6 +108,11 @@ class Method(ABC):
         """Independent minibatches that one local step takes."""
         return 1
 
+    @property
+    def least_steps(self) -> int:
+        """Local steps of a round below which a part of the method would never train."""
+        return 1
+
     def draws_for(self, down: Params) -> int:
         """The same for a client that has received `down`: a stage may take fewer than the method's most."""
         return self.draws

@@ -164,14 +164,18 @@ class Ranked(SGDMethod):
         )
 
     def record(self, server: ServerState) -> dict[str, Any]:
-        """spectrum: share of each component in the energy (squared singular values) of the server's B A, all layers together."""
+        """spectrum: share of each component in the energy (squared singular values) of the server's B A, all layers together.
+
+        In millionths: the last bits of singular values follow where in memory the factors lie, and a resumed run's are elsewhere.
+        """
         energy = torch.zeros(self.rank, dtype=torch.float64)
         for k, a in server.params.items():
             kb = k._replace(part="B")
             if k.part == "A" and k.adapter == self.label and kb in server.params:
                 s = singular_values(server.params[kb].double(), a.double())[: self.rank]
                 energy[: len(s)] += s.square()
-        return {"spectrum": (energy / energy.sum()).tolist()} if float(energy.sum()) > 0 else {}
+        total = float(energy.sum())
+        return {"spectrum": [round(x, 6) for x in (energy / total).tolist()]} if total > 0 else {}
 
     @property
     def averages(self) -> bool:

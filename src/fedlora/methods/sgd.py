@@ -171,6 +171,10 @@ class SGDMethod(Method):
         work["bound"] = self.bound(context, select(down, self.frozen))
         return work | {"fixed": to(expand(self.fixed(context), block_size(p)), p)}
 
+    def fresh_moments(self, p: Params) -> Params:
+        """The optimizer's state before its first step, for leaves p [K ...]."""
+        return _flat(self.optimizer.init(p))
+
     def bound(self, context: Context, p: Params) -> Params:
         """Frozen leaves model-ready, [K ...]; the engine binds them beside the leaves of every step."""
         return self.form.view(p)
