@@ -118,6 +118,35 @@ def recipes(
 
 
 @app.command()
+def init(
+    source: Annotated[
+        str | None, typer.Argument(metavar="[DATA]", help="A file or folder of data, or a hub id.", show_default=False)
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--from", metavar="RECIPE", help="Start from this recipe: a shipped one's name, or a file."),
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Column of the text; twice for pairs.", show_default=False)
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the labels.", show_default=False)] = None,
+    prompt: Annotated[str | None, typer.Option(help="Column of the prompts.", show_default=False)] = None,
+    completion: Annotated[str | None, typer.Option(help="Column of the answers.", show_default=False)] = None,
+    client: Annotated[str | None, typer.Option(help="Column that names each row's client.", show_default=False)] = None,
+    task: Annotated[str | None, typer.Option(help=f"One of {', '.join(NAMES)}.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="A hub id, a folder, or minilm.", show_default=False)] = None,
+    output: Output = None,
+    ask: Annotated[bool, typer.Option("--ask/--no-ask", help="At a terminal, ask for the columns.")] = True,
+) -> None:
+    """Write a commented recipe for a file of data: columns are asked for or guessed; or copy a recipe (--from)."""
+    from . import begin
+
+    pair = None if not text else text[0] if len(text) == 1 else tuple(text)
+    given = {"text": pair, "label": label, "prompt": prompt, "completion": completion, "client": client, "task": task}
+    begin.init(source, base, given, model, output, ask)
+
+
+@app.command()
 def example(
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("runs/example.html"),
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of every method.")] = 400,
