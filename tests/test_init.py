@@ -87,6 +87,10 @@ def test_names_that_are_given_win(tmp_path: Path) -> None:
     assert (g.task, g.text, g.label, g.prompt, g.completion) == ("causal-lm", None, None, "a", "label")
     with pytest.raises(ConfigError, match=r"--label: got 'lable', expected a column of the data; did you mean 'label'"):
         look(path, {"label": "lable"})
+    with pytest.raises(
+        ConfigError, match=r"--task: got 'clasification', expected one of .* did you mean 'classification'"
+    ):
+        look(path, {"task": "clasification"})
     with pytest.raises(ConfigError, match=r"expected a column of texts among n \(whole\); name it with --text"):
         look(table(tmp_path / "b.csv", ["n"], [[i] for i in range(30)]))
 

@@ -12,6 +12,7 @@ from ..data.guess import LOOKED_AT, Column, Guess, columns, guess
 from ..data.sources import read
 from ..data.template import parts
 from ..errors import ConfigError, Problem, near
+from ..training.tasks import NAMES, TASKS
 from . import reading
 from .shipped import FOLDER, known
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 SIZES = (32, 64, 128, 256, 512)  # of max_length
 TOKENS_PER_WORD = 1.4  # of English text, about
-MODELS = {"causal-lm": "HuggingFaceTB/SmolLM2-135M"}  # else minilm
+LANGUAGE_MODEL = "HuggingFaceTB/SmolLM2-135M"  # for tasks over a vocabulary; minilm for all others
 CLIENTS = 8  # where no column names them
 
 
@@ -49,6 +50,9 @@ def look(source: str, given: Mapping[str, Any] | None = None) -> Start:
         for k, value in known_.items() if k != "task"
         for v in ([value] if isinstance(value, str) else value) if v not in names
     ]  # fmt: skip
+    task = known_.get("task")
+    if task and task not in NAMES:
+        bad.append(Problem("--task", task, f"one of {', '.join(NAMES)}", near(task, NAMES)))
     if bad:
         raise ConfigError(bad)
     return settled(source, table, seen, _with(guess(seen, min(table.num_rows, LOOKED_AT)), known_, seen))
@@ -105,11 +109,9 @@ def recipe_text(s: Start, name: str, model: str | None = None, base: Mapping[str
     """The recipe as YAML with comments. base: another recipe, whose method, training and rounds are taken."""
     g = s.guess
     base = base or {}
-    task = {
-        "classification": f"{s.values} classes in the column {g.label}",
-        "regression": "numbers",
-        "causal-lm": "a language model",
-    }
+    kind = TASKS[g.task]
+    task = f"{s.values:,} different labels" if kind.permutes else "fedlora init --task takes another"
+    usual = LANGUAGE_MODEL if kind.over_vocabulary else "minilm"
     text = {
         "text": list(g.text) if isinstance(g.text, tuple) else g.text,
         "label": g.label,
@@ -123,8 +125,8 @@ def recipe_text(s: Start, name: str, model: str | None = None, base: Mapping[str
         f"# {Path(s.source).name}: {s.rows:,} rows; written by fedlora init. Look at it with fedlora check.",
         f"name: {_value(name)}",
         *_section("model", {
-            "name": (model or base.get("model", {}).get("name") or MODELS.get(g.task, "minilm"), "a hub id, a folder from save_pretrained, or minilm"),
-            "task": (g.task, task.get(g.task, "lists of labels")),
+            "name": (model or base.get("model", {}).get("name") or usual, "a hub id, a folder from save_pretrained, or minilm"),
+            "task": (g.task, task),
         }),
         *_section("data", {
             "source": (s.source, ""),
@@ -154,7 +156,7 @@ def _partition(s: Start, base: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         return {}
     given = base.get("partition", {})
     clients = max(1, min(int(given.get("clients", CLIENTS)), s.rows // 10))
-    skewed = s.guess.task == "classification"
+    skewed = TASKS[s.guess.task].permutes
     kind = (("dirichlet", "classes shared out unevenly; small alpha is skewed"), ("iid", "rows dealt at random"))[
         not skewed
     ]
