@@ -141,3 +141,10 @@ def test_pairs_that_share_a_passage(tmp_path: Path) -> None:
     found, _ = look(tmp_path, data, ("passage", "question", "label"), data=pairs)
     (f,) = found["group"]
     assert "partition.group=passage" in f.text and f.count > 10
+
+
+def test_a_file_is_named_once() -> None:
+    assert str(Finding("x", "odd", 9, ("a b.csv, line 7", "a b.csv, line 9"))) == "odd (a b.csv, lines 7, 9, ...)"
+    assert str(Finding("x", "odd", 2, ("row 7", "row 9"))) == "odd (rows 7, 9)"
+    assert str(Finding("x", "odd", 2, ("a.csv, line 7", "b.csv, line 9"))) == "odd (a.csv, line 7, b.csv, line 9)"
+    assert str(Finding("x", "odd", 1, ("row 7",))) == "odd (row 7)" and str(Finding("x", "odd", 1)) == "odd"
