@@ -84,6 +84,9 @@ MUTANTS = (
     Mutant("a run goes on from the start of another", "federation/run.py", "return replace(first, params=own, notes=notes)", "return first", "tests/test_start.py -k goes_on_from_a_finished"),
     Mutant("all-linear takes the output over the vocabulary", "model/targets.py", "if modules[n] is not last]", "if last or True]", "tests/test_targets.py -k all_linear"),
     Mutant("a local copy is taken unchecked", "checkpoints/pretrained.py", "    _verified(weights, sha256, about.st_mtime_ns, about.st_size)\n", "", "tests/test_targets.py -k short_name"),
+    Mutant("test rows decide when to stop", "federation/run.py", 'split == "validation" and round - best >= self.patience', "round - best >= 2 * (self.patience or 1)", "tests/test_trainers.py -k patience"),
+    Mutant("weighted losses are divided by rows", "training/tasks/classification.py", "return super().row_counts(labels) if weights is None else weights.float()[labels]", "return super().row_counts(labels)", "tests/test_trainers.py -k weights"),
+    Mutant("a smaller layer has another part of VeRA's pair", "adapters/vera.py", '("B", b[: s.out])', '("B", b[-s.out :])', "tests/test_trainers.py -k vera"),
     # compiled operators
     Mutant("a run's numbers are chosen anew where it is resumed", "recipe/core.py", '        plain["model"]["dtype"] = self.numbers.dtype\n', "", "tests/test_dtype.py"),
     Mutant("bf16 is taken on any processor", "recipe/device.py", "if able.get(name)", "if able is not None", "tests/test_dtype.py"),

@@ -433,8 +433,8 @@ data: {source: b.csv, subset: s, split: s, format: csv, text: other, label: othe
 partition: {kind: quantity, clients: 9, alpha: 1.0, share: 0.1, classes: 3, column: c, domains: 2, group: g, min_size: 2,
             validation: 0.2, test: 0.1, unseen: 1, permute_labels: true}
 train: {steps: 11, epochs: 1.0, batch_size: 8, optimizer: sgd, lr: 1.0, betas: [0.5, 0.5], weight_decay: 0.1,
-        schedule: linear, warmup: 0.1, clip: 1.0, accumulation: 2, dropout: false}
-federation: {rounds: 11, start: folder, clients_per_round: 4, cohort: fixed, min_clients: 2, precision: int8, norm_bound: 5.0, guards: [clip]}
+        schedule: linear, warmup: 0.1, clip: 1.0, class_weights: balanced, accumulation: 2, dropout: false}
+federation: {rounds: 11, patience: 3, start: folder, clients_per_round: 4, cohort: fixed, min_clients: 2, precision: int8, norm_bound: 5.0, guards: [clip]}
 evaluation: {every: 2, views: [global], clients: 3, cross_clients: 4, batch_size: 32, analyses: [asymmetry], threshold: 0.1, target: 0.5, bandwidth: [5, 1]}
 generation: {new_tokens: 9, temperature: 0.5, rows: null, samples: 1}
 deployment: {clients: 3, deadline: 10.0, over_selection: 1.5, attempts: 2, histograms: true, same_base: false, bound: null}

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
 from ..layers import Layer
 from ..seeds import rng
 from ..tree import Key, Params
@@ -43,16 +42,12 @@ class VeRA(Form):
         return out
 
     def fixed(self, name: str, layers: Sequence[Layer], *seed: object) -> Params:
-        shapes = {(s.out, s.in_) for s in layers}
-        if len(shapes) > 1:
-            raise ModelError(
-                f"VeRA: target layers have shapes {sorted(shapes)} (out, in), expected one shape because A and B are "
-                "shared over layers; choose model.targets of equal shape, e.g. [query, value]"
-            )
-        [(out, in_)] = shapes
+        """One pair for all layers, of the largest sizes; a smaller layer has the first columns of A and rows of B, as in PEFT."""
+        out, in_ = max(s.out for s in layers), max(s.in_ for s in layers)
         a = (torch.rand(self.rank, in_, generator=rng(*seed, name, "A")) * 2 - 1) * (6 / in_) ** 0.5
         b = (torch.rand(out, self.rank, generator=rng(*seed, name, "B")) * 2 - 1) * (6 / self.rank) ** 0.5
-        return {Key(name, s.name, part): v for s in layers for part, v in (("A", a), ("B", b))}
+        cut = lambda s: (("A", a[:, : s.in_]), ("B", b[: s.out]))  # noqa: E731
+        return {Key(name, s.name, part): v for s in layers for part, v in cut(s)}
 
     @staticmethod
     def apply(x: Tensor, y: Tensor, p: Parts, module: Any) -> Tensor:
@@ -70,7 +65,11 @@ class VeRA(Form):
         """Our projections take the place of PEFT's, and are saved with the vectors."""
         leaves: dict[str, Tensor] = {}
         for layer, (p,) in at.items():
-            leaves |= {f"{layer}.vera_{n}.default": p[n] for n in "AB"}
             leaves |= {f"{layer}.vera_lambda_{n}.default": p[n] for n in "db"}
+        # PEFT's layers share one pair, which has the size of the largest layer on either side.
+        widest = max(at, key=lambda layer: at[layer][0]["A"].shape[1])
+        tallest = max(at, key=lambda layer: len(at[layer][0]["B"]))
+        leaves[f"{widest}.vera_A.default"] = at[widest][0]["A"]
+        leaves[f"{tallest}.vera_B.default"] = at[tallest][0]["B"]
         rank = len(next(iter(at.values()))[0]["d"])
         return Held("VeraConfig", {"r": rank, "save_projection": True}, leaves)

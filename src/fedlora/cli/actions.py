@@ -69,9 +69,11 @@ def _execute(recipe: Recipe, output: Path | None, quiet: bool, json: bool, sweep
     console.print(f"base in {fed.numbers}", soft_wrap=True, highlight=False, markup=False)
     try:
         with Pressed() as pressed, _watch(TASKS[recipe.model.task].metric, quiet, json) as watch:
-            fed.run(Several(watch, pressed))
+            stopped = fed.run(Several(watch, pressed)).get("stopped")
     except KeyboardInterrupt:
         raise Interrupted(fed.store.root) from None
+    if stopped:
+        console.print(f"stopped early: {stopped}", soft_wrap=True, highlight=False, markup=False)
     _report(fed.store.root, quiet or json, sweep)
     return fed.store.root
 

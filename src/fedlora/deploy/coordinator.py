@@ -52,6 +52,16 @@ def check(recipe: Recipe) -> None:
     if recipe.model.adapter is not None:
         what = "merge the adapter into the base and give every site that"
         bad.append(Problem("model.adapter", recipe.model.adapter, "null in a deployment", what))
+    if recipe.federation.patience is not None:
+        bad.append(
+            Problem(
+                "federation.patience", recipe.federation.patience, "null in a deployment", "stop the server instead"
+            )
+        )
+    if recipe.train.class_weights == "balanced":
+        bad.append(
+            Problem("train.class_weights", "balanced", "a list in a deployment", "a site knows its own classes only")
+        )
     if recipe.federation.start is not None:
         bad.append(
             Problem("federation.start", recipe.federation.start, "null in a deployment", "sites keep their own leaves")

@@ -45,7 +45,8 @@ class Federation(Setting):
     """A run of a setting, in a folder.
 
     output: the run folder. block: clients trained at once, or "auto" from memory. keep: states on disk. trackers: names of TRACKERS. runtime: where
-    clients are trained. earlier: the folder of a finished run from which this one goes on.
+    clients are trained. patience: rounds without a better one on validation
+    after which it stops. earlier: the folder of a finished run from which this one goes on.
     """
 
     output: str | Path
@@ -53,6 +54,7 @@ class Federation(Setting):
     keep: Literal["last", "all"] = field(default="last", kw_only=True)
     tensorboard: bool = field(default=False, kw_only=True)
     trackers: Sequence[str] = field(default=(), kw_only=True)
+    patience: int | None = field(default=None, kw_only=True)
     earlier: Store | None = field(default=None, kw_only=True)
     runtime: Callable[[Federation, Callback], Runtime] = field(default=in_process, kw_only=True)
 
@@ -167,10 +169,14 @@ class Federation(Setting):
             else:
                 describe_again(self, self.store, runtime.block)
                 server = ServerState.restored(*loaded)
-            while server.round < self.sampling.rounds:
+            while server.round < self.sampling.rounds and not self._stale(server.round):
                 server = self._round(runtime, self._advance(runtime, server, watch), watch)
             folder = self.store.root
             result = summarise(self, server, read_lines(folder), read_timings(folder))
+            if server.round < self.sampling.rounds:
+                result["stopped"] = (
+                    f"no round of the last {self.patience} was better on validation (federation.patience)"
+                )
             self.store.write_json("summary.json", result)
             watch.end(result)
             return result
@@ -191,6 +197,13 @@ class Federation(Setting):
         lines = [replace(line, stage=stage) for stage, s in stages.items() for line in self.evaluate(runtime, s, watch)]  # type: ignore[call-arg]
         self._commit(new, [HandoverLine(new.round, new.notes.get("handover", {})), *lines], watch)
         return new
+
+    def _stale(self, round: int) -> bool:
+        """Whether the best round on validation is `patience` rounds back."""
+        if self.patience is None:
+            return False
+        best, split = chosen_round(self._means, self.task.metric, self.task.lower)
+        return best is not None and split == "validation" and round - best >= self.patience
 
     def _due(self, round: int) -> bool:
         """Whether a round is evaluated: every so many, and the last."""

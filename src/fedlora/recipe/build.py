@@ -53,7 +53,21 @@ def optimizer_of(r: Recipe) -> Optimizer:
 
 def task_of(r: Recipe, data: FederatedData) -> Task:
     kind = TASKS[r.model.task]
-    return kind.of(kind.names(data), r.model.model_dump())
+    return kind.of(kind.names(data), r.model.model_dump() | {"class_weights": weights_of(r, data)})
+
+
+def weights_of(r: Recipe, data: FederatedData) -> tuple[float, ...] | None:
+    """The weight of each class in the loss; None for equal ones. Raises ConfigError for a list of another length."""
+    given = r.train.class_weights
+    if given is None:
+        return None
+    if given == "balanced":
+        rows = data.histogram("train")[: len(data.ids) - data.unseen].sum(0)
+        return tuple(float(rows.sum() / (len(rows) * n)) if n else 1.0 for n in rows)
+    if len(given) != len(data.label_names):
+        want = f"{len(data.label_names)} weights, of {', '.join(data.label_names[:8])}"
+        raise ConfigError([Problem("train.class_weights", list(given), want, "in the order of the classes")])
+    return tuple(float(w) for w in given)
 
 
 def attention_of(r: Recipe, method: Method) -> str | None:
@@ -202,6 +216,7 @@ def federation(
     fed = Federation(
         model=model,
         task=task_of(r, data),
+        patience=r.federation.patience,
         data=data,
         method=method,
         output=output or r.output_folder(),

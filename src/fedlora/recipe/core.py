@@ -58,7 +58,8 @@ LATER = {
     "model": ("adapter", "kernels", "threshold"),
     "data": ("classes", "site", "references"),
     "partition": ("group",),
-    "federation": ("start", "precision", "norm_bound", "guards"),
+    "train": ("class_weights",),
+    "federation": ("patience", "start", "precision", "norm_bound", "guards"),
     "evaluation": ("clients",),
 }
 RESULT = ("seed",)  # the fields of the section run that change the result; the others are not hashed

@@ -71,6 +71,27 @@ def _task(model: Model) -> type[Task]:
     return _tasks()[model.task]
 
 
+def weights(model: Model, train: Train, partition: Partition) -> Iterator[Problem]:
+    if train.class_weights is None:
+        return
+    if model.task != "classification":
+        yield Problem(
+            "train.class_weights",
+            train.class_weights,
+            f"null for {model.task}",
+            "only classification has one class a row",
+        )
+    if partition.permute_labels:
+        what = "a label is another class at every client"
+        yield Problem("train.class_weights", train.class_weights, "null beside partition.permute_labels", what)
+
+
+def patience(federation: Federation, partition: Partition, data: Data) -> Iterator[Problem]:
+    if federation.patience is not None and not partition.validation and data.validation is None:
+        what = "set partition.validation or data.validation: test rows must not decide when to stop"
+        yield Problem("federation.patience", federation.patience, "null without validation rows", what)
+
+
 def options(model: Model) -> Iterator[Problem]:
     every = sorted({o for t in _tasks().values() for o in t.options})
     for field in every:
@@ -248,6 +269,8 @@ RULES: tuple[Rule, ...] = (
     work,
     targets,
     options,
+    weights,
+    patience,
     columns,
     generation,
     template,

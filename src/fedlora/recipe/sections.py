@@ -164,6 +164,8 @@ class Train(Section):
     warmup: Share = 0.0
     """Share of the whole run."""
     clip: Positive | None = None
+    class_weights: Literal["balanced"] | Annotated[tuple[Positive, ...], Field(min_length=2)] | None = None
+    """Weight of each class in the loss, in the order of the classes; "balanced" is rows / (classes * rows of the class)."""
     """Largest norm of a client's gradient."""
     accumulation: Count = 1
     """Parts a batch is computed in; the result is the same, the memory smaller."""
@@ -175,6 +177,8 @@ class Federation(Section):
     """Rounds and who takes part."""
 
     rounds: Count = 10
+    patience: Count | None = None
+    """Stop where the best round on validation is so many rounds back; null trains all rounds."""
     start: Text | None = None
     """Folder of a finished run of the same method: its server's leaves and its clients' own ones are where this run begins."""
     clients_per_round: Count | Annotated[float, Field(gt=0, le=1)] | None = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,9 +30,23 @@ class Classification(Task):
     named: ClassVar[bool] = True
     permutes: ClassVar[bool] = True
     classes: int = 2
+    weights: tuple[float, ...] | None = None  # of the classes in the loss, None for equal ones
 
     def row_losses(self, output: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(full(output), labels, reduction="none")
+        y = full(output)
+        return F.cross_entropy(y, labels, self._weights(y), reduction="none")
+
+    def row_counts(self, labels: Tensor) -> Tensor:
+        """A row counts as much as its class weighs, so that the mean is that of torch.nn.CrossEntropyLoss."""
+        weights = self._weights(labels)
+        return super().row_counts(labels) if weights is None else weights.float()[labels]
+
+    def _weights(self, like: Tensor) -> Tensor | None:
+        if self.weights is None:
+            return None
+        return torch.tensor(
+            self.weights, device=like.device, dtype=like.dtype if like.is_floating_point() else torch.float32
+        )
 
     def answers(self, output: Tensor, labels: Tensor) -> Tensor:
         return output.argmax(-1)
@@ -60,7 +75,7 @@ class Classification(Task):
 
     @classmethod
     def of(cls, names: Sequence[str], options: Mapping[str, Any]) -> Classification:
-        return cls(len(names))
+        return cls(len(names), options.get("class_weights"))
 
     @classmethod
     def grouped(cls, data: Any) -> bool:
