@@ -309,6 +309,12 @@ def test_export_gives_what_plain_peft_computes(done: Path, tmp_path: Path) -> No
 # start-up ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("arguments", [(), ("-h",), ("federation",), ("run", "-h")])
+def test_help_is_what_stands_there_for_who_asks_nothing(arguments: tuple[str, ...]) -> None:
+    said = fedlora(*arguments, code=0)
+    assert "Usage: fedlora" in said.stdout and not said.stderr
+
+
 def test_version_and_help() -> None:
     assert fedlora("--version").stdout.startswith("fedlora 0.")
     said = fedlora("--help").stdout

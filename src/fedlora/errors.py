@@ -69,12 +69,12 @@ class Problem:
 
 
 class ConfigError(FedloraError):
-    """All problems of a configuration at once."""
+    """All problems of a configuration at once, each of them once."""
 
     exit_code = 2
 
     def __init__(self, problems: Iterable[Problem]):
-        self.problems = tuple(problems)
+        self.problems = tuple({str(p): p for p in problems}.values())
         lines = "\n".join(f"  - {p}" for p in self.problems)
         count = len(self.problems)
         super().__init__(f"{count} problem{'s' * (count != 1)} in the configuration:\n{lines}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters import Form, Parts, at_layers, form_of
-from ..errors import ModelError, near
+from ..errors import ModelError
 from ..model.targets import matching, usual
 from ..training.tasks import TASKS
 from .merge import merge
@@ -38,7 +38,7 @@ def default_targets(model_type: str, base: nn.Module | None = None) -> list[str]
     if found is None:
         raise ModelError(
             f"model.targets: no default targets for architecture {model_type!r}; name the layers yourself, e.g. "
-            f"model.targets: [query, value] ({near(model_type, list(TABLE) + list(ALSO))})"
+            "model.targets: [query, value]"
         )
     return found
 

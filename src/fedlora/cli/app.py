@@ -12,8 +12,7 @@ from ..training.tasks import NAMES
 app = typer.Typer(
     name="fedlora",
     help="Federated fine-tuning of foundation models with low-rank adapters.",
-    no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
@@ -285,6 +284,27 @@ def evaluate(
 
 
 @app.command()
+def ls(
+    folder: Annotated[Path, typer.Argument(help="Folder of runs.")] = Path("runs"),
+    json: Json = False,
+) -> None:
+    """List the runs in a folder and below: state, score and age."""
+    from . import listing
+    from .actions import out
+
+    listing.ls(folder, json, out)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Show what this machine has (processor, compiler, GPU, extras), what is on, and what would switch more on."""
+    from . import doctor as look
+    from .actions import out
+
+    look.doctor(json, out)
+
+
+@app.command()
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete all of it.")] = False, json: Json = False
 ) -> None:
@@ -307,7 +327,12 @@ def demo(
 
 
 @app.callback(invoke_without_command=True)
-def top(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if not version and context.invoked_subcommand is None:
+        typer.echo(context.get_help())
     if version:
         from .. import __version__
 

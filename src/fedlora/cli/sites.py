@@ -11,8 +11,15 @@ from .app import Json, Output, Quiet, Recipe, Sets, app
 
 __all__ = ["app"]
 
-federation = typer.Typer(help="Keys and trials of a federation of real sites.", no_args_is_help=True)
+federation = typer.Typer(help="Keys and trials of a federation of real sites.")
 app.add_typer(federation, name="federation")
+
+
+@federation.callback(invoke_without_command=True)
+def _help(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
 
 Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS and no keys. For trials on one machine.")]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ModelError, near
+from ..errors import ModelError
 from ..layers import layer_of
 
 # architecture -> (attention output, feed-forward output), as patterns on module paths
@@ -88,7 +88,7 @@ def group(name: str, base: nn.Module, model_type: str, targets: Sequence[str], h
     if model_type not in tables[name]:
         what = "keys and values are in" if name == "keys_values" else "the sublayers end in"
         raise ModelError(
-            f"{name}: where {what} architecture {model_type!r} is not known ({near(model_type, tables[name])}); "
+            f"{name}: where {what} architecture {model_type!r} is not known; "
             f"use lora, or add the architecture to fedlora.model.groups.{'KEYS_VALUES' if name == 'keys_values' else 'OUTPUTS'}"
         )
     patterns = tables[name][model_type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,7 +24,7 @@ FUSED = ("query_key_value", "qkv_proj", "Wqkv", "qkv", "c_attn", "in_proj", "att
 def usual(base: nn.Module) -> list[str] | str:
     """The layers that LoRA's paper adapts (arXiv:2106.09685, section 4.2), by their names: the projections to queries and values;
     where one layer computes queries, keys and values, that one; "all-linear" for a base without either."""
-    names = [n for n, m in base.named_modules() if n and (s := layer_of(n, m)) is not None and s.kind == "linear"]
+    names = _linear(base)
     blocks: dict[str, set[str]] = {}
     for n in names:
         parent, _, last = n.rpartition(".")
@@ -46,9 +47,9 @@ def every_linear(base: nn.Module, names: Iterable[str]) -> list[str]:
 def matching(base: nn.Module, targets: str | Iterable[str]) -> list[str]:
     """Module paths that `targets` names, as PEFT reads them: a list of name endings, one regular expression, or "all-linear".
 
-    Raises ModelError with the near misses for a target that matches nothing.
+    Raises ModelError for targets that match nothing, with their near misses and the layers that there are.
     """
-    names = {n: m for n, m in base.named_modules() if n and (s := layer_of(n, m)) is not None and s.kind == "linear"}
+    names = _linear(base)
     if targets == ALL_LINEAR:
         return every_linear(base, names)
     if isinstance(targets, str):
@@ -56,16 +57,34 @@ def matching(base: nn.Module, targets: str | Iterable[str]) -> list[str]:
             found = [n for n in names if re.fullmatch(targets, n)]
         except re.error as e:
             raise ModelError(f"model.targets: pattern {targets!r} is not a regular expression: {e}") from e
-        endings = sorted({n.rsplit(".", 1)[-1] for n in names})
         if not found:
-            raise ModelError(f"model.targets: pattern {targets!r} matches no layer; {near(targets, endings)}")
+            raise ModelError(
+                f"model.targets: pattern {targets!r} matches no layer; a pattern must fit a layer's whole name, as in "
+                f"'.*\\.query'; linear layers: {counted(base)}"
+            )
         return found
-    found = []
+    found, lost = [], []
     for t in targets:
         mine = [n for n in names if n == t or n.endswith("." + t)]
         if not mine:
-            endings = sorted({n.rsplit(".", 1)[-1] for n in names} | set(names))
-            raise ModelError(f"model.targets: {t!r} matches no layer of {type(base).__name__}; {near(t, endings)}")
+            lost.append(t)
         found += [n for n in mine if n not in found]
+    if lost:
+        endings = sorted({n.rsplit(".", 1)[-1] for n in names} | set(names))
+        close = [m + "; " for m in dict.fromkeys(near(t, endings) for t in lost) if m.startswith("did you mean")]
+        which = f"{' and '.join(map(repr, lost))} {'matches' if len(lost) == 1 else 'match'}"
+        raise ModelError(
+            f"model.targets: {which} no layer of {type(base).__name__}; {''.join(close)}linear layers: {counted(base)}"
+        )
     order = {n: i for i, n in enumerate(names)}
     return sorted(found, key=order.__getitem__)
+
+
+def counted(base: nn.Module) -> str:
+    """The last names of a base's linear layers, each with how many there are: "query (12), value (12)"."""
+    found = Counter(n.rsplit(".", 1)[-1] for n in _linear(base))
+    return ", ".join(f"{name} ({n})" for name, n in found.items()) or "none"
+
+
+def _linear(base: nn.Module) -> dict[str, nn.Module]:
+    return {n: m for n, m in base.named_modules() if n and (s := layer_of(n, m)) is not None and s.kind == "linear"}

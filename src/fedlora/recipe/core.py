@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from pydantic.fields import FieldInfo
 
-from ..errors import ConfigError, Problem, near
-from . import device, hyperparameters, reading
+from ..errors import ConfigError, Problem
+from . import device, hints, hyperparameters, reading
 from . import guards as guard_list
 from .hyperparameters import MethodSection
 from .overrides import apply
@@ -184,7 +184,7 @@ class Recipe(BaseModel):
 
 def _checked(raw: Mapping[str, Any]) -> tuple[dict[str, Any], Method | None, tuple[Guard, ...]]:
     """The fields of a Recipe, its method and its guards. Raises ConfigError with all problems."""
-    problems = [Problem(k, raw[k], "a section of a recipe", near(k, ORDER)) for k in raw if k not in ORDER]
+    problems = [Problem(k, raw[k], "a section of a recipe", hints.remedy(k, ORDER)) for k in raw if k not in ORDER]
     fields: dict[str, Any] = {}
     partial: dict[str, Any] = {}
     for name, kind in SECTIONS.items():

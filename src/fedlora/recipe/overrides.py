@@ -7,9 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError, Problem, near
-from . import reading
+from . import hints, reading
 from .hyperparameters import table
 from .sections import SECTIONS
+
+# Passes over the rows, or steps: a recipe gives one of them.
+EITHER = {"train.epochs": "train.steps", "train.steps": "train.epochs"}
 
 
 def paths() -> list[str]:
@@ -33,7 +36,7 @@ def check(path: str, value: Any) -> Problem | None:
         return None
     last = path.rpartition(".")[2]
     alike = [p for p in paths() if p.rpartition(".")[2] == last]
-    remedy = f"did you mean {' or '.join(map(repr, alike))}?" if alike else near(path, paths())
+    remedy = hints.meant(path) or (f"did you mean {' or '.join(map(repr, alike))}?" if alike else near(path, paths()))
     return Problem(path, value, "a field of the recipe", remedy)
 
 
@@ -65,9 +68,26 @@ def put(raw: Mapping[str, Any], path: str, value: Any, method: bool = False) -> 
     return {**raw, head: put(inner, rest, value, method)}
 
 
+def _without(raw: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """`raw` without the field at a path of two parts, if it is there."""
+    section, _, field = path.partition(".")
+    inner = raw.get(section)
+    if not isinstance(inner, Mapping) or field not in inner:
+        return dict(raw)
+    return {**raw, section: {k: v for k, v in inner.items() if k != field}}
+
+
 def assign(raw: Mapping[str, Any], pairs: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], list[Problem]]:
-    """Put each value in its place, in order; paths that do not exist are problems and change nothing."""
+    """Put each value in its place, in order; paths that do not exist are problems and change nothing.
+
+    Of two fields that exclude each other, the one that is given here takes the place of the one in `raw`.
+    """
+    pairs = list(pairs)
     out, problems = dict(raw), []
+    given = {path for path, value in pairs if value is not None}
+    for path, other in EITHER.items():
+        if path in given and other not in given:
+            out = _without(out, other)
     for path, value in pairs:
         wrong = check(path, value)
         if wrong:

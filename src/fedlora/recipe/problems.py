@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..errors import ConfigError, Problem, near
+from . import hints
 
 EXPECTED = {
     "int_type": "an integer",
@@ -113,7 +114,7 @@ def of_fields(
 
 def unknown(path: str, value: Any, owner: str, known: Iterable[str]) -> Problem:
     """A field that its owner does not have."""
-    return Problem(path, value, f"a field of the {owner}", near(path.rsplit(".", 1)[-1], known))
+    return Problem(path, value, f"a field of the {owner}", hints.remedy(path.rsplit(".", 1)[-1], known))
 
 
 def of_value(path: str, hint: Any, value: Any, default: Any) -> tuple[Any, list[Problem]]:

@@ -1,0 +1,100 @@
+"""What `fedlora ls` does, and which folders are a run's or a sweep's."""
+
+from __future__ import annotations
+
+import json as json_
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from ..errors import FedloraError, StateError, near, printable
+from ..files import sealed
+from ..units import NOTHING, number, seconds
+from .tables import _table
+
+RECORDS = "metrics.jsonl"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has written into this folder."""
+    return (folder / "recipe.json").is_file() or (folder / "recipe.yaml").is_file()
+
+
+def runs_in(folder: Path, deep: int = 3) -> list[Path]:
+    """The run folders here and below, `deep` levels down, in the order of their paths. Links are not followed."""
+    if is_run(folder):
+        return [folder]
+    if deep == 0:
+        return []
+    below = (p for p in folder.iterdir() if p.is_dir() and not p.is_symlink() and not p.name.startswith("."))
+    return [r for p in sorted(below) for r in runs_in(p, deep - 1)]
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """A run's state, score and age. `state` is "done", "unfinished" or "damaged"; a damaged run says why."""
+    from ..report.read import records
+
+    newest = max((p.stat().st_mtime for p in folder.iterdir() if p.is_file()), default=folder.stat().st_mtime)
+    found: dict[str, Any] = {"folder": str(folder), "age_seconds": time.time() - newest}
+    try:
+        r = records(folder)
+    except (FedloraError, ValueError, KeyError, TypeError) as e:
+        return found | {"state": "damaged", "why": str(e)}
+    s = r.summary or {}
+    rounds = s.get("rounds") or r.recipe.get("federation", {}).get("rounds")
+    done = s["rounds"] if s else max((x.round for x in r.lines), default=0)
+    return found | {
+        "state": "done" if s else "unfinished",
+        "name": r.name,
+        "method": r.recipe.get("method", {}).get("name") or r.title,
+        "round": done,
+        "rounds": rounds,
+        "metric": r.metric if s else None,
+        "score": s.get("test"),
+    }
+
+
+def ls(folder: Path, json: bool, out: Console) -> None:
+    """Every run below a folder, the newest last. Raises StateError for a folder that is not there or holds none."""
+    if not folder.is_dir():
+        around = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        raise StateError(f"{folder}: no such folder; {near(folder.name, around)}")
+    found = sorted((facts(r) for r in runs_in(folder)), key=lambda f: -f["age_seconds"])
+    if json:
+        for f in found:
+            sys.stdout.write(json_.dumps(f) + "\n")
+        return
+    if not found:
+        raise StateError(f"{folder}: no run folder here or below; fedlora run writes one")
+    show(out, found, folder)
+
+
+def show(out: Console, found: Sequence[dict[str, Any]], root: Path) -> None:
+    """One row a run; a damaged one says why below."""
+    table = _table("", "run", "method", "state", "round", "score", "age")
+    for f in found:
+        path = Path(f["folder"])
+        name = str(path.relative_to(root)) if path != root else path.name
+        score = NOTHING if f.get("score") is None else f"{f['metric']} {number(f['score'])}"
+        colour = {"done": "green", "unfinished": "yellow"}.get(f["state"], "red")
+        table.add_row(
+            Text(printable(name)),
+            Text(printable(f.get("method", NOTHING))),
+            Text(f["state"], style=colour),
+            f"{f['round']}/{f['rounds']}" if f.get("rounds") else NOTHING,
+            score,
+            seconds(f["age_seconds"]) if f["age_seconds"] < 2 * 86400 else f"{f['age_seconds'] / 86400:.0f} d",
+        )
+    for column in table.columns[2:]:
+        column.no_wrap = True
+    for column in table.columns[:2]:
+        column.justify, column.overflow = "left", "fold"
+    out.print(table)
+    for f in found:
+        if f["state"] == "damaged":
+            out.print(Text(printable(f["why"])), soft_wrap=True)
