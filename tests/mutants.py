@@ -38,6 +38,8 @@ POLICY = "tests/test_policy.py"
 GENERATION = "tests/test_generation.py"
 PACKETS = "tests/test_packets.py -m 'not slow'"
 MUTANTS = (
+    # the command
+    Mutant("epochs that are set stand beside the recipe's steps", "recipe/overrides.py", "if path in given and other not in given:", "if False:", "tests/test_hints.py -k epochs"),
     # engine: blocks, resume, ownership
     Mutant("a client out of batches goes on training", "federation/engine.py", "work = where(alive[-1], new, work)", "work = new", f"{CONTRACT} -k block_equals"),
     Mutant("dropout depends on the block", "model/dropout.py", "return mix(seeds + signed(call * GOLDEN))", "return mix(torch.arange(len(seeds)) + signed(call * GOLDEN))", f"{CONTRACT} -k block_equals"),
