@@ -86,7 +86,9 @@ def _gpu() -> list[Finding]:
     if torch.backends.mps.is_available():
         return [Finding("GPU", "Apple's, as mps", True)]
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
-        return [Finding("GPU", "torch was built without CUDA", False, "a build of torch with CUDA: pytorch.org says which")]
+        return [
+            Finding("GPU", "torch was built without CUDA", False, "a build of torch with CUDA: pytorch.org says which")
+        ]
     return [Finding("GPU", "none that torch can use", None)]
 
 
