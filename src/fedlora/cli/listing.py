@@ -12,8 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from ..errors import FedloraError, StateError, near, printable
-from ..files import sealed
+from ..errors import FedloraError, StateError, printable
 from ..units import NOTHING, number, seconds
 from .tables import _table
 
@@ -62,8 +61,7 @@ def facts(folder: Path) -> dict[str, Any]:
 def ls(folder: Path, json: bool, out: Console) -> None:
     """Every run below a folder, the newest last. Raises StateError for a folder that is not there or holds none."""
     if not folder.is_dir():
-        around = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        raise StateError(f"{folder}: no such folder; {near(folder.name, around)}")
+        raise StateError(f"{folder}: no such folder; give one that holds runs, or start in the folder that holds runs/")
     found = sorted((facts(r) for r in runs_in(folder)), key=lambda f: -f["age_seconds"])
     if json:
         for f in found:
