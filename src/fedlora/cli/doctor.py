@@ -117,12 +117,12 @@ def _extras() -> list[Finding]:
         if name and extra and extra[1] not in MAKERS and name[0] != "fedlora":
             wanted.setdefault(extra[1], []).append(name[0])
     out = []
-    for extra, names in sorted(wanted.items()):
+    for group, names in sorted(wanted.items()):
         lost = [n for n in names if not _installed(n)]
         if lost:
-            out.append(Finding(f"extra {extra}", f"lacks {', '.join(lost)}", False, f'pip install "fedlora[{extra}]"'))
+            out.append(Finding(f"extra {group}", f"lacks {', '.join(lost)}", False, f'pip install "fedlora[{group}]"'))
         else:
-            out.append(Finding(f"extra {extra}", ", ".join(names), True))
+            out.append(Finding(f"extra {group}", ", ".join(names), True))
     return out
 
 
