@@ -30,11 +30,15 @@ SHOWN = 6  # items of a list before it is cut
 
 def check(recipes: Sequence[Recipe], json: bool, measure: bool, out: Console, err: Console) -> None:
     """Check every recipe, and print what was found."""
+    from ..recipe.checked import alike
+
     found: list[Check] = []
+    costs: dict[str, Cost] = {}  # of runs that differ in their seed alone, one is tried
     for i, r in enumerate(recipes):
         what = f"{i + 1}/{len(recipes)} {r.name}" if len(recipes) > 1 else f"loading {r.model.name} and {r.data.source}"
         with Console(stderr=True, quiet=json).status(escape(what)):
-            found.append(_checked(r, measure, err))
+            found.append(_checked(r, measure, costs.get(alike(r)), err))
+            costs[alike(r)] = found[-1].cost
         if json:
             sys.stdout.write(json_.dumps(found[-1].to_json()) + "\n")
     if json:
@@ -45,12 +49,12 @@ def check(recipes: Sequence[Recipe], json: bool, measure: bool, out: Console, er
         many(out, found)
 
 
-def _checked(r: Recipe, measure: bool, err: Console) -> Check:
+def _checked(r: Recipe, measure: bool, known: Cost | None, err: Console) -> Check:
     from ..recipe.checked import checked
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found = checked(r, measure)
+        found = checked(r, measure, known)
     for w in said:  # our own warnings are for the user; deprecations in libraries are not
         if w.category is UserWarning and "fedlora" in w.filename:
             err.print(f"[yellow]{escape(str(w.message))}[/]", soft_wrap=True, highlight=False)

@@ -7,7 +7,8 @@ check.run.parameters, check.cost.memory, check.cost.seconds
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..checkpoints import peft
@@ -17,6 +18,7 @@ from ..errors import ModelError
 from ..federation.facts import RunFacts, facts
 from ..federation.memory import resident
 from ..federation.probe import Cost, estimated, probe
+from ..federation.run import Federation
 from ..units import seconds, size
 from . import build
 from .core import Recipe
@@ -46,8 +48,9 @@ class Check:
         return {**names, **asdict(self.run), "memory_bytes": self.cost.memory, "cost": cost, "data": asdict(self.data)}
 
 
-def checked(r: Recipe, measure: bool = True) -> Check:
-    """Build what the recipe describes and look at it. measure: try a few steps; without it memory is estimated.
+def checked(r: Recipe, measure: bool = True, known: Cost | None = None) -> Check:
+    """Build what the recipe describes and look at it. measure: try a few steps; without it memory is estimated. known: what a run of
+    the same cost takes.
 
     Raises ConfigError with all problems.
     """
@@ -61,7 +64,32 @@ def checked(r: Recipe, measure: bool = True) -> Check:
     fed = build.federation(r, UNUSED, source)
     seen = doctor.facts(read[0], r.data.model_dump(), r.partition.model_dump(), fed.data)
     block = fed.block_size()
-    return Check(r, seen, facts(fed, block), probe(fed, block, program) if measure else estimated(fed, block, program))
+    cost = known or (probe(fed, block, program) if measure else estimated(fed, block, program))
+    run = facts(fed, block)
+    return Check(r, seen, replace(run, attention=_attention(r, fed, run.attention)), cost)
+
+
+def alike(r: Recipe) -> str:
+    """Equal for recipes whose runs take the same time and memory: all but the seed and the names."""
+    facts_ = r.resolved() | {"name": ""}
+    return json.dumps(facts_ | {"run": facts_["run"] | {"seed": 0, "output": ""}}, sort_keys=True)
+
+
+def _attention(r: Recipe, f: Federation, chosen: str) -> str:
+    """Which attention the base computes with, and why (build.attention_of)."""
+    if not chosen:
+        return ""
+    if r.model.attention != "auto":
+        why = "the recipe says so"
+    elif chosen != "eager":
+        why = "compiled operators answer it" if f.model.compiled else "the model has it"
+    elif f.method.second_order:
+        why = f"{f.method.title} differentiates the model twice"
+    elif f.model.device.type == "cpu":
+        why = "fused attention is not faster on this processor"
+    else:
+        why = "its dropout masks follow the rows"
+    return f"{chosen}, because {why}"
 
 
 def _program() -> int:
