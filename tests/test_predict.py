@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cli import fedlora, model_folder, write_recipe
+from cli import command, environment, fedlora, model_folder, write_recipe
 
 import fedlora as fl
 from fedlora.data import encode
@@ -92,3 +93,62 @@ def test_a_continuation_follows_the_tokens_of_training(prompt: str, tmp_path: Pa
     assert said.answer == tokenizer.decode(want[0, len(ids) :], skip_special_tokens=True).strip()
     with pytest.raises(DataError, match=r"got 40 new tokens, expected fewer than 40"):
         run.predict(["goal"], new_tokens=40)
+
+
+# files, standard input and probabilities ------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    fedlora("run", write_recipe(folder), "--quiet", "--set", "federation.rounds=1")
+    return folder / "run"
+
+
+def asked(*arguments: object, stdin: str = "") -> list[dict[str, Any]]:
+    """The JSON lines of `fedlora predict`, which reads `stdin`."""
+    done = subprocess.run(
+        command("predict", *arguments, "--json"),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(x) for x in done.stdout.splitlines()]
+
+
+def test_predict_reads_files_and_standard_input_alike(small: Path, tmp_path: Path) -> None:
+    """The same texts as a workbook's CSV, as JSON lines, as plain lines and on standard input have the same answers."""
+    texts = ["goal match", "the wave ship", "bread; soup"]
+    table = tmp_path / "rows.csv"
+    table.write_text('id;text\n1;goal match\n2;the wave ship\n3;"bread; soup"\n', encoding="utf-8")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": t, "more": 1}) + "\n" for t in texts), encoding="utf-8")
+    want = asked(small, *texts)
+    assert [x["text"] for x in want] == texts
+    for said in (asked(small, "-f", table), asked(small, "-f", rows), asked(small, stdin="\n".join([*texts, ""]))):
+        assert said == want
+    assert asked(small, texts[0], "-f", "-", stdin=f"{texts[1]}\n\n{texts[2]}") == want
+    for x in want:
+        assert set(x["probabilities"]) == {"sport", "food", "sea"}
+        assert sum(x["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert max(x["probabilities"], key=x["probabilities"].__getitem__) == x["answer"]
+        assert max(x["probabilities"].values()) == pytest.approx(x["confidence"])
+
+
+def test_what_is_missing_is_said_before_a_model_is_loaded(small: Path, tmp_path: Path) -> None:
+    """The base's folder is gone, and the errors are still those of the request."""
+    hidden = small.parent / "model"
+    away = hidden.rename(tmp_path / "away")
+    try:
+        table = tmp_path / "rows.csv"
+        table.write_text("tekst\nx\n", encoding="utf-8")
+        assert "no column 'text'" in fedlora("predict", small, "-f", table, code=1).stderr
+        assert "did you mean 'c1'" in fedlora("predict", small, "goal", "-c", "c11", code=1).stderr
+        none = fedlora("predict", small, "-f", tmp_path / "no.txt", code=1).stderr
+        assert f"predict: {tmp_path}/no.txt does not exist" in none
+        bad = tmp_path / "bad.txt"
+        bad.write_bytes(b"caf\xe9\n")
+        assert "is not utf-8 (byte 0xe9 at offset 3)" in fedlora("predict", small, "-f", bad, code=1).stderr
+    finally:
+        away.rename(hidden)

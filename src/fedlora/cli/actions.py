@@ -9,12 +9,12 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
-from ..errors import DataError, StateError
+from ..errors import StateError
 from ..federation.callbacks import Callback, Several
 from . import tables
 from .interrupts import Interrupted, Pressed
@@ -145,9 +145,9 @@ def recipe_of(folder: Path) -> Recipe:
     return places.located(places.recipe_in(folder), folder)
 
 
-def opened(folder: Path) -> tuple[Recipe, Federation]:
-    """A finished or interrupted run, ready to serve."""
-    recipe = recipe_of(folder)
+def opened(folder: Path, recipe: Recipe | None = None) -> tuple[Recipe, Federation]:
+    """A finished or interrupted run, ready to serve. recipe: the stored one, where it has been read already."""
+    recipe = recipe or recipe_of(folder)
     if (folder / DEPLOYMENT).exists():
         from ..deploy.coordinator import reopened
 
@@ -222,40 +222,6 @@ def export(folder: Path, output: Path, clients: Sequence[str], all_clients: bool
         out.print(str(path), soft_wrap=True, highlight=False, markup=False)
 
 
-def predict(
-    folder: Path, texts: Sequence[str], client: str | None, file: Path | None, new_tokens: int, json: bool, which: Which
-) -> None:
-    from ..recipe.build import tokenizer_of
-    from ..serving.export import models_of
-    from ..serving.predict import asked_columns, predict_texts
-
-    lines = list(texts)
-    if file is not None:
-        try:
-            lines += [t for t in file.read_text(encoding="utf-8").splitlines() if t.strip()]
-        except (OSError, UnicodeDecodeError) as e:
-            raise DataError(f"predict: cannot read {file} ({e}); give a UTF-8 text file, one text a line") from e
-    recipe, fed = opened(folder)
-    data = recipe.data.model_dump()
-    columns, pairs = asked_columns(data), isinstance(recipe.data.text, (list, tuple))
-    items: list[Any] = lines
-    if recipe.data.template and len(columns) > 1:
-        items = [_row(t, i + 1, columns) for i, t in enumerate(lines)]
-    elif pairs:
-        items = [tuple(t.split(" ||| ", 1)) for t in lines]
-        if any(len(t) != 2 for t in items):
-            raise DataError("predict: this model takes pairs; put ' ||| ' between the two texts")
-    of, [deltas] = models_of(fed, [client], which)
-    said = predict_texts(fed, tokenizer_of(recipe), deltas, items, data, new_tokens)
-    _of_round(of)
-    for s in said:
-        if json:
-            sys.stdout.write(json_.dumps({"text": s.text, "answer": s.answer, "confidence": s.confidence}) + "\n")
-        else:
-            sure = f"  ({s.confidence:.0%})" if s.confidence is not None else ""
-            out.print(f"{s.answer}{sure}", soft_wrap=True, highlight=False, markup=False)
-
-
 def evaluate(
     folder: Path, data: str | None, split: str, clients: Sequence[str], all_clients: bool, sets: Sequence[str], output: Path | None,
     json: bool, which: Which,
@@ -289,21 +255,6 @@ def _of_round(of: Served) -> None:
     """Say which round's model it is, since a run has several."""
     more = "; --round last takes the last one's" if of.round is not None and of.round == of.best else ""
     err.print(f"model of {of}{more}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _row(text: str, number: int, columns: Sequence[str]) -> dict[str, Any]:
-    """A request of several columns, written as a JSON object."""
-    try:
-        row = json_.loads(text)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        shape = ", ".join(f'"{c}": "..."' for c in columns)
-        raise DataError(
-            f"predict: request {number} is {text[:40]!r}, expected a JSON object, since data.template names several columns: "
-            f"{{{shape}}}"
-        )
-    return row
 
 
 def demo(output: Path, sets: Sequence[str], quiet: bool) -> None:

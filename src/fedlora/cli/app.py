@@ -238,16 +238,22 @@ def predict(
         str | None, typer.Option("--client", "-c", help="Use this client's model.", show_default=False)
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="Read texts from a file, one a line.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--file",
+            "-f",
+            help="Rows of a data file with the columns of training, or a text a line; - is standard input.",
+            show_default=False,
+        ),
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Longest continuation, tokens.")] = 64,
     json: Json = False,
     round: Round = "best",
 ) -> None:
-    """Text in, label or continuation out."""
-    from . import actions
+    """Text in, label or continuation out: texts given here, in a file, or on standard input."""
+    from . import answers
 
-    actions.predict(folder, texts or [], client, file, new_tokens, json, round)
+    answers.predict(folder, texts or [], client, file, new_tokens, json, round)
 
 
 @app.command()

@@ -62,11 +62,17 @@ def deltas_of(fed: Federation, client: str | None, which: Which = "best") -> Par
     return models_of(fed, [client], which)[1][0]
 
 
+def need_client(client: str, ids: Sequence[str]) -> None:
+    """Raise DataError for a client that is not among those of the run."""
+    if client not in ids:
+        raise DataError(f"client {client!r} is not in this run; {near(client, ids)}")
+
+
 def models_of(fed: Federation, clients: Sequence[str | None], which: Which = "best") -> tuple[Served, list[Params]]:
     """The round, and the model-ready deltas of each client; None is the global model. Raises DataError for a stranger."""
     for client in clients:
-        if client is not None and client not in fed.index:
-            raise DataError(f"client {client!r} is not in this run; {near(client, fed.data.ids)}")
+        if client is not None:
+            need_client(client, fed.data.ids)
     ended = [None if c is None else fed.store.load_served(c) for c in clients]
     if all(p is not None for p in ended):  # a site has no server's state, but what its clients ended with
         return Served(None, None, None), [p for p in ended if p is not None]

@@ -35,11 +35,16 @@ ROWS = 32  # requests answered in one forward pass
 
 @dataclass(frozen=True)
 class Prediction:
-    """One prediction. text: the input; answer: label name, value or continuation; confidence: of a label, else None."""
+    """One prediction. text: the input; answer: label name, value or continuation; confidence: of a label, else None.
+
+    probabilities: of every label by its name, where the task has such: they sum to 1 over classes, and stand each for itself
+    where a text may have several labels.
+    """
 
     text: str
     answer: str
     confidence: float | None = None
+    probabilities: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -169,14 +174,22 @@ class Task(ABC):
         """What the output [...] of one row means: the answer, and the confidence in it."""
         raise NotImplementedError(f"{self.kind} answers no single requests")
 
+    def probabilities(self, output: Tensor) -> Tensor | None:
+        """Of each of the model's named outputs [...], from the output of one row; None where the task has none."""
+        return None
+
     def answer(self, serving: Serving, requests: Sequence[Any]) -> list[Prediction]:
         """What the model says of each text, or pair of texts."""
         pairs = [] if isinstance(requests[0], str) else [t[1] for t in requests]
         first = [t if isinstance(t, str) else t[0] for t in requests]
         encoded = encode.texts(serving.tokenizer, first, pairs or None, serving.max_length)
         rows = joined([encoded], labels=np.zeros(len(first)))
-        said = [self.say(y, serving.names) for y, _ in serving.outputs(rows)]
-        return [Prediction(shown(t), *s) for t, s in zip(requests, said, strict=True)]
+        out = []
+        for t, (y, _) in zip(requests, serving.outputs(rows), strict=True):
+            p = self.probabilities(y)
+            named = None if p is None else dict(zip(serving.names, p.tolist(), strict=True))
+            out.append(Prediction(shown(t), *self.say(y, serving.names), named))
+        return out
 
 
 def full(output: Tensor) -> Tensor:

@@ -93,6 +93,9 @@ class Classification(Task):
     def drawn(self, ids: np.ndarray, mask: np.ndarray, g: np.random.Generator) -> np.ndarray:
         return g.integers(0, self.classes, len(ids))
 
+    def probabilities(self, output: Tensor) -> Tensor | None:
+        return output.softmax(-1)
+
     def say(self, output: Tensor, names: Sequence[str]) -> tuple[str, float | None]:
         p, c = output.softmax(-1).max(-1)
         return names[int(c)], float(p)

@@ -84,6 +84,9 @@ class MultiLabel(Task):
     def drawn(self, ids: np.ndarray, mask: np.ndarray, g: np.random.Generator) -> np.ndarray:
         return g.integers(0, 2, (len(ids), self.labels)).astype(np.float32)
 
+    def probabilities(self, output: Tensor) -> Tensor:
+        return output.sigmoid()
+
     def say(self, output: Tensor, names: Sequence[str]) -> tuple[str, float | None]:
-        p = output.sigmoid().tolist()
+        p = self.probabilities(output).tolist()
         return ", ".join(n for n, x in zip(names, p, strict=True) if x > self.threshold), None
