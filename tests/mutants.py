@@ -39,6 +39,7 @@ GENERATION = "tests/test_generation.py"
 PACKETS = "tests/test_packets.py -m 'not slow'"
 MUTANTS = (
     # the command
+    Mutant("an interrupted sweep is gone on with as one run", "cli/actions.py", "raise Interrupted(sweep or fed.store.root)", "raise Interrupted(fed.store.root)", "tests/test_sweeps.py"),
     Mutant("epochs that are set stand beside the recipe's steps", "recipe/overrides.py", "if path in given and other not in given:", "if False:", "tests/test_hints.py -k epochs"),
     # engine: blocks, resume, ownership
     Mutant("a client out of batches goes on training", "federation/engine.py", "work = where(alive[-1], new, work)", "work = new", f"{CONTRACT} -k block_equals"),

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from ..errors import StateError
 from ..federation.callbacks import Callback, Several
-from . import tables
+from . import listing, sweeps, tables
 from .interrupts import Interrupted, Pressed
 from .progress import Bars, JsonLines
 
@@ -71,7 +72,7 @@ def _execute(recipe: Recipe, output: Path | None, quiet: bool, json: bool, sweep
         with Pressed() as pressed, _watch(TASKS[recipe.model.task].metric, quiet, json) as watch:
             stopped = fed.run(Several(watch, pressed)).get("stopped")
     except KeyboardInterrupt:
-        raise Interrupted(fed.store.root) from None
+        raise Interrupted(sweep or fed.store.root) from None
     if stopped:
         console.print(f"stopped early: {stopped}", soft_wrap=True, highlight=False, markup=False)
     _report(fed.store.root, quiet or json, sweep)
@@ -103,10 +104,22 @@ def run(recipe: Path, sets: Sequence[str], output: Path | None, quiet: bool, jso
         return
     where = folders(recipes, Path("runs") / recipe.stem, output)
     sweep = Path(os.path.commonpath([f.parent for f in where]))
-    for i, (r, folder) in enumerate(zip(recipes, where, strict=True)):
-        if not (quiet or json):
-            err.print(f"[bold]{i + 1}/{len(recipes)}[/] {r.name}", highlight=False)
-        _execute(r, folder, quiet, json, sweep)
+    sweeps.begun(sweep, recipes, where)
+    _sweep(recipes, where, sweep, quiet, json)
+
+
+def _sweep(recipes: Sequence[Recipe], where: Sequence[Path], sweep: Path, quiet: bool, json: bool) -> None:
+    """The runs of a sweep one after the other, then their comparison."""
+    todo = [(r, f) for r, f in zip(recipes, where, strict=True) if not sweeps.finished(f)]
+    console = _console(quiet, json)
+    if len(todo) < len(recipes):
+        console.print(f"{len(recipes) - len(todo)} of {len(recipes)} runs are done already", highlight=False)
+    try:
+        for (r, folder), said in zip(todo, sweeps.headings([r.name for r, _ in todo]), strict=True):
+            console.print(Text(said, style="bold"), soft_wrap=True)
+            _execute(r, folder, quiet, json, sweep)
+    except KeyboardInterrupt:  # while a model is loaded
+        raise Interrupted(sweep) from None
     compare(where, sweep / "comparison.html", json, sweep)
 
 
@@ -128,6 +141,9 @@ def run_from(
 
 
 def resume(folder: Path, quiet: bool, json: bool) -> None:
+    if sweeps.is_sweep(folder) and not listing.is_run(folder):
+        _sweep(*sweeps.recipes(folder), folder, quiet, json)
+        return
     recipe = recipe_of(folder)
     if (folder / DEPLOYMENT).exists():
         raise StateError(
@@ -166,6 +182,12 @@ def report(folder: Path, output: Path | None) -> None:
     from .. import report as pages
     from ..recipe import places
 
+    if sweeps.is_sweep(folder) and not listing.is_run(folder):
+        have = [f for f, _ in sweeps.runs(folder) if listing.is_run(f)]
+        for f in have:
+            _report(f, False, folder)
+        compare(have or [folder], output or folder / "comparison.html", False, folder)
+        return
     places.recipe_in(folder)
     out.print(f"report: {pages.write_run(folder, output)}", soft_wrap=True, highlight=False)
 
@@ -187,12 +209,30 @@ def run_folders(folders: Sequence[Path]) -> list[Path]:
     return found
 
 
+def _scored(folders: Sequence[Path]) -> list[Path]:
+    """Those runs that have a score of a trained model, or are at their end; says which are left out. Raises StateError for none."""
+    from ..report.read import records
+
+    known = {f: records(f) for f in folders}
+    have = [f for f, r in known.items() if r.summary is not None or any(x.round for x in r.evals())]
+    left = [f for f in folders if f not in have]
+    if not have:
+        raise StateError(
+            f"{folders[0]}: none of {len(folders)} runs has a score yet; fedlora resume goes on with a run"
+        )
+    if left:
+        names = ", ".join(f.name for f in left[:3]) + (", ..." if len(left) > 3 else "")
+        said = f"left out, no score yet: {len(left)} of {len(folders)} runs ({names})"
+        err.print(said, soft_wrap=True, highlight=False, markup=False)
+    return have
+
+
 def compare(folders: Sequence[Path], output: Path | None, json: bool, sweep: Path | None = None) -> None:
     from .. import report as pages
     from ..report.read import records
     from ..report.tables import compare_rows, grouped, paired
 
-    found = run_folders(folders)
+    found = _scored(run_folders(folders))
     rows = compare_rows(found)
     if json:
         sys.stdout.write(json_.dumps(rows) + "\n")

@@ -61,7 +61,7 @@ def run(
 
 @app.command()
 def resume(folder: Folder, quiet: Quiet = False, json: Json = False) -> None:
-    """Go on with an interrupted run."""
+    """Go on with an interrupted run, or a sweep of runs."""
     from . import actions
 
     actions.resume(folder, quiet, json)
@@ -189,7 +189,7 @@ def bench(
 
 @app.command()
 def report(folder: Folder, output: Output = None) -> None:
-    """Write the HTML report of a run: one file that needs no other."""
+    """Write the HTML report of a run, one file that needs no other; or those of a sweep, with their comparison."""
     from . import actions
 
     actions.report(folder, output)

@@ -17,7 +17,7 @@ from ..data.addresses import hidden, scheme, unfit
 from ..errors import ConfigError, FedloraError, Problem, StateError, printable
 from ..federation.callbacks import Several
 from ..federation.records import TrainLine, read_lines
-from . import tables
+from . import listing, sweeps, tables
 from .actions import _report, _watch, err, out
 from .interrupts import Interrupted, Pressed
 from .progress import Log, now
@@ -252,6 +252,14 @@ def keys(ids: Sequence[str], output: Path, hosts: Sequence[str]) -> None:
 
 
 def status(folder: Path, watch: bool, json: bool) -> None:
+    simulated = not (folder / "status.json").exists() and (sweeps.is_sweep(folder) or listing.is_run(folder))
+    if simulated:
+        runs = sweeps.facts(folder) if sweeps.is_sweep(folder) else [listing.facts(folder)]
+        if json:
+            sys.stdout.write("".join(json_.dumps(f) + "\n" for f in runs))
+        else:
+            listing.show(out, runs, folder)
+        return
     if json:
         sys.stdout.write(json_.dumps(_status(folder)) + "\n")
         return

@@ -86,7 +86,11 @@ def show(out: Console, found: Sequence[dict[str, Any]], root: Path) -> None:
             Text(f["state"], style=colour),
             f"{f['round']}/{f['rounds']}" if f.get("rounds") else NOTHING,
             score,
-            seconds(f["age_seconds"]) if f["age_seconds"] < 2 * 86400 else f"{f['age_seconds'] / 86400:.0f} d",
+            NOTHING
+            if f["age_seconds"] is None
+            else seconds(f["age_seconds"])
+            if f["age_seconds"] < 2 * 86400
+            else f"{f['age_seconds'] / 86400:.0f} d",
         )
     for column in table.columns[2:]:
         column.no_wrap = True

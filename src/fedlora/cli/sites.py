@@ -128,11 +128,13 @@ def client(
 
 @app.command()
 def status(
-    folder: Annotated[Path, typer.Argument(help="Run folder of a server.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="Run folder of a server, of a run, or of a sweep.", show_default=False)
+    ],
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on showing it.")] = False,
     json: Json = False,
 ) -> None:
-    """Show where a server's run stands: round, clients, who is late, bytes, score."""
+    """Show where a run stands: round and score; with a server also clients, who is late, and bytes."""
     from . import deployment
 
     deployment.status(folder, watch, json)
