@@ -193,6 +193,10 @@ def test_it_is_readable_at_80_columns(classes: int, clients: int, tmp_path: Path
     else:
         assert all(any(x.split()[:1] == [f"c{k}"] and f"{sizes[k]:,}" in x for x in lines) for k in range(clients))
     assert classes < checks.MOST_CLASSES or f"training rows of {classes} classes" in text
+    run, held = facts(f, 4), data.histogram("train")
+    assert list(run.class_rows) == [int(held[:, i].sum()) for i in range(classes)]
+    assert list(run.class_clients) == [sum(n > 0 for n in held[:, i]) for i in range(classes)]
+    assert list(run.classes_held) == [sum(n > 0 for n in row) for row in held]
 
 
 def test_bins_hold_every_client_once() -> None:

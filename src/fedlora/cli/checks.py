@@ -185,7 +185,7 @@ def _clients(out: Console, c: Check) -> None:
         out.print(Text("training rows of each client", style="bold"))
         table = _table("", "client", *(["classes"] if c.run.histogram else []), "rows", "")
         for i, (id, n) in enumerate(zip(c.run.ids, sizes, strict=True)):
-            held = [str(sum(x > 0 for x in c.run.histogram[i]))] if c.run.histogram else []
+            held = [str(c.run.classes_held[i])] if c.run.histogram else []
             table.add_row(Text(id), *held, f"{n:,}", _bar(n, max(sizes)))
         table.columns[-1].justify = "left"
         out.print(table)
@@ -198,7 +198,7 @@ def _clients(out: Console, c: Check) -> None:
     table.columns[-1].justify = "left"
     out.print(table)
     if c.run.histogram:
-        kinds = [sum(x > 0 for x in row) for row in c.run.histogram]
+        kinds = c.run.classes_held
         out.print(f"classes that a client holds: {min(kinds)} to {max(kinds)}, median {statistics.median(kinds):.0f}\n")
 
 
@@ -218,7 +218,7 @@ def _bar(n: int, of: int, width: int = 24) -> str:
 
 def _classes(out: Console, c: Check) -> None:
     """Training rows of each class: all of a few, the largest and the smallest of many."""
-    counts = [sum(column) for column in zip(*c.run.histogram, strict=True)]
+    counts = c.run.class_rows
     order = sorted(range(len(counts)), key=lambda i: -counts[i])
     shown = order if len(order) <= MOST_CLASSES else order[:SHOWN] + order[-SHOWN:]
     title = f"training rows of {len(counts)} classes: {min(counts):,} to {max(counts):,}, median {statistics.median(counts):,.0f}"
@@ -227,7 +227,7 @@ def _classes(out: Console, c: Check) -> None:
     for place, i in enumerate(shown):
         if place == SHOWN and len(shown) < len(order):
             table.add_row(f"... {len(order) - len(shown)} more", "", "", "")
-        have = sum(row[i] > 0 for row in c.run.histogram)
+        have = c.run.class_clients[i]
         table.add_row(
             Text(c.run.label_names[i], overflow="ellipsis", no_wrap=True),
             f"{counts[i]:,}",

@@ -6,12 +6,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ..layers import Layer
 from ..methods.contract import Client, RoundInfo, ServerState, Upload
 from .channel import first_upload
 from .setting import Setting
 from .summary import operators
 
+LISTED = 1000  # clients whose classes are listed one by one
 PRICED = 64  # clients whose messages are measured one by one; a larger cohort is extrapolated from them
 
 
@@ -84,7 +87,8 @@ class RunFacts:
     numbers, attention and kernels say in what and by which operators the base computes, and why.
     layers: modules that get adapters, a number in their names as "*", with how many there are and their shape out x in.
     caution: what the method warns of, "" for nothing.
-    block: clients that would be trained at once. histogram: training rows [clients classes], () without classes.
+    block: clients that would be trained at once. histogram: training rows of the first LISTED clients [clients classes],
+    () without classes; class_rows, class_clients: training rows of each class, and clients that have some; classes_held: of each client.
     """
 
     method: str
@@ -111,12 +115,16 @@ class RunFacts:
     sizes: Sequence[int]
     label_names: Sequence[str]
     histogram: Sequence[Sequence[int]]
+    class_rows: Sequence[int]
+    class_clients: Sequence[int]
+    classes_held: Sequence[int]
 
 
 def facts(f: Setting, block: int) -> RunFacts:
     """The facts of a setting. block: clients that would be trained at once."""
     cohort = f.cohort(0)
     train = f.data.splits["train"]
+    held = f.data.histogram("train") if f.data.label_names else np.zeros((0, 0), np.int64)
     config = getattr(f.model.base, "config", None)
     return RunFacts(
         method=repr(f.method),
@@ -142,7 +150,10 @@ def facts(f: Setting, block: int) -> RunFacts:
         ids=list(f.data.ids),
         sizes=train.sizes.tolist(),
         label_names=list(f.data.label_names),
-        histogram=f.data.histogram("train").tolist() if f.data.label_names else [],
+        histogram=held[:LISTED].tolist(),
+        class_rows=held.sum(0).tolist(),
+        class_clients=(held > 0).sum(0).tolist(),
+        classes_held=(held > 0).sum(1).tolist(),
     )
 
 
