@@ -1,4 +1,4 @@
-"""Compiled forms of a few of PyTorch's operators in bf16 on CPUs with AMX, and of dropout on CPUs with AVX-512.
+"""Compiled forms of a few of PyTorch's operators in fp32 and bf16, on CPUs with AMX, AVX-512 or AVX2.
 
 They compute what the operators compute, from the same arguments, with derivatives of any order; nothing above knows of them.
 Where the CPU, the compiler or the shape does not fit, PyTorch's own operators do the work.
@@ -11,12 +11,12 @@ import torch
 from .attention import MOST
 from .fused import Fused, Now
 from .hooks import Compiled
-from .library import unavailable
+from .library import first, serving, unavailable
 from .packing import Packing, width
 
-__all__ = ["MOST", "Compiled", "Fused", "Now", "Packing", "unavailable", "useful", "width"]
+__all__ = ["MOST", "Compiled", "Fused", "Now", "Packing", "serving", "unavailable", "useful", "width"]
 
 
 def useful(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a base of this dtype on this device gains from them, and this process has them."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and not (unavailable("amx") or unavailable("dropout"))
+    return device.type == "cpu" and serving(dtype) is not None and first("dropout", "dropout2") is not None

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, grad
 
-from .library import at, fits, library
+from .library import at, library, serving
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -46,19 +46,26 @@ class Activation(Function):
         x, g = x.contiguous(), gs[0].contiguous()
         dx, table = torch.empty_like(x), slopes(ctx.name)
         n = ctypes.c_int64(x.numel())
-        library().activation_backward(*map(at, (g, x, table, dx)), n, torch.get_num_threads())
+        name = serving(x.dtype)
+        assert name is not None
+        library(name).activation_backward(*map(at, (g, x, table, dx)), n, torch.get_num_threads())
         return dx, None
+
+
+def tabled(x: Tensor) -> bool:
+    """Whether its derivatives are looked up."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and serving(x.dtype) is not None
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """F.gelu."""
-    if not fits(input):
+    if not tabled(input):
         return F.gelu(input, approximate=approximate)
     return Activation.apply(input, "gelu" if approximate == "none" else "gelu of tanh")
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """F.silu."""
-    if inplace or not fits(input):
+    if inplace or not tabled(input):
         return F.silu(input, inplace)
     return Activation.apply(input, "silu")

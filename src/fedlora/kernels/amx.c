@@ -171,8 +171,9 @@ static void tiles(Tiles *before) {
 
 /* ---- attention ----------------------------------------------------------------------------------------------------- */
 
-/* per_key: query heads of a key head; queries: the most of a row; least, kept: of dropout, as dropout.c has them. */
-typedef struct { int rows, heads, per_key, queries, keys, width, threads, least; float scale, kept; } Shape;
+/* per_key: query heads of a key head; queries: the most of a row; least, kept: of dropout, as dropout.c has them; causal: a token sees
+   itself and those before it; half: always 1 here. */
+typedef struct { int rows, heads, per_key, queries, keys, width, threads, least, causal, half; float scale, kept; } Shape;
 
 /* Where a row's tokens lie, for rows that follow each other without padding: they are its queries and its keys. A negative length
    is of tokens that belong to no row, and zeros are put there. */
@@ -307,7 +308,8 @@ int attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const uint8_t
         uint64_t room_of_bits[KEYS / 4];
         Softmax *of = softmax + ((int64_t)b * z.heads + h) * z.queries;
         FOR_VECTORS(w / 16, for (int i = 0; i < n; i++) of[i] = soften(
-          P + i * w, S + i * w, seeing ? seeing + i * s[4].token : 0, bits_of(room_of_bits, start, h, i, w), m, V, &z))
+          P + i * w, S + i * w, seeing ? seeing + i * s[4].token : 0, bits_of(room_of_bits, start, h, i, w),
+          z.causal && i + 1 < m ? i + 1 : m, V, &z))
         memset(P + (size_t)n * w, 0, (size_t)(l - n) * w * 2);
         load(K, v + at(p, s[2]) + shared * s[2].head, s[2].token, m, z.width);
         pairs(right, K, w, D);
@@ -375,7 +377,7 @@ int attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *
           const Softmax *of = softmax + ((int64_t)b * z.heads + h) * z.queries;
           FOR_VECTORS(w / 16, for (int i = 0; i < n; i++) harden(
             P + i * w, X + i * w, S + i * w, dP + i * w, of[i], seeing ? seeing + i * s[4].token : 0,
-            bits_of(room_of_bits, start, h, i, w), m, V, &z))
+            bits_of(room_of_bits, start, h, i, w), z.causal && i + 1 < m ? i + 1 : m, V, &z))
           memset(P + (size_t)n * w, 0, (size_t)(l - n) * w * 2);
           memset(X + (size_t)n * w, 0, (size_t)(l - n) * w * 2);
           pairs(right, K, w, D);

@@ -1,4 +1,4 @@
-"""F.scaled_dot_product_attention by amx.c: first derivatives are compiled, further ones are PyTorch's of the plain formula."""
+"""F.scaled_dot_product_attention by amx.c or vector.c: first derivatives are compiled, further ones are PyTorch's of the plain formula."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function, grad
 
 from .dropout import Drop, dropped
-from .library import at, fits, library
+from .library import at, fits, library, serving
 from .packing import Packing
 
 MOST = 1024  # queries or keys: a thread's room for the scores of a head is 14 bytes for each
@@ -28,9 +28,10 @@ def _strides(*tensors: Tensor) -> ctypes.Array[ctypes.c_int64]:
 
 
 class Shape(ctypes.Structure):
-    """amx.c has the same."""
+    """amx.c and vector.c have the same."""
 
-    _fields_ = (*((n, ctypes.c_int) for n in ("rows", "heads", "per_key", "queries", "keys", "width", "threads", "least")),
+    _fields_ = (*((n, ctypes.c_int) for n in ("rows", "heads", "per_key", "queries", "keys", "width", "threads", "least", "causal",
+                                              "half")),
                 ("scale", ctypes.c_float), ("kept", ctypes.c_float))  # fmt: skip
 
 
@@ -40,7 +41,7 @@ def _shape(q: Tensor, k: Tensor, scale: float, packing: Packing | None, drop: Dr
     if packing is not None:
         rows, queries, keys = len(packing.places), packing.longest, packing.longest
     return Shape(rows, heads, heads // k.shape[1], queries, keys, width, torch.get_num_threads(),
-                 drop.least if drop else 0, scale, drop.kept if drop else 1.0)  # fmt: skip
+                 drop.least if drop else 0, packing is not None and packing.causal, q.dtype == torch.bfloat16, scale, drop.kept if drop else 1.0)  # fmt: skip
 
 
 def _like(x: Tensor) -> Tensor:
@@ -51,6 +52,12 @@ def _like(x: Tensor) -> Tensor:
 def _done(failed: int) -> None:
     if failed:
         raise MemoryError("attention: no memory for its scratch; lower run.block")
+
+
+def _library(q: Tensor) -> ctypes.CDLL:
+    name = serving(q.dtype)
+    assert name is not None
+    return library(name)
 
 
 def plain_attention(
@@ -86,7 +93,7 @@ class Attention(Function):
         out, softmax = _like(q), q.new_empty(shape.rows, shape.heads, shape.queries, 2, dtype=torch.float32)
         strides = _strides(q, k, v, out, q if mask is None else mask)
         _done(
-            library().attention_forward(
+            _library(q).attention_forward(
                 *map(at, (q, k, v, mask, out, softmax)), strides, at(places), at(drop and drop.starts), shape
             )
         )
@@ -114,11 +121,16 @@ class Attention(Function):
         strides = _strides(q, k, v, g, g if mask is None else mask, dq, dk, dv)
         tensors, places = map(at, (q, k, v, g, mask, softmax, dq, dk, dv)), None if packing is None else packing.places
         _done(
-            library().attention_backward(
+            _library(q).attention_backward(
                 *tensors, strides, at(places), at(drop and drop.starts), _shape(q, k, ctx.scale, packing, drop)
             )
         )
         return dq, dk, dv, None, None, None, None
+
+
+def serves(x: Tensor) -> bool:
+    """Whether there is a kernel for tensors like this."""
+    return x.device.type == "cpu" and serving(x.dtype) is not None
 
 
 def attends(
@@ -130,7 +142,7 @@ def attends(
     else:
         sizes = packing.longest <= MOST
     alike = key.shape == value.shape and (not heads_alike or query.shape[1] == key.shape[1])
-    return fits(query, key, value) and query.ndim == key.ndim == 4 and alike and sizes
+    return serves(query) and fits(query, key, value) and query.ndim == key.ndim == 4 and alike and sizes
 
 
 def attention(
@@ -155,7 +167,6 @@ def attention(
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if packing is not None:
-        assert not is_causal
         return Attention.apply(query, key, value, None, scale, packing, drop)
     if attn_mask is not None and attn_mask.dtype != torch.bool:  # added to the scores, and perhaps learned
         return plain_attention(query, key, value, attn_mask, scale, drop)

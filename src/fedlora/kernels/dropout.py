@@ -1,4 +1,4 @@
-"""The masks of fedlora.model.dropout, hashed and applied in one pass, for bases in fp32 and bf16 on CPUs with AVX-512."""
+"""The masks of fedlora.model.dropout, hashed and applied in one pass, for bases in fp32 and bf16 on CPUs with AVX-512 or AVX2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .library import at, library, unavailable
+from .library import at, first, library
 from .packing import Packing
 
 CALLS = {torch.float32: "dropout_fp32", torch.bfloat16: "dropout_bf16"}
@@ -28,7 +28,7 @@ class Drop(NamedTuple):
 
 def drops(x: Tensor) -> bool:
     """Whether x is what the kernel drops entries of."""
-    return x.device.type == "cpu" and x.dtype in CALLS and x.ndim >= 2 and unavailable("dropout") is None
+    return x.device.type == "cpu" and x.dtype in CALLS and x.ndim >= 2 and first("dropout", "dropout2") is not None
 
 
 def lines(starts: Tensor, shape: torch.Size) -> Tensor:
@@ -49,7 +49,9 @@ class Dropout(Function):
         ctx.said = (step, least, kept)
         x = x.contiguous()
         y, sizes = torch.empty_like(x), (ctypes.c_int64(len(firsts)), ctypes.c_int64(x.shape[-1]))
-        call = getattr(library("dropout"), CALLS[x.dtype])
+        name = first("dropout", "dropout2")
+        assert name is not None
+        call = getattr(library(name), CALLS[x.dtype])
         call(
             at(x),
             at(y),

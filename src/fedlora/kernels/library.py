@@ -23,22 +23,28 @@ from ..files import cache as user_cache
 
 
 class Source(NamedTuple):
-    """needs: what the CPU must have, as torch.cpu names it; flags: of the compiler beside FLAGS."""
+    """needs: what the CPU must have, as torch.cpu names it; flags: of the compiler beside FLAGS; text: the C file, by default NAME.c."""
 
     needs: tuple[str, ...]
     flags: tuple[str, ...]
+    text: str = ""
 
 
-Name = Literal["amx", "dropout"]
+Name = Literal["amx", "vector", "vector2", "dropout", "dropout2"]
 SOURCES: dict[Name, Source] = {
     "amx": Source(
         ("amx_tile", "amx_bf16", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16"),
         ("-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
     ),
+    "vector": Source(("avx512_f", "avx512_dq", "avx512_bw", "avx512_vl"),
+                     ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-ffp-contract=fast")),
+    "vector2": Source(("avx2", "fma3"), ("-mavx2", "-mfma", "-ffp-contract=fast", "-Wno-psabi"), "vector"),
     "dropout": Source(("avx512_f", "avx512_dq", "avx512_bw", "avx512_vl"),
                       ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl")),
+    "dropout2": Source(("avx2",), ("-mavx2",), "dropout"),
 }  # fmt: skip
 FLAGS = ("-O3", "-std=c11", "-fno-strict-aliasing", "-fPIC", "-fopenmp", "-mprefer-vector-width=512")
+DTYPES = frozenset({torch.float32, torch.bfloat16})  # what the kernels compute on
 SECONDS = 120  # a compiler that takes longer hangs
 
 
@@ -73,7 +79,7 @@ def _compiled(name: Name, compiler: str, threads: str, place: Path | None, file:
 
 
 def _file(name: Name) -> Path:
-    return Path(__file__).with_name(f"{name}.c")
+    return Path(__file__).with_name(f"{SOURCES[name].text or name}.c")
 
 
 @cache
@@ -130,9 +136,22 @@ def library(name: Name = "amx") -> ctypes.CDLL:
     return found
 
 
+def first(*names: Name) -> Name | None:
+    """The first of these libraries that can be used here; None for none."""
+    return next((n for n in names if unavailable(n) is None), None)
+
+
+def serving(dtype: torch.dtype) -> Name | None:
+    """The library whose attention computes in this dtype here; None for none."""
+    if dtype not in DTYPES:
+        return None
+    return first("amx", "vector", "vector2") if dtype == torch.bfloat16 else first("vector", "vector2")
+
+
 def fits(*tensors: Tensor | None) -> bool:
-    """Whether they are what the kernels compute on."""
-    return all(t is None or (t.dtype == torch.bfloat16 and t.device.type == "cpu") for t in tensors)
+    """Whether they are what the kernels compute on: all of one dtype, on the CPU."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    return len(dtypes) == 1 and dtypes <= DTYPES and all(t is None or t.device.type == "cpu" for t in tensors)
 
 
 def at(x: Tensor | None) -> ctypes.c_void_p:

@@ -33,9 +33,11 @@ class Gather(Function):
 
 
 class Packing:
-    """Where the tokens of right-padded rows lie. lengths: [K b], each at least 1; longest: L of the padded rows."""
+    """Where the tokens of right-padded rows lie. lengths: [K b], each at least 1; longest: L of the padded rows; causal: a token sees
+    itself and those before it in its row, else all of the row."""
 
-    def __init__(self, lengths: Tensor, longest: int):
+    def __init__(self, lengths: Tensor, longest: int, causal: bool = False):
+        self.causal = causal
         self.lengths, self.clients, self.longest = lengths, len(lengths), longest
         self.width = width(lengths)
         starts = lengths.cumsum(1) - lengths
@@ -67,5 +69,6 @@ class Packing:
 
     @cached_property
     def mask(self) -> Tensor:
-        """Real tokens of the padded rows, bool [K*b 1 1 L]."""
-        return (self.outside >= 0).view(-1, 1, 1, self.longest)
+        """Which keys each token of the padded rows sees, bool [K*b 1 1 L] or, where it is causal, [K*b 1 L L]."""
+        real = (self.outside >= 0).view(-1, 1, 1, self.longest)
+        return real & torch.ones(self.longest, self.longest, dtype=torch.bool).tril() if self.causal else real
