@@ -21,7 +21,7 @@ WARM = 2  # rounds before those that are measured
 
 
 def main(source: str, regime: str = "middle", rounds: str = "4", model: str = "minilm", threads: int = 2) -> None:
-    if why := kernels.unavailable():
+    if why := kernels.missing():
         sys.exit(f"no compiled operators: {why}")
     torch.set_num_threads(threads)
     work = Work(model, source=source, regime=REGIMES[regime], threads=threads)

@@ -96,6 +96,13 @@ MUTANTS = (
     Mutant("slow numbers are not said", "recipe/device.py", 'if dtype == "bf16" and not fast', 'if dtype == "bf16" and fast', "tests/test_dtype.py"),
     Mutant("hidden keys get a gradient", "kernels/amx.c", "seen, x[j]);\n    x[j] = _mm512_mul_ps(", "0xffff, x[j]);\n    x[j] = _mm512_mul_ps(", "tests/test_kernels.py"),
     Mutant("of heads that share a key the first alone counts", "kernels/amx.c", "dV[i] += O[i];", "dV[i] += 0;", "tests/test_kernels.py"),
+    Mutant("hidden keys are seen", "kernels/vector.c", "x[j] = !mask || mask[j] ? x[j] * scale : -INFINITY;", "x[j] = x[j] * scale;", "tests/test_kernels.py"),
+    Mutant("of heads that share a key the last alone counts", "kernels/vector.c", "product(dV, S, 1, side, G, m, (int)D, n, h % z.per_key != 0);", "product(dV, S, 1, side, G, m, (int)D, n, 0);", "tests/test_kernels.py"),
+    Mutant("packed rows are taken for the first, by vectors", "kernels/vector.c", "return p.row * s.row + p.start * s.token;", "return p.row * s.row;", "tests/test_kernels.py"),
+    Mutant("what attention drops gets a gradient, by vectors", "kernels/vector.c", "    if (stays) e *= *(const V *)(stays + j);\n", "", "tests/test_kernels.py"),
+    Mutant("a last row of a product is lost", "kernels/vector.c", "    for (; i < m; i++)\n", "    for (; i + 1 < m; i++)\n", "tests/test_kernels.py"),
+    Mutant("bf16 is cut off, not rounded", "kernels/vector.c", "(bf16)((u + 0x7fff + (u >> 16 & 1)) >> 16)", "(bf16)(u >> 16)", "tests/test_kernels.py"),
+    Mutant("the gradient of a frozen layer is of its transpose", "kernels/linear.py", "return _product(g, weight.mT, None)", "return _product(g, weight, None)", "tests/test_kernels.py -k frozen"),
     Mutant("a second derivative is lost", "kernels/activations.py", "        (x,) = ctx.saved_tensors\n        if torch.is_grad_enabled():", "        (x,) = ctx.saved_tensors\n        if False:", "tests/test_kernels.py"),
     Mutant("a trained layer is taken for a frozen one", "kernels/linear.py", "fits(input, weight, bias) and frozen and", "fits(input, weight, bias) and", "tests/test_kernels.py"),
     Mutant("packed rows are taken for the first", "kernels/amx.c", "return p.row * s.row + p.start * s.token;", "return p.row * s.row;", "tests/test_kernels.py"),
@@ -513,10 +520,10 @@ def main() -> int:
     parser.add_argument("-k", default="", help="only those whose description or file holds this text")
     options = parser.parse_args()
     chosen = [m for m in MUTANTS if options.k in m.why or options.k in m.file]
-    if why := kernels.unavailable():
-        left = [m for m in chosen if m.file.startswith("kernels/")]
-        chosen = [m for m in chosen if m not in left]
-        print(f"{len(left)} of compiled operators are left out: {why}")
+    for part, why in (("kernels/amx.c", kernels.unavailable()), ("kernels/", kernels.missing())):
+        if why and (left := [m for m in chosen if m.file.startswith(part)]):
+            chosen = [m for m in chosen if m not in left]
+            print(f"{len(left)} of {part} are left out: {why}")
     alive = 0
     with ThreadPoolExecutor(options.j) as pool:
         for m, dead in zip(chosen, pool.map(lambda m: found(m, sys.executable), chosen), strict=True):

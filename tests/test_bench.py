@@ -183,7 +183,7 @@ def test_the_profile(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(kernels.unavailable() is not None, reason=f"kernels: {kernels.unavailable()}")
+@pytest.mark.skipif(kernels.missing() is not None, reason=f"kernels: {kernels.missing()}")
 def test_what_kernels_bring(folder: Path) -> None:
     lines = script("kernels", "demo", "small", 1, folder).splitlines()
     assert [line[:18].strip() for line in lines] == ["PyTorch's", "compiled, padded", "compiled"]

@@ -194,7 +194,7 @@ def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
     features = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags.split()]
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     return {"cpu": cpu, "cores": os.cpu_count(), "device": name, "features": features,
-            "kernels": kernels.unavailable() or "compiled", "threads": threads, "python": platform.python_version(),
+            "kernels": kernels.missing() or "compiled", "threads": threads, "python": platform.python_version(),
             "versions": found, "date": time.strftime("%Y-%m-%d", time.gmtime())}  # fmt: skip
 
 

@@ -48,11 +48,14 @@ def environment(f: Setting) -> dict[str, Any]:
     }
 
 
+FOR = {"amx": "AMX", "vector": "AVX-512", "vector2": "AVX2"}  # what each library of compiled operators is made for
+
+
 def operators(model: Adapted) -> str:
     """Whose operators a base computes with; for one that could have compiled ones, why it has not."""
     if model.compiled:
-        return "compiled"
-    why = kernels.unavailable() if model.dtype == torch.bfloat16 and model.device.type == "cpu" else None
+        return f"compiled for {FOR[str(kernels.serving(model.dtype))]}"
+    why = kernels.missing() if model.device.type == "cpu" else None
     return f"PyTorch's, because {why}" if why else "PyTorch's"
 
 

@@ -14,9 +14,14 @@ from .hooks import Compiled
 from .library import first, serving, unavailable
 from .packing import Packing, width
 
-__all__ = ["MOST", "Compiled", "Fused", "Now", "Packing", "serving", "unavailable", "useful", "width"]
+__all__ = ["MOST", "Compiled", "Fused", "Now", "Packing", "missing", "serving", "unavailable", "useful", "width"]
 
 
 def useful(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a base of this dtype on this device gains from them, and this process has them."""
     return device.type == "cpu" and serving(dtype) is not None and first("dropout", "dropout2") is not None
+
+
+def missing() -> str | None:
+    """Why this process has none of them; None if it has some."""
+    return unavailable("vector2") or unavailable("dropout2")
