@@ -343,6 +343,17 @@ def test_a_bases_gradient_is_as_near_to_fp32_as_without_them(
     assert away(ours, exact) < 1.5 * away(plain, exact)
 
 
+FP32 = [("bert", ""), ("roberta", ""), ("distilbert", ""), ("gpt2", ""), ("causal llama", ""), ("bert", "dropout"), ("bert", "twice"),
+        ("bert", "two adapters")]  # fmt: skip
+
+
+@needs_kernels
+@pytest.mark.parametrize(("family", "way"), FP32)
+def test_in_fp32_they_change_the_last_bits_alone(family: str, way: str) -> None:
+    plain = gradients(family, torch.float32, "eager", way, compiled=False)
+    assert away(gradients(family, torch.float32, "sdpa", way), plain) < 2e-5
+
+
 @needs_kernels
 @pytest.mark.parametrize(("family", "way"), [("bert", ""), ("gpt2", ""), ("bert", "dropout"), ("gpt2", "dropout")])
 def test_a_clients_gradient_is_its_own(family: str, way: str) -> None:

@@ -12,9 +12,9 @@ from .attention import MOST
 from .fused import Fused, Now
 from .hooks import Compiled
 from .library import first, serving, unavailable
-from .packing import Packing, width
+from .packing import Packing
 
-__all__ = ["MOST", "Compiled", "Fused", "Now", "Packing", "missing", "serving", "unavailable", "useful", "width"]
+__all__ = ["MOST", "Compiled", "Fused", "Now", "Packing", "missing", "serving", "unavailable", "useful"]
 
 
 def useful(device: torch.device, dtype: torch.dtype) -> bool:

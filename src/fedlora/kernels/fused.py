@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .activations import gelu, silu
 from .attention import attention
+from .deltas import FlatLowRank
 from .linear import LowRank, LowRankLinear, able, linear
 from .packing import Packing
 
@@ -51,5 +52,8 @@ class Fused(TorchFunctionMode):
             return ANSWERS[func](*args, **kwargs, packing=self.now.packing)
         if func is F.linear and delta is not None and args[1:2] and args[1] is delta.weight and able(*args, **kwargs):
             self.now.delta = None
+            if delta.ends is not None:
+                bias = args[2] if args[2:] else kwargs.get("bias")
+                return FlatLowRank.apply(*args[:2], bias, delta.a, delta.b, delta.ends)
             return LowRankLinear.apply(*args[:2], args[2] if args[2:] else kwargs.get("bias"), delta.a, delta.b)
         return ANSWERS.get(func, func)(*args, **kwargs)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .attention import MOST
+from .deltas import fit
 from .fused import Now
+from .library import fits
 from .linear import LowRank
 
 STACKS = {
@@ -33,6 +35,10 @@ class Compiled:
     def __init__(self, base: nn.Module, now: Now, packs: bool = True):
         self.stack = stack_of(base) if packs else []
         self.now, self._handed = now, False
+        within = {id(m) for layer in self.stack for m in layer.modules()}
+        self.within = frozenset(
+            n for n, m in base.named_modules() if id(m) in within
+        )  # names of the modules of those layers
         self.hooks = []
         if self.stack:
             self.hooks = [
@@ -44,11 +50,18 @@ class Compiled:
         """Whether rows of so many tokens are computed without padding."""
         return bool(self.stack) and longest <= MOST
 
+    def flows(self, layer: nn.Module) -> bool:
+        """Whether a layer's low-rank deltas can be added where the clients' tokens follow each other."""
+        return isinstance(layer, nn.Linear) and fits(layer.weight) and fit(layer.weight)
+
     def hand(self, layer: nn.Module, bound: Sequence[Mapping[str, Tensor]]) -> None:
         """Before a layer: its deltas, all low-rank (A [K r i], B [K o r]), which its own product adds."""
         if isinstance(layer, nn.Linear):
-            a, b = (torch.cat([p[n].to(layer.weight.dtype) for p in bound], axis) for n, axis in (("A", 1), ("B", 2)))
-            self._handed, self.now.delta = True, LowRank(layer.weight, a, b)
+            packing = self.now.packing if self.now.inside else None
+            ends = packing.ends if packing is not None and packing.flat else None
+            dtype = layer.weight.dtype if ends is None else torch.float32
+            a, b = (torch.cat([p[n].to(dtype) for p in bound], axis) for n, axis in (("A", 1), ("B", 2)))
+            self._handed, self.now.delta = True, LowRank(layer.weight, a, b, ends)
 
     def added(self) -> bool:
         """After a layer: whether it has added the deltas that it was handed."""

@@ -21,7 +21,7 @@ def onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 or ("AMD" in str(able.get("cpu_name", "")) and bool(able.get("avx512_f")))
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W' + b; oneDNN adds the bias within the product, where F.linear fills the output with it first in bf16."""
     if not onednn(x.dtype):
         return F.linear(x, weight, bias)
@@ -29,11 +29,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _back(g: Tensor, weight: Tensor) -> Tensor:
+def back(g: Tensor, weight: Tensor) -> Tensor:
     """g W, by PyTorch's own product where it may be differentiated once more, and in bf16, where it is as fast."""
     if torch.is_grad_enabled() or g.dtype == torch.bfloat16 or not onednn(g.dtype):
         return g @ weight
-    return _product(g, weight.mT, None)
+    return product(g, weight.mT, None)
 
 
 class Linear(Function):
@@ -42,20 +42,22 @@ class Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return _back(gs[0], weight), None, None
+        return back(gs[0], weight), None, None
 
 
 class LowRank(NamedTuple):
-    """Deltas of the clients of a block at one layer: A [K r i], B [K o r], scaled, of the layer's dtype."""
+    """Deltas of the clients of a block at one layer: A [K r i], B [K o r], scaled, of the layer's dtype; where the clients' tokens
+    follow each other in fp32, with the token where each client's begin, and the last one's end."""
 
     weight: Tensor  # of the layer, [o i]
     a: Tensor
     b: Tensor
+    ends: Tensor | None = None
 
 
 class LowRankLinear(Function):
@@ -63,7 +65,7 @@ class LowRankLinear(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        y, rows = _product(x, weight, bias), x.reshape(len(a), -1, x.shape[-1])
+        y, rows = product(x, weight, bias), x.reshape(len(a), -1, x.shape[-1])
         h = torch.bmm(rows, a.mT)
         y.view(len(a), -1, y.shape[-1]).baddbmm_(h, b.mT)
         ctx.save_for_backward(x, weight, a, b)
@@ -75,7 +77,7 @@ class LowRankLinear(Function):
         rows, g = x.reshape(len(a), -1, x.shape[-1]), gs[0].reshape(len(a), -1, len(weight))
         dh, dx = torch.bmm(g, b), None
         if x.requires_grad:
-            dx = _back(gs[0].reshape(-1, len(weight)), weight)
+            dx = back(gs[0].reshape(-1, len(weight)), weight)
             dx = dx.view(rows.shape)
             dx = (torch.baddbmm(dx, dh, a) if torch.is_grad_enabled() else dx.baddbmm_(dh, a)).view(x.shape)
         return dx, None, None, torch.bmm(dh.mT, rows), torch.bmm(g.mT, torch.bmm(rows, a.mT))

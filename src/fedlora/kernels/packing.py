@@ -1,4 +1,5 @@
-"""Rows without padding: the tokens of a client's rows follow each other, [K b L] becomes [K T] with T the most of a client."""
+"""Rows without padding: the tokens of a client's rows follow each other, [K b L] becomes [K T] with T the most of a client, or [1 T]
+where the clients follow each other as well."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -32,37 +34,52 @@ class Gather(Function):
         return Gather.apply(gs[0], back, index), None, None
 
 
+def total(lengths: Tensor) -> int:
+    """Tokens that rows of these lengths take where they all follow each other: few more than they have, and of few numbers, since
+    products are compiled for each."""
+    real = int(lengths.sum())
+    step = next((n for n in (16, 32, 64) if real <= 32 * n), 128)
+    return -(-real // step) * step
+
+
 class Packing:
     """Where the tokens of right-padded rows lie. lengths: [K b], each at least 1; longest: L of the padded rows; causal: a token sees
-    itself and those before it in its row, else all of the row."""
+    itself and those before it in its row, else all of the row; flat: the clients follow each other as their rows do, in [1 T]."""
 
-    def __init__(self, lengths: Tensor, longest: int, causal: bool = False):
-        self.causal = causal
+    def __init__(self, lengths: Tensor, longest: int, causal: bool = False, flat: bool = False):
+        self.causal, self.flat = causal, flat
         self.lengths, self.clients, self.longest = lengths, len(lengths), longest
-        self.width = width(lengths)
-        starts = lengths.cumsum(1) - lengths
-        client = torch.arange(self.clients)[:, None].expand_as(lengths)
+        used = lengths.sum(1)
+        self.ends = F.pad(
+            used.cumsum(0), (1, 0)
+        )  # of flat ones, where each client's tokens begin, and the last one's end
+        if flat:
+            lines, self.width, used = 1, total(lengths), used.sum()[None]
+        else:
+            lines, self.width = len(lengths), width(lengths)
+        self.lines = lines  # of the packed tensors
+        starts = lengths.view(lines, -1).cumsum(1).view_as(lengths) - lengths
+        line = torch.arange(lines).repeat_interleave(lengths.numel() // lines).view_as(lengths)
         token = torch.arange(longest)
-        place = (client * self.width + starts)[..., None] + token
+        place = (line * self.width + starts)[..., None] + token
         self.outside = torch.where(token < lengths[..., None], place, -1).flatten()  # packed token of each padded one
-        self.inside = torch.full((self.clients * self.width,), -1)  # padded token of each packed one
+        self.inside = torch.full((lines * self.width,), -1)  # padded token of each packed one
         real = (self.outside >= 0).nonzero().flatten()
         self.inside[self.outside[real]] = real
         at = self.inside.clamp_min(0)
         self.row, self.token = at // longest, at % longest  # of each packed token, which row it is of and where in it
-        used = lengths.sum(1)
-        rest = torch.stack([torch.arange(self.clients), used, used - self.width], 1)
-        rows = torch.stack([client, starts, lengths], -1).flatten(0, 1)
+        rest = torch.stack([torch.arange(lines), used, used - self.width], 1)
+        rows = torch.stack([line, starts, lengths], -1).flatten(0, 1)
         self.places = torch.cat([rows, rest[rest[:, 2] < 0]]).contiguous()  # as amx.c has them
 
     def pack(self, x: Tensor) -> Tensor:
-        """[K*b L ...] to [K T ...]."""
+        """[K*b L ...] to [K T ...], or [1 T ...]."""
         rest: Sequence[int] = x.shape[2:]
         y: Tensor = Gather.apply(x.flatten(0, 1).flatten(1), self.inside, self.outside)
-        return y.view(self.clients, self.width, *rest)
+        return y.view(self.lines, self.width, *rest)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """[K T ...] to [K*b L ...], zeros in the padding."""
+        """The inverse, zeros in the padding."""
         rest: Sequence[int] = x.shape[2:]
         y: Tensor = Gather.apply(x.flatten(0, 1).flatten(1), self.outside, self.inside)
         return y.view(-1, self.longest, *rest)

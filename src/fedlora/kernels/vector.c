@@ -335,3 +335,101 @@ int attention_backward(const void *q, const void *k, const void *v, const void *
   }
   return failed;
 }
+
+/* ---- low-rank deltas of clients whose tokens follow each other ------------------------------------------------------------ */
+
+enum { CHUNK = 64 }; /* tokens at a time: their activations stay in the caches */
+
+/* The tokens of client c are those from ends[c] to ends[c + 1]. in, out: multiples of LANES. half: x, y, g and dx are bf16. */
+typedef struct { int clients, in, out, rank, half, threads; } Deltas;
+
+/* x [n d] dense as fp32; where it is already, itself. */
+static const float *widened(float *room, const void *x, int64_t first, int n, int d, int half) {
+  if (!half) return (const float *)x + first * d;
+  load(room, x, first * d, d, n, d, 1);
+  return room;
+}
+
+/* c [n d] += a b, a [n padded(k)], b [k d]. */
+static void add_product(void *c, int64_t first, float *room, const float *a, int side, const float *b, int n, int d, int k, int half) {
+  if (!half) {
+    product((float *)c + first * d, a, side, 1, b, n, d, k, 1);
+    return;
+  }
+  load(room, c, first * d, d, n, d, 1);
+  product(room, a, side, 1, b, n, d, k, 1);
+  store(c, first * d, d, room, n, d, 1);
+}
+
+/* [rows cols] to [cols padded(rows)], zeros beside it; for few rows. */
+static void turned(float *to, const float *from, int rows, int cols) {
+  int side = padded(rows);
+  for (int j = 0; j < cols; j++) {
+    for (int i = 0; i < rows; i++) to[j * side + i] = from[(int64_t)i * cols + j];
+    for (int i = rows; i < side; i++) to[j * side + i] = 0;
+  }
+}
+
+/* h = x A' [tokens padded(rank)], and y += h B', A [clients rank in], B [clients out rank]. Returns 1 without memory. */
+int deltas_forward(const void *x, void *y, float *h, const float *a, const float *b, const int64_t *ends, Deltas z) {
+  int side = padded(z.rank), failed = 0;
+  size_t wide_ = z.in > z.out ? (size_t)z.in : (size_t)z.out;
+#pragma omp parallel num_threads(z.threads)
+  {
+    char *room = aligned_alloc(64, ((size_t)z.in * side + (size_t)z.out * z.rank + 2 * wide_ * CHUNK + 256) / 16 * 64), *left = room;
+    if (!room) failed = 1;
+    float *A = take(&left, (size_t)z.in * side), *B = take(&left, (size_t)z.out * z.rank), *X = take(&left, wide_ * CHUNK);
+    float *Y = take(&left, wide_ * CHUNK);
+#pragma omp for schedule(dynamic)
+    for (int c = 0; c < z.clients; c++) {
+      if (!room) continue;
+      turned(A, a + (int64_t)c * z.rank * z.in, z.rank, z.in);
+      for (int i = 0; i < z.rank; i++)
+        for (int j = 0; j < z.out; j++) B[(int64_t)i * z.out + j] = b[((int64_t)c * z.out + j) * z.rank + i];
+      for (int64_t t = ends[c]; t < ends[c + 1]; t += CHUNK) {
+        int n = ends[c + 1] - t < CHUNK ? (int)(ends[c + 1] - t) : CHUNK;
+        product(h + t * side, widened(X, x, t, n, z.in, z.half), z.in, 1, A, n, side, z.in, 0);
+        add_product(y, t, Y, h + t * side, side, B, n, z.out, z.rank, z.half);
+      }
+    }
+    free(room);
+  }
+  return failed;
+}
+
+/* Gradients of what deltas_forward adds, by A and B, and added to dx by x; dx: 0 where nobody asks. Returns 1 without memory. */
+int deltas_backward(const void *x, const void *g, void *dx, const float *h, const float *a, const float *b, float *da, float *db,
+                    const int64_t *ends, Deltas z) {
+  int side = padded(z.rank), failed = 0;
+  size_t wide_ = z.in > z.out ? (size_t)z.in : (size_t)z.out;
+#pragma omp parallel num_threads(z.threads)
+  {
+    size_t entries = (size_t)z.out * side + (size_t)z.out * z.rank + (size_t)CHUNK * side + 3 * wide_ * CHUNK + 320;
+    char *room = aligned_alloc(64, entries / 16 * 64), *left = room;
+    if (!room) failed = 1;
+    float *B = take(&left, (size_t)z.out * side), *dB = take(&left, (size_t)z.out * z.rank), *dH = take(&left, (size_t)CHUNK * side);
+    float *X = take(&left, wide_ * CHUNK), *G = take(&left, wide_ * CHUNK), *D = take(&left, wide_ * CHUNK);
+#pragma omp for schedule(dynamic)
+    for (int c = 0; c < z.clients; c++) {
+      if (!room) continue;
+      const float *A = a + (int64_t)c * z.rank * z.in;
+      float *dA = da + (int64_t)c * z.rank * z.in;
+      memset(B, 0, (size_t)z.out * side * 4);
+      for (int j = 0; j < z.out; j++) memcpy(B + (int64_t)j * side, b + ((int64_t)c * z.out + j) * z.rank, (size_t)z.rank * 4);
+      memset(dA, 0, (size_t)z.rank * z.in * 4);
+      memset(dB, 0, (size_t)z.rank * z.out * 4);
+      for (int64_t t = ends[c]; t < ends[c + 1]; t += CHUNK) {
+        int n = ends[c + 1] - t < CHUNK ? (int)(ends[c + 1] - t) : CHUNK;
+        const float *gs = widened(G, g, t, n, z.out, z.half), *xs = widened(X, x, t, n, z.in, z.half);
+        product(dH, gs, z.out, 1, B, n, side, z.out, 0);
+        if (dx) add_product(dx, t, D, dH, side, A, n, z.in, z.rank, z.half);
+        product(dA, dH, 1, side, xs, z.rank, z.in, n, 1);
+        product(dB, h + t * side, 1, side, gs, z.rank, z.out, n, 1);
+      }
+      for (int j = 0; j < z.out; j++)
+        for (int i = 0; i < z.rank; i++) db[((int64_t)c * z.out + j) * z.rank + i] = dB[(int64_t)i * z.out + j];
+    }
+    free(room);
+  }
+  return failed;
+}

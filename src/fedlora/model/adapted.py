@@ -63,7 +63,7 @@ class Adapted:
         self._clients, self._all_rows = 1, 1  # K and K * b of the batch at hand
         self._mode: ClientDropout | None = None
         self.groups: dict[str, tuple[Layer, ...]] = {}
-        modules = dict(base.named_modules())
+        modules = self._modules = dict(base.named_modules())
         for group, names in groups.items():
             self.groups[group] = tuple(replace(self._layer(n, modules), group=group) for n in names)
         hooked = {s.name for layers in self.groups.values() for s in layers}
@@ -140,6 +140,10 @@ class Adapted:
                 )
             if self.compiled and self.compiled.added():
                 return y
+            now = self.compiled.now if self.compiled else None
+            assert not (now and now.inside and now.packing and now.packing.flat), (
+                f"{name}: whose tokens are whose is not known here"
+            )
             for form, parts in bound:
                 y = form.apply(args[0], y, parts, module)
             return y
@@ -156,8 +160,9 @@ class Adapted:
 
     @property
     def _rows(self) -> int:
-        """Of the tensors that layers see: clients * b, or one for each client where its rows follow each other."""
-        return self._clients if self.compiled and self.compiled.now.inside else self._all_rows
+        """Of the tensors that layers see: clients * b; without padding one for each client, or one for all."""
+        now = self.compiled.now if self.compiled else None
+        return now.packing.lines if now and now.inside and now.packing is not None else self._all_rows
 
     def packs(self, batch: Batch) -> bool:
         """Whether right-padded rows with their "lengths" are computed without the padding."""
@@ -210,12 +215,23 @@ class Adapted:
         """Around the base's own code."""
         return kernels.Fused(self._now) if self.compiled else nullcontext()
 
+    def _flows(self, compiled: kernels.Compiled) -> bool:
+        """Whether the clients' tokens can follow each other: every delta bound in the layers without padding is low-rank."""
+        if self._clients == 1:
+            return False
+        mine = {n: each for n, each in self._bound.items() if n in compiled.within}
+        return all(form.low_rank for each in mine.values() for form, _ in each) and all(
+            compiled.flows(self._modules[n]) for n in mine
+        )
+
     @contextmanager
     def _packed(self, batch: Batch) -> Iterator[None]:
         if self.compiled is None or "lengths" not in batch:
             yield
             return
-        self.compiled.now.packing = kernels.Packing(batch["lengths"], batch["attention_mask"].shape[-1])
+        self.compiled.now.packing = kernels.Packing(
+            batch["lengths"], batch["attention_mask"].shape[-1], flat=self._flows(self.compiled)
+        )
         try:
             yield
         finally:

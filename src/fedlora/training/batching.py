@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import width
 from ..model.adapted import Adapted, Batch
 
 TOKENWISE = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "labels"})  # leaves [K b L]
@@ -172,7 +171,7 @@ def pieces(model: Adapted, batch: Batch, parts: int, tokenwise: Collection[str] 
     tokens = CACHED.get(model.dtype, INF) if device == "cpu" else INF
     tokens = COMPILED if model.compiled else tokens
     if model.packs(batch):
-        return packed(batch, lengths, max(parts, math.ceil(k * width(lengths) / tokens)), tokenwise)
+        return packed(batch, lengths, max(parts, math.ceil(int(lengths.sum()) / tokens)), tokenwise)
     overhead = OVERHEAD.get(device, LAUNCHES) * (HALF.get(device, 2) if model.half else 1)
     wide = [even(n, model) for n in longest]
     cuts = cut(wide, k, overhead, most, SIZES if model.half else None, tokens)
