@@ -18,10 +18,11 @@ from torch.autograd import grad
 from fedlora import kernels
 from fedlora.federation.summary import operators
 from fedlora.files import cache
-from fedlora.kernels import attention, library, linear
+from fedlora.kernels import attention, deltas, hooks, library, linear
 from fedlora.kernels.dropout import Drop, dropped
 from fedlora.model.adapted import Adapted
 from fedlora.model.dropout import ClientDropout, keep_mask
+from fedlora.training import batching
 from fedlora.training.batching import packed
 from fedlora.training.loss import Loss
 from fedlora.training.tasks.causal_lm import CausalLM
@@ -438,6 +439,76 @@ def test_packed_groups_hold_every_row_once() -> None:
     assert torch.equal(torch.cat([p["labels"] for p in pieces], 1).sort(1).values, batch["labels"])
     assert len(packed(batch, lengths * torch.tensor([1, 1, 1, 1, 0]), 5)) == 4
     assert [p["input_ids"].shape[2] for p in pieces] == [9, 9] and pieces[0]["weight"][1].tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("rank", [3, 8, 20])
+def test_each_clients_deltas_meet_its_own_tokens(
+    rank: int, engine: tuple[torch.dtype, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, client by client; tokens that belong to nobody get the base's product alone."""
+    dtype, near = engine
+    name = attention.serving(dtype)
+    if name == "amx":
+        pytest.skip("the kernel is one of vectors")
+    monkeypatch.setattr(deltas, "first", lambda *names: name)
+    ends = torch.tensor([0, 70, 71, 200])
+    x, w, bias = (draw(*n, seed=i).to(dtype) for i, n in enumerate([(1, 208, 48), (32, 48), (32,)]))
+    a, b, g = draw(3, rank, 48, seed=3).float(), draw(3, 32, rank, seed=4).float(), draw(1, 208, 32, seed=5).to(dtype)
+    leaves = [x.requires_grad_(), a.requires_grad_(), b.requires_grad_()]
+    y = deltas.FlatLowRank.apply(x, w, bias, a, b, ends)
+    exact = in_double(leaves)
+    parts = [
+        exact[0][:, i:j] @ exact[1][k].mT @ exact[2][k].mT for k, (i, j) in enumerate(itertools.pairwise(ends.tolist()))
+    ]
+    right = F.linear(exact[0], w.double(), bias.double()) + F.pad(torch.cat(parts, 1), (0, 0, 0, 8))
+    wanted = grad(right, exact, g.double())
+    with torch.enable_grad():
+        twice = grad(y, leaves, g, create_graph=True)
+    for found in ((y, *grad(y, leaves, g, retain_graph=True)), (y, *twice)):
+        for one, other in zip(found, (right, *wanted), strict=True):
+            assert away(one, other) < 2 * near
+
+
+LENGTHS = {"small": (32, 4), "middle": (16, 8), "large": (8, 16), "two clients": (2, 4)}
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("regime", LENGTHS)
+def test_no_more_than_a_twentieth_is_computed_beside_the_real_tokens(
+    regime: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of 43 +- 17 tokens, at most 64."""
+    k, b = LENGTHS[regime]
+    lengths = torch.normal(43.0, 17.0, (k, b), generator=torch.Generator().manual_seed(2)).round().long().clamp(4, 64)
+    mask = (torch.arange(64) < lengths[..., None]).long()
+    batch = {"input_ids": mask * 5, "attention_mask": mask, "labels": torch.zeros(k, b, dtype=torch.int64)}
+    base = tiny.bert().to(dtype)
+    base.config._attn_implementation = "sdpa"
+    model, computed = tiny.adapt(base), []
+    within = next(m for n, m in base.named_modules() if n.endswith("layer.0.intermediate.dense"))
+    within.register_forward_hook(lambda m, args, y: computed.append(y.numel() // y.shape[-1]))
+    leaves = {}
+    for s in model.groups["target"]:
+        leaves[Key("lora", s.name, "A")] = draw(k, 2, s.in_).float()
+        leaves[Key("lora", s.name, "B")] = draw(k, s.out, 2, seed=1).float()
+    Loss(model, Classification(tiny.CLASSES)).gradient(lambda p: p, leaves, batch | {"weight": torch.ones(k, b)})
+    assert int(lengths.sum()) <= sum(computed) <= 1.05 * int(lengths.sum())
+
+
+@needs_kernels
+@pytest.mark.parametrize("way", ["", "dropout"])
+@pytest.mark.parametrize("change", ["clients apart", "all that the last layer has", "small groups"])
+def test_how_tokens_are_grouped_changes_nothing(change: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether clients follow each other, whether a classifier's last layer computes what nobody reads, how many tokens are a group."""
+    usual = gradients("bert", torch.float32, "sdpa", way)
+    if change == "clients apart":
+        monkeypatch.setattr(Adapted, "_flows", lambda *_: False)
+    elif change == "small groups":
+        monkeypatch.setattr(batching, "COMPILED", 40)
+    else:
+        monkeypatch.setattr(hooks, "reader_of", lambda *_: None)
+    assert away(gradients("bert", torch.float32, "sdpa", way), usual) < 1e-6
 
 
 needs_dropout = pytest.mark.skipif(

@@ -20,6 +20,17 @@ STACKS = {
 }  # by model type: layers whose tokens meet in fused attention alone, where each sees all of its row  # fmt: skip
 
 
+FIRST = {n: "attention.output" for n in ("bert", "electra", "roberta", "xlm-roberta")}
+# by model type, whose classifiers read a row at its first token: the module of a layer after which no token meets another
+
+
+def reader_of(base: nn.Module, last: nn.Module) -> nn.Module | None:
+    """The module of the last layer from which on only first tokens are read; None where others are."""
+    path = FIRST.get(getattr(getattr(base, "config", None), "model_type", ""))
+    reads_first = type(base).__name__.endswith("ForSequenceClassification")
+    return last.get_submodule(path) if path and reads_first else None
+
+
 def stack_of(base: nn.Module) -> list[nn.Module]:
     """The layers that can do without padding, [] for none."""
     config: Any = getattr(base, "config", None)
@@ -30,21 +41,24 @@ def stack_of(base: nn.Module) -> list[nn.Module]:
 
 
 class Compiled:
-    """A base's hooks. packs: whether its rows may do without padding."""
+    """A base's hooks. packs: whether its rows may do without padding; whole: whether all of what the base puts out is read, and not what
+    its own head makes of it alone."""
 
-    def __init__(self, base: nn.Module, now: Now, packs: bool = True):
+    def __init__(self, base: nn.Module, now: Now, packs: bool = True, whole: bool = False):
         self.stack = stack_of(base) if packs else []
         self.now, self._handed = now, False
         within = {id(m) for layer in self.stack for m in layer.modules()}
-        self.within = frozenset(
-            n for n, m in base.named_modules() if id(m) in within
-        )  # names of the modules of those layers
+        # The names of the modules of those layers.
+        self.within = frozenset(n for n, m in base.named_modules() if id(m) in within)
         self.hooks = []
         if self.stack:
             self.hooks = [
                 self.stack[0].register_forward_pre_hook(self._enter),
                 self.stack[-1].register_forward_hook(self._leave),
             ]
+            reader = None if whole else reader_of(base, self.stack[-1])
+            if reader is not None:
+                self.hooks.append(reader.register_forward_pre_hook(self._narrow))
 
     def packs(self, longest: int) -> bool:
         """Whether rows of so many tokens are computed without padding."""
@@ -74,6 +88,12 @@ class Compiled:
             return None
         self.now.inside = True
         return (self.now.packing.pack(args[0]), *args[1:])
+
+    def _narrow(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.now.packing is None or not self.now.inside:
+            return None
+        wide, self.now.packing = self.now.packing, self.now.packing.first
+        return tuple(wide.to_first(x) for x in args)
 
     def _leave(self, layer: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         if self.now.packing is None:

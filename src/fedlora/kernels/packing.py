@@ -85,6 +85,23 @@ class Packing:
         return y.view(-1, self.longest, *rest)
 
     @cached_property
+    def first(self) -> Packing:
+        """The packing of each row's first token alone."""
+        return Packing(torch.ones_like(self.lengths), self.longest, self.causal, self.flat)
+
+    def to_first(self, x: Tensor) -> Tensor:
+        """Packed tokens to those of `first`."""
+        few, n = self.first, self.lines * self.width
+        places = few.inside.clamp_min(0)
+        index = torch.where(few.inside >= 0, self.outside[places], -1)
+        back = torch.full((n,), -1)
+        real = (index >= 0).nonzero().flatten()
+        back[index[real]] = real
+        rest: Sequence[int] = x.shape[2:]
+        y: Tensor = Gather.apply(x.flatten(0, 1).flatten(1), index, back)
+        return y.view(few.lines, few.width, *rest)
+
+    @cached_property
     def mask(self) -> Tensor:
         """Which keys each token of the padded rows sees, bool [K*b 1 1 L] or, where it is causal, [K*b 1 L L]."""
         real = (self.outside >= 0).view(-1, 1, 1, self.longest)

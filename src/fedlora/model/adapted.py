@@ -56,7 +56,11 @@ class Adapted:
         self.checkpointing = checkpointing
         self._now = kernels.Now() if compiled else None
         useful = compiled and kernels.useful(self.device, self.dtype)
-        self.compiled = kernels.Compiled(base, self._now, packs=not checkpointing) if useful and self._now else None
+        self.compiled = (
+            kernels.Compiled(base, self._now, not checkpointing, whole=call is not None)
+            if useful and self._now
+            else None
+        )
         self._bound: dict[str, list[tuple[type[Form], Parts]]] = {}  # the deltas of each layer
         self._fired: set[str] = set()  # layers that some forward has reached
         self._common: set[str] = set()  # layers whose input is one tensor that all examples share
