@@ -410,7 +410,7 @@ def test_a_layer_of_another_dtype_gets_its_delta_from_the_hook() -> None:
 def test_rows_lie_behind_each_other_and_come_back() -> None:
     lengths = torch.tensor([[5, 2, 1], [3, 3, 3], [20, 1, 1]])
     packing = kernels.Packing(lengths, longest=20)
-    assert packing.width == 32 and kernels.width(lengths[:2]) == 16
+    assert packing.width == 32 and kernels.Packing(lengths[:2], 9).width == 16
     x = torch.arange(1.0, 9 * 20 * 2 + 1).view(9, 20, 2)
     real = torch.arange(20) < lengths.flatten()[:, None]
     x = torch.where(real[..., None], x, 0).requires_grad_()

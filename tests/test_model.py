@@ -12,7 +12,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from fedlora import adapters
+from fedlora import adapters, kernels
 from fedlora.errors import ModelError
 from fedlora.federation.engine import Schedule, train_block
 from fedlora.methods import METHODS
@@ -349,8 +349,9 @@ def test_fused_attention_drops_nothing_where_dropout_is_off(tmp_path: Path) -> N
     tiny.close(*runs)
 
 
-def test_dropout_inside_fused_attention_is_refused(tmp_path: Path) -> None:
-    """It would draw from torch's global generator: no run could be repeated."""
+def test_dropout_inside_fused_attention_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would draw from torch's global generator, where attention is not ours: no run could be repeated."""
+    monkeypatch.setattr(kernels, "useful", lambda device, dtype: False)
     base = tiny.bert(dropout=0.2)
     base.config._attn_implementation = "sdpa"
     f = tiny.federation(METHODS["homlora"](rank=2), tmp_path, base)

@@ -26,7 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fedsa": {"head": "personal"},
     "pf2lora": {},
     "hetlora": {"rank_min": 2},
-    "fedavg-ft": {"optimizer": AdamW(0.3)},  # more, and its tuning multiplies the last bits of a sum
+    "fedavg-ft": {"optimizer": AdamW(0.15)},  # more, and its tuning multiplies the last bits of a sum
     "local": {"head": "personal"},
     "slora": {"density": 0.2, "sparse_rounds": 3, "split": "reset"},
 }

@@ -50,9 +50,8 @@ class Packing:
         self.causal, self.flat = causal, flat
         self.lengths, self.clients, self.longest = lengths, len(lengths), longest
         used = lengths.sum(1)
-        self.ends = F.pad(
-            used.cumsum(0), (1, 0)
-        )  # of flat ones, where each client's tokens begin, and the last one's end
+        # Of flat ones: where each client's tokens begin, and the last one's end.
+        self.ends = F.pad(used.cumsum(0), (1, 0))
         if flat:
             lines, self.width, used = 1, total(lengths), used.sum()[None]
         else:

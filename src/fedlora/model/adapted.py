@@ -221,8 +221,6 @@ class Adapted:
 
     def _flows(self, compiled: kernels.Compiled) -> bool:
         """Whether the clients' tokens can follow each other: every delta bound in the layers without padding is low-rank."""
-        if self._clients == 1:
-            return False
         mine = {n: each for n, each in self._bound.items() if n in compiled.within}
         return all(form.low_rank for each in mine.values() for form, _ in each) and all(
             compiled.flows(self._modules[n]) for n in mine
