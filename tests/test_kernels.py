@@ -18,8 +18,9 @@ from torch.autograd import grad
 from fedlora import kernels
 from fedlora.federation.summary import operators
 from fedlora.files import cache
-from fedlora.kernels import attention, deltas, hooks, library, linear
+from fedlora.kernels import attention, deltas, hooks, library, linear, words
 from fedlora.kernels.dropout import Drop, dropped
+from fedlora.model import adapted
 from fedlora.model.adapted import Adapted
 from fedlora.model.dropout import ClientDropout, keep_mask
 from fedlora.training import batching
@@ -256,7 +257,16 @@ def test_what_they_are_not_made_for_is_pytorchs() -> None:
     assert grad(layer.sum(), trained)[0].any() and type(full.grad_fn).__name__ == "GeluBackward0"
 
 
-PACKED = {"bert", "roberta", "distilbert", "electra", "xlm-roberta"}  # whose rows do without padding
+PACKED = {
+    "bert",
+    "roberta",
+    "distilbert",
+    "electra",
+    "xlm-roberta",
+    "llama",
+    "qwen2",
+    "qwen3",
+}  # whose rows do without padding
 
 
 def encoders() -> dict[str, Any]:
@@ -340,7 +350,7 @@ def test_a_bases_gradient_is_as_near_to_fp32_as_without_them(
     plain = gradients(family, torch.bfloat16, "eager", way, compiled=False)
     assert not called
     ours = gradients(family, torch.bfloat16, "sdpa", way)
-    assert called and set(called) == {family in PACKED and "checkpointing" not in way}
+    assert called and set(called) == {family.removeprefix("causal ") in PACKED and "checkpointing" not in way}
     assert away(ours, exact) < 1.5 * away(plain, exact)
 
 
@@ -509,6 +519,54 @@ def test_how_tokens_are_grouped_changes_nothing(change: str, way: str, monkeypat
     else:
         monkeypatch.setattr(hooks, "reader_of", lambda *_: None)
     assert away(gradients("bert", torch.float32, "sdpa", way), usual) < 1e-6
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_of_words_are_those_of_all_scores(
+    dtype: torch.dtype, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, with first and second derivatives, whatever the pieces are."""
+    monkeypatch.setattr(linear, "onednn", lambda d: onednn)
+    monkeypatch.setattr(words, "ENTRIES", 1)
+    monkeypatch.setattr(words, "FEWEST", 7)
+    near = 2 * ROUNDING if dtype == torch.bfloat16 else EXACT
+    h, w, bias, g = (draw(*n, seed=i).to(dtype) for i, n in enumerate([(17, 24), (50, 24), (50,), (17,)]))
+    own, h = torch.arange(17) * 2 % 50, h.requires_grad_()
+    out = words.WordLosses.apply(h, w, bias, own)
+    exact = in_double([h])[0]
+    right = F.cross_entropy(F.linear(exact, w.double(), bias.double()), own, reduction="none")
+    first, wanted = (grad(y, x, g.to(y), create_graph=True)[0] for y, x in ((out, h), (right, exact)))
+    assert away(out, right) < near and away(grad(out, h, g.float(), retain_graph=True)[0], wanted) < near
+    assert away(grad(first.square().sum(), h)[0], grad(wanted.square().sum(), exact)[0]) < 2 * near
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_are_not_scored_reach_no_vocabulary(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels of completions alone; a row without any has no loss, and the leaves are those of all scores."""
+
+    def leaves_of(scoring: frozenset[str]) -> tuple[Tensor, Tensor, int]:
+        monkeypatch.setattr(adapted, "SCORING", scoring)
+        base = tiny.seeded(tiny.causal_families()["llama"]).to(dtype)
+        model, seen = tiny.adapt(base, "causal-lm"), []
+        base.get_output_embeddings().register_forward_hook(lambda m, args, y: seen.append(y[..., 0].numel()))
+        ids = torch.randint(3, tiny.VOCABULARY, (2, 3, 20), generator=torch.Generator().manual_seed(5))
+        labels = ids.masked_fill(torch.arange(20) < 14, -100)
+        labels[1, 2] = -100
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "weight": torch.ones(2, 3)}
+        p = {}
+        for s in model.groups["target"]:
+            p[Key("lora", s.name, "A")] = draw(2, 2, s.in_).float()
+            p[Key("lora", s.name, "B")] = draw(2, s.out, 2, seed=1).float()
+        value, g = Loss(model, CausalLM()).gradient(lambda q: q, p, batch)
+        return value, torch.cat([g[k].flatten() for k in sorted(g)]), sum(seen)
+
+    ours = adapted.SCORING
+    usual, few = leaves_of(frozenset()), leaves_of(ours)
+    near = 5 * ROUNDING if dtype == torch.bfloat16 else 2e-6
+    assert usual[2] >= 120 and few[2] == 0
+    assert away(few[0], usual[0]) < near and away(few[1], usual[1]) < near
 
 
 needs_dropout = pytest.mark.skipif(

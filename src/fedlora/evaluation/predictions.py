@@ -12,6 +12,7 @@ from ..data.batches import batch_of
 from ..data.federated import FederatedData
 from ..model.adapted import Adapted
 from ..training.batching import even, fitted, padded_right, stack_batches
+from ..training.loss import losses_of
 from ..training.metrics import Predictions
 from ..training.task import Task
 from ..tree import Params, stack
@@ -95,12 +96,11 @@ def _answer(model: Adapted, task: Task, data: FederatedData, jobs: Sequence[_Job
             batch = fitted(batch, even(batch["attention_mask"].shape[2], model), task.leaves)
         moved = {name: v.to(model.device) for name, v in batch.items()}
         with torch.inference_mode():
-            y = model.forward(stacked, moved).flatten(0, 1)
-            flat = moved["labels"].flatten(0, 1)
-            k = len(alive)
-            losses = task.row_losses(y, flat).view(k, -1).double().cpu().numpy()
+            each, y = losses_of(model, task, stacked, moved)
+            flat, k = moved["labels"].flatten(0, 1), len(alive)
+            losses = each.double().cpu().numpy()
             counts = task.row_counts(flat).view(k, -1).double().cpu().numpy()
-            said = task.answers(y, flat)
+            said = task.answers(y.flatten(0, 1), flat)
         told = None if said is None else said.unflatten(0, (k, -1)).cpu().numpy()
         for i, (job, c) in enumerate(zip(alive, cuts, strict=True)):
             m = c.stop - c.start

@@ -13,8 +13,9 @@ from .fused import Fused, Now
 from .hooks import Compiled
 from .library import first, serving, unavailable
 from .packing import Packing
+from .words import WordLosses
 
-__all__ = ["MOST", "Compiled", "Fused", "Now", "Packing", "missing", "serving", "unavailable", "useful"]
+__all__ = ["MOST", "Compiled", "Fused", "Now", "Packing", "WordLosses", "missing", "serving", "unavailable", "useful"]
 
 
 def useful(device: torch.device, dtype: torch.dtype) -> bool:

@@ -18,6 +18,9 @@ STACKS = {
     "bert": "encoder.layer", "electra": "encoder.layer", "roberta": "encoder.layer", "xlm-roberta": "encoder.layer",
     "distilbert": "transformer.layer",
 }  # by model type: layers whose tokens meet in fused attention alone, where each sees all of its row  # fmt: skip
+CAUSAL = dict.fromkeys(
+    ("llama", "qwen2", "qwen3"), "layers"
+)  # the same where each sees its row up to itself; positions are rotations
 
 
 FIRST = {n: "attention.output" for n in ("bert", "electra", "roberta", "xlm-roberta")}
@@ -31,13 +34,16 @@ def reader_of(base: nn.Module, last: nn.Module) -> nn.Module | None:
     return last.get_submodule(path) if path and reads_first else None
 
 
-def stack_of(base: nn.Module) -> list[nn.Module]:
-    """The layers that can do without padding, [] for none."""
+def stack_of(base: nn.Module) -> tuple[list[nn.Module], bool]:
+    """The layers that can do without padding, [] for none, and whether they are causal."""
     config: Any = getattr(base, "config", None)
     inner: Any = getattr(base, "base_model", None)
-    path = STACKS.get(getattr(config, "model_type", ""))
+    kind = getattr(config, "model_type", "")
     fused = getattr(config, "_attn_implementation", "") == "sdpa" and not getattr(config, "is_decoder", False)
-    return list(inner.get_submodule(path)) if path and inner is not None and fused else []
+    path = STACKS.get(kind) or CAUSAL.get(kind)
+    if not path or inner is None or not fused or getattr(config, "use_sliding_window", False):
+        return [], False
+    return list(inner.get_submodule(path)), kind in CAUSAL
 
 
 class Compiled:
@@ -45,7 +51,7 @@ class Compiled:
     its own head makes of it alone."""
 
     def __init__(self, base: nn.Module, now: Now, packs: bool = True, whole: bool = False):
-        self.stack = stack_of(base) if packs else []
+        self.stack, self.causal = stack_of(base) if packs else ([], False)
         self.now, self._handed = now, False
         within = {id(m) for layer in self.stack for m in layer.modules()}
         # The names of the modules of those layers.
@@ -56,6 +62,8 @@ class Compiled:
                 self.stack[0].register_forward_pre_hook(self._enter),
                 self.stack[-1].register_forward_hook(self._leave),
             ]
+            if self.causal:
+                self.hooks += [m.register_forward_pre_hook(self._turn, with_kwargs=True) for m in self.stack]
             reader = None if whole else reader_of(base, self.stack[-1])
             if reader is not None:
                 self.hooks.append(reader.register_forward_pre_hook(self._narrow))
@@ -88,6 +96,14 @@ class Compiled:
             return None
         self.now.inside = True
         return (self.now.packing.pack(args[0]), *args[1:])
+
+    def _turn(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """The rotations of packed tokens, which the base has made for rows."""
+        packing, turns = self.now.packing, kwargs.get("position_embeddings")
+        if packing is None or turns is None:
+            return None
+        pick = lambda x: x[packing.row if len(x) > 1 else 0, packing.token].view(packing.lines, packing.width, -1)  # noqa: E731
+        return args, kwargs | {"position_embeddings": tuple(map(pick, turns))}
 
     def _narrow(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self.now.packing is None or not self.now.inside:

@@ -26,6 +26,7 @@ from .tables import Tables
 # Leaves [K b ...]; "labels" [K b ...], "weight" [K b] 0 on padding rows, "seed" [K b] of dropout; "lengths" [K b] if packed;
 # "tokens" [K b], lengths of rows on the host where the batch is elsewhere.
 Batch = dict[str, Tensor]
+SCORING = frozenset({"llama", "qwen2", "qwen3", "gpt2"})  # architectures whose scores are the output layer's own
 NOT_INPUTS = frozenset({"labels", "weight", "seed", "common", "lengths", "tokens"})
 
 
@@ -76,6 +77,11 @@ class Adapted:
         if self.compiled:
             self.hooks += self.compiled.hooks
             self.hooks += [modules[n].register_forward_pre_hook(self._hand(n)) for n in sorted(hooked)]
+        self._words: Tensor | None = None  # [K*b L] that the output layer is to score, -100 for none
+        self._word_losses: Tensor | None = None  # [K*b], once it has
+        output: Any = getattr(base, "get_output_embeddings", lambda: None)()
+        if compiled and call is None and isinstance(output, nn.Linear) and getattr(config, "model_type", "") in SCORING:
+            self.hooks.append(output.register_forward_pre_hook(self._score))
         if checkpointing:
             self._enable_checkpointing()
 
@@ -232,7 +238,7 @@ class Adapted:
             yield
             return
         self.compiled.now.packing = kernels.Packing(
-            batch["lengths"], batch["attention_mask"].shape[-1], flat=self._flows(self.compiled)
+            batch["lengths"], batch["attention_mask"].shape[-1], self.compiled.causal, self._flows(self.compiled)
         )
         try:
             yield
@@ -254,6 +260,29 @@ class Adapted:
                 self._tables.add(s)
             return self.forward(p, batch)
         return y.unflatten(0, first.shape[:2])
+
+    def _score(self, layer: nn.Linear, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Before the output layer: where only losses are asked for, those are made of the tokens that are scored, and it gets none."""
+        words, h, frozen = self._words, args[0], not layer.weight.requires_grad
+        if words is None or not frozen or h.device.type != "cpu" or h.shape[:2] != words.shape or self._now is None:
+            return None
+        if any(self._modules[n] is layer for n in self._bound):
+            return None
+        at = (words.flatten() >= 0).nonzero().flatten()
+        each = kernels.WordLosses.apply(h.flatten(0, 1)[at], layer.weight, layer.bias, words.flatten()[at])
+        self._word_losses = each.new_zeros(len(words)).index_add(0, at // words.shape[1], each)
+        return (h[:, :0],)
+
+    def scored(self, p: Params, batch: Batch, words: Tensor) -> tuple[Tensor | None, Tensor]:
+        """(the summed cross-entropy of each row [K b], or None where the base does not let it be had so; else its output). words
+        [K*b L]: the word that each token's output is scored on, -100 for none."""
+        self._words, self._word_losses = words, None
+        try:
+            y = self.forward(p, batch)
+        finally:
+            self._words, losses = None, self._word_losses
+            self._word_losses = None
+        return None if losses is None else losses.view(y.shape[:2]), y
 
     @contextmanager
     def serving(self, p: Params, clients: int = 1, rows: int = 1) -> Iterator[None]:

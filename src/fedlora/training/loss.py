@@ -18,6 +18,18 @@ from .batching import pieces
 from .task import Task
 
 
+def losses_of(model: Adapted, task: Task, p: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(the summed loss of each row [K b], the model's output [K b ...]; a language model's output has no tokens where losses alone
+    could be had)."""
+    flat = batch["labels"].flatten(0, 1)
+    words, losses = task.words(flat), None
+    if words is None:
+        y = model.forward(p, batch)
+    else:
+        losses, y = model.scored(p, batch, words)
+    return task.row_losses(y.flatten(0, 1), flat).view(y.shape[:2]) if losses is None else losses, y
+
+
 class Loss:
     """The pure function a method descends: (model-ready deltas, batch) -> mean loss of each client [K].
 
@@ -42,8 +54,7 @@ class Loss:
 
     def _share(self, p: Params, batch: Batch, total: Tensor) -> Tensor:
         """This batch's part of a mean over `total` terms, [K]."""
-        y = self.model.forward(p, batch).flatten(0, 1)
-        each = self.task.row_losses(y, batch["labels"].flatten(0, 1)).view(batch["weight"].shape)
+        each, _ = losses_of(self.model, self.task, p, batch)
         return (each * batch["weight"]).sum(1) / total
 
     def pieces(self, batch: Batch) -> list[Batch]:

@@ -93,6 +93,10 @@ class Task(ABC):
     def row_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         """Summed loss of each row, [N]; output [N ...] in any float dtype, labels [N ...]."""
 
+    def words(self, labels: Tensor) -> Tensor | None:
+        """Where a row's loss is the cross-entropy of words: the word that each token's output is scored on, [N L], -100 for none."""
+        return None
+
     def row_counts(self, labels: Tensor) -> Tensor:
         """How many terms the loss of each row sums, [N]."""
         return torch.ones(len(labels), device=labels.device)

@@ -43,6 +43,9 @@ class CausalLM(Task):
         scores = full(output[:, :-1]).reshape(-1, vocabulary)
         return F.cross_entropy(scores, target, reduction="none", ignore_index=-100).view(n, length - 1).sum(1)
 
+    def words(self, labels: Tensor) -> Tensor:
+        return F.pad(labels[:, 1:], (0, 1), value=-100)
+
     def row_counts(self, labels: Tensor) -> Tensor:
         return (labels[:, 1:] != -100).sum(1).float()
 
