@@ -94,6 +94,8 @@ def _answer(model: Adapted, task: Task, data: FederatedData, jobs: Sequence[_Job
         batch = stack_batches([batch_of(data, job.owners[c], job.rows[c]) for job, c in zip(alive, cuts, strict=True)])
         if padded_right(batch):
             batch = fitted(batch, even(batch["attention_mask"].shape[2], model), task.leaves)
+            if model.packs(batch):
+                batch["lengths"] = (batch["attention_mask"].sum(2) * (batch["weight"] > 0)).clamp_min(1)
         moved = {name: v.to(model.device) for name, v in batch.items()}
         with torch.inference_mode():
             each, y = losses_of(model, task, stacked, moved)
