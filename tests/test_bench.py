@@ -190,6 +190,13 @@ def test_what_kernels_bring(folder: Path) -> None:
     assert "1.00 (1.00-1.00) x the first" in lines[0] and all(" 0 tokens/s" not in line for line in lines)
 
 
+@pytest.mark.slow
+def test_systems_in_pairs(folder: Path) -> None:
+    lines = script("paired", "demo", 2, 2, 1, folder).splitlines()
+    assert [line[:20].strip() for line in lines][::2] == ["PEFT loop, fp32", "blocks, fp32", "blocks, bf16"]
+    assert "1.00 (1.00-1.00) x the first" in lines[0]
+
+
 def test_the_picture(tmp_path: Path) -> None:
     pytest.importorskip("plotly", reason="the picture needs the extra 'report'")
     results = sorted((ROOT / "bench/results").glob("*-minilm-*.json"))
