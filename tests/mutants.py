@@ -39,6 +39,7 @@ GENERATION = "tests/test_generation.py"
 PACKETS = "tests/test_packets.py -m 'not slow'"
 MUTANTS = (
     # the command
+    Mutant("a gated model is said to be out of reach", "hub.py", "isinstance(x, errors.GatedRepoError) for x in chain", "False for x in chain", "tests/test_hub.py -k reason"),
     Mutant("an interrupted sweep is gone on with as one run", "cli/actions.py", "raise Interrupted(sweep or fed.store.root)", "raise Interrupted(fed.store.root)", "tests/test_sweeps.py"),
     Mutant("epochs that are set stand beside the recipe's steps", "recipe/overrides.py", "if path in given and other not in given:", "if False:", "tests/test_hints.py -k epochs"),
     # engine: blocks, resume, ownership

@@ -236,6 +236,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
 
     from fedlora import hub
 
+    hub._answers.cache_clear()
     asked = []
 
     class Dead:
@@ -251,7 +252,9 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "get_session", Dead)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"it does not answer, and no .*; name a copy .* --set data\.source=FILE") as e:
+    with pytest.raises(
+        DataError, match=r"the hub does not answer, and no .*; name a copy .* --set data\.source=FILE"
+    ) as e:
         read("nyu-mll/glue", subset="sst2")
     assert "\n" not in str(e.value)
     assert asked == [(constants.ENDPOINT, hub.SECONDS)]

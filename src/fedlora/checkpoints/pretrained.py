@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import ModelError, near
-from ..hub import reachable
+from ..hub import reachable, reason
 from ..seeds import rng
 from ..training.tasks import TASKS
 from .heads import name_outputs, output_layer
@@ -226,9 +226,8 @@ def _only_local(source: str) -> bool:
 
 
 def _cannot(what: str, name: str, e: Exception) -> ModelError:
-    reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
     return ModelError(
-        f"model.name: cannot load the {what} {name!r} ({reason}); name another with --set model.name=: "
+        f"model.name: cannot load the {what} {name!r} ({reason(e, name)}); name another with --set model.name=: "
         "a folder saved by save_pretrained, a hub id you can reach, or 'minilm'"
     )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ConfigError, DataError, Problem, near
-from ..hub import reachable
+from ..hub import reachable, reason
 from ..seeds import np_rng
 from . import addresses
 from .files import FORMATS, Shape, is_data_file, missing, read_file
@@ -218,11 +218,8 @@ def from_hub(name: str, subset: str | None = None, split: str | None = None, **o
         folder = Path(name).parent
         around = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         what = f"{name!r} (subset {subset!r}, split {split!r})" if subset or split else f"{name!r}"
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        if isinstance(e, ConnectionError):
-            reason = "it does not answer, and no earlier download is kept"
         hint = f"; here: {near(Path(name).name, around)}" if around else ""
-        raise DataError(f"data.source: {what} is no file or folder here and cannot be loaded from the hub ({reason}); "
+        raise DataError(f"data.source: {what} is no file or folder here and cannot be loaded from the hub ({reason(e, f'datasets/{name}')}); "
                         f"name a copy on this machine with --set data.source=FILE, or connect to the network{hint}") from e  # fmt: skip
     return _arrow(_pick(loaded, split, repr(name)))
 
