@@ -163,7 +163,7 @@ MUTANTS = (
     Mutant("the residual is half in scale", "methods/fedex.py", "b * self.form.scale_at(k.layer), a)", "b, a)", "tests/test_law_onbase.py"),
     Mutant("an average is of one client", "methods/fedex.py", "new = mean(zip([u.params for u in seen], weights, strict=True))", "new = dict(seen[0].params)", "tests/test_law_onbase.py"),
     Mutant("a stack forgets the weights of clients", "methods/ranks.py", "append(v * p**0.5)", "append(v)", "tests/test_law_onbase.py"),
-    Mutant("FLoRA's clients draw one A", "methods/flora.py", '"flora", info.round, n, s.name)', '"flora", info.round, s.name)', "tests/test_law_onbase.py"),
+    Mutant("FLoRA's clients draw one A", "methods/flora.py", "mix(numbers + signed(number(*path)))", "mix(0 * numbers + signed(number(*path)))", "tests/test_law_onbase.py"),
     Mutant("what the base had is forgotten", "methods/onbase.py", "return p | {whole: p[whole] + b @ a}", "return p | {whole: b @ a}", "tests/test_law_onbase.py"),
     Mutant("FRLoRA steps along A alone", "methods/frlora.py", "b, a = torch.cat([s * b0, b], 1), torch.cat([da, a])", "b, a = torch.cat([0 * b0, b], 1), torch.cat([da, a])", "tests/test_law_onbase.py"),
     Mutant("check knows the first message of a growing server alone", "federation/facts.py", "growing = [(0, server)], f.method.grows", "growing = [(0, server)], False", "tests/test_guards.py -k all_rounds"),

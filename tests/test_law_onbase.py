@@ -245,6 +245,8 @@ def test_flora_draws_anew_for_each_client_and_round(tmp_path: Path) -> None:
         again = m.begin(f.context, RoundInfo(round, 2), down, {})
         tiny.close(again["train"], work["train"], 0.0)
     assert all(not torch.equal(drawn[i], drawn[j]) for i in range(4) for j in range(i))
+    values = torch.stack(drawn) * 16**0.5  # uniform in [-1, 1), as LoRA's start
+    assert float(values.abs().max()) < 1 and abs(float(values.mean())) < 0.2 and abs(float(values.var()) - 1 / 3) < 0.1
 
 
 @pytest.mark.parametrize("name", ["flora", "fedex", "frlora"])

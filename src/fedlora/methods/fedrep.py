@@ -12,18 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..errors import ModelError, Problem
 from ..model.adapted import Batch
 from ..training.loss import Loss
-from ..tree import Key, Params, select
+from ..tree import Params, select
 from .average import HomLoRA
 from .contract import Context, Metrics, RoundInfo, ServerState, Work
-from .sgd import Head, block_size
+from .sgd import Head
 
-COUNT = Key("", "", "count")
+STEP = "step "  # starts the name of a group without leaves, which counts the steps: clients of a block step together
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,14 @@ class FedRep(HomLoRA):
 
     def begin(self, context: Context, info: RoundInfo, down: Params, kept: Params) -> Work:
         work = super().begin(context, info, down, kept)
-        return work | {"count": {COUNT: torch.zeros(block_size(down | kept), dtype=torch.int64)}}
+        return work | {f"{STEP}0": {}}
 
     def step(self, work: Work, loss: Loss, lr: Tensor, *draws: Batch) -> tuple[Work, Metrics]:
-        done = int(work["count"][COUNT].max())  # clients of a block step together; those that wait do not count on
+        done = next(int(g.removeprefix(STEP)) for g in work if g.startswith(STEP))
         live = select(work["train"], lambda k: (k.adapter == "head") == (done < self.head_steps))
         still = {k: v for k, v in work["train"].items() if k not in live}
         if done in (0, self.head_steps):
             work = work | {"moments": work["moments"] | self.fresh_moments(live)}
         value, g = loss.gradient(lambda q: self.ready(q | still, work["fixed"]), live, draws[0])
-        new = self.descend(work, g, lr)
-        moments = {"moments": work["moments"] | new["moments"], "count": {COUNT: work["count"][COUNT] + 1}}
-        return new | moments, {"loss": value}
+        new = {n: p for n, p in self.descend(work, g, lr).items() if not n.startswith(STEP)}
+        return new | {"moments": work["moments"] | new["moments"], f"{STEP}{done + 1}": {}}, {"loss": value}

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from ..adapters.base import uniform
 from ..errors import Problem
-from ..seeds import np_rng
-from ..tree import Key, Params, pad_rank, select
+from ..kernels.dropout import GOLDEN
+from ..model.dropout import mix, signed
+from ..seeds import np_rng, number
+from ..tree import Key, Params, select
 from .contract import Client, Context, RoundInfo, ServerState, Upload, Work
 from .onbase import OnBase, grown
 from .ranks import Plan, Ranked, stacked
@@ -70,17 +72,19 @@ class FLoRA(OnBase, Ranked):
         return super().frozen(k) or k.part == DRAW
 
     def begin(self, context: Context, info: RoundInfo, down: Params, kept: Params) -> Work:
-        numbers = down[Key(self.label, "", DRAW)].tolist()
-        ranks = down[Key(self.label, "", "rank")].tolist()
+        numbers, ranks = down[Key(self.label, "", DRAW)], down[Key(self.label, "", "rank")]
+        held = torch.arange(self.rank, device=ranks.device) < ranks[:, None]  # [K r]
         fresh: Params = {}
         for s in self.layers_of(context):
-            a, b = Key(self.label, s.name, "A"), Key(self.label, s.name, "B")
-            drawn = [
-                uniform(r, s.in_, context.seed, "flora", info.round, n, s.name)
-                for r, n in zip(ranks, numbers, strict=True)
-            ]
-            fresh[a] = torch.stack([pad_rank(a, v, max(ranks)) for v in drawn])
-            fresh[b] = torch.zeros(len(ranks), s.out, max(ranks))
-        device = down[Key(self.label, "", DRAW)].device
-        live = select(down, lambda k: k.part != DRAW)
-        return super().begin(context, info, live | {k: v.to(device) for k, v in fresh.items()}, kept)
+            a = drawn(numbers, self.rank, s.in_, context.seed, "flora", info.round, s.name)
+            fresh[Key(self.label, s.name, "A")] = a * held[:, :, None]
+            fresh[Key(self.label, s.name, "B")] = a.new_zeros(len(a), s.out, self.rank)
+        return super().begin(context, info, select(down, lambda k: k.part != DRAW) | fresh, kept)
+
+
+def drawn(numbers: Tensor, r: int, n: int, *path: object) -> Tensor:
+    """A at its start for each client, [K r n], uniform as in LoRA: hashes of its number, drawn where the clients are trained."""
+    counter = torch.arange(r * n, device=numbers.device)
+    bits = mix(mix(numbers + signed(number(*path)))[:, None] + (counter + 1) * GOLDEN)
+    unit = ((bits >> 40) & (2**24 - 1)).float() / 2**24
+    return ((2 * unit - 1) * n**-0.5).view(-1, r, n)

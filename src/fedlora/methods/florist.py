@@ -63,7 +63,7 @@ class FLoRIST(FlexLoRA):
 
     def begin(self, context: Context, info: RoundInfo, down: Params, kept: Params) -> Work:
         ranks = down[Key(self.label, "", "rank")]
-        most, start = int(ranks.max()), self.start(context)
+        most, start = self.rank, self.start(context)
         full = dict(down)
         for k, v in down.items():
             if rank(k, v) and rank(k, v) < most:
