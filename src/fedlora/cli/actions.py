@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..federation.store import Which
     from ..recipe import Recipe
     from ..serving.export import Served
+    from ..serving.serve import Server
 
 DEPLOYMENT = "deployment.json"  # this file stands in the run folder of a server whose clients are at sites
 out = Console()
@@ -250,16 +251,44 @@ def compare(folders: Sequence[Path], output: Path | None, json: bool, sweep: Pat
         out.print(f"report: {page}", soft_wrap=True, highlight=False)
 
 
-def export(folder: Path, output: Path, clients: Sequence[str], all_clients: bool, merged: bool, which: Which) -> None:
+def export(
+    folder: Path, output: Path, clients: Sequence[str], all_clients: bool, merged: bool, which: Which, server: Server | None = None
+) -> None:  # fmt: skip
+    from ..checkpoints.pretrained import known_as
+    from ..serving import serve
     from ..serving.export import export_models
 
     recipe, fed = opened(folder)
+    if server is not None:
+        serve.check(server, recipe.model.task, merged)
     chosen = list(fed.data.ids[: fed.training]) if all_clients else list(clients)
     with err.status("exporting"):
         of, written = export_models(recipe, fed, output, chosen, merged, which)
     _of_round(of)
+    if server is not None:
+        names = chosen or ["global"]
+        written.append(serve.write(output, server, known_as(recipe.model.name), dict(zip(names, written, strict=True))))
     for path in written:
         out.print(str(path), soft_wrap=True, highlight=False, markup=False)
+
+
+def push(
+    folder: Path, repo: str, clients: Sequence[str], all_clients: bool, merged: bool, which: Which, public: bool
+) -> None:  # fmt: skip
+    import tempfile
+
+    from ..serving.export import export_models
+    from ..serving.push import push as upload
+
+    recipe, fed = opened(folder)
+    chosen = list(fed.data.ids[: fed.training]) if all_clients else list(clients)
+    with tempfile.TemporaryDirectory() as place:
+        with err.status("exporting"):
+            of, _ = export_models(recipe, fed, Path(place), chosen, merged, which)
+        _of_round(of)
+        with err.status(f"uploading to {repo}"):
+            address = upload(Path(place), repo, not public)
+    out.print(address, soft_wrap=True, highlight=False, markup=False)
 
 
 def evaluate(

@@ -217,11 +217,37 @@ def export(
     all_clients: Annotated[bool, typer.Option("--all-clients", help="Every client's model.")] = False,
     merged: Annotated[bool, typer.Option("--merged", help="The merged model instead of a PEFT adapter.")] = False,
     round: Round = "best",
+    serve: Annotated[
+        Literal["vllm", "sglang"] | None,
+        typer.Option(
+            help="Also write serve.sh, which serves these adapters by their clients' names.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Export PEFT folders: the global model, or the models of clients."""
     from . import actions
 
-    actions.export(folder, output, client or [], all_clients, merged, round)
+    actions.export(folder, output, client or [], all_clients, merged, round, serve)
+
+
+@app.command()
+def push(
+    folder: Folder,
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME of the model repository.", show_default=False)],
+    client: Annotated[
+        list[str] | None, typer.Option("--client", "-c", help="A client's model; repeat for more.", show_default=False)
+    ] = None,
+    all_clients: Annotated[bool, typer.Option("--all-clients", help="Every client's model.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="The merged model instead of a PEFT adapter.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository public; it is private otherwise.")
+    ] = False,
+    round: Round = "best",
+) -> None:
+    """Export to the Hugging Face hub: the global model, or those of clients in folders of their names."""
+    from . import actions
+
+    actions.push(folder, repo, client or [], all_clients, merged, round, public)
 
 
 @app.command()
