@@ -477,6 +477,13 @@ MUTANTS = (
     Mutant("the limit counts rows that are left out", "data/load.py", "    if data.get(\"missing\") == \"drop\":\n", "    tables = {o: limited(t, data.get(\"limit\"), seed) for o, t in tables.items()}\n    if data.get(\"missing\") == \"drop\":\n", "tests/test_missing.py -k counted"),
     Mutant("a server asks the site's database", "deploy/site.py", "{**raw[\"data\"], **usual, **self.columns}", "{**raw[\"data\"], **self.columns}", "tests/test_site_commands.py -k own_matter"),
     Mutant("a policy hears the order's query", "deploy/policy.py", "{k: getattr(d, k) for k in SHAPE}", "{k: given.get(k) for k in SHAPE}", "tests/test_site_commands.py -k own_matter"),
+    Mutant("what the user says is learned", "data/chats.py", "spans.append((min(len(before), len(through)), len(through)))", "spans.append((0, len(through)))", "tests/test_chats.py -k 'mask and bytes'"),
+    Mutant("the end of an answer is not learned", "data/chats.py", "tokenize=False).rstrip()", "tokenize=False).rstrip().removesuffix('<|im_end|>')", "tests/test_chats.py -k 'mask and bytes'"),
+    Mutant("turns out of order are a chat", "data/chats.py", "        if m[\"role\"] != due:", "        if False:", "tests/test_chats.py -k are_none"),
+    Mutant("a chat without an answer is one", "data/chats.py", "if not any(m[\"role\"] == \"assistant\" for m in out):", "if False:", "tests/test_chats.py -k are_none"),
+    Mutant("a template that writes turns anew is believed", "data/chats.py", "if not (text.startswith(through) and", "if not (True and", "tests/test_chats.py -k that_fail"),
+    Mutant("chats without answers are left out in silence", "data/load.py", "if lost := chats - sum(len(e.source) for e in encoded):", "if lost := 0:", "tests/test_chats.py -k cut_away"),
+    Mutant("chats are asked without their template", "serving/predict.py", "    if data.get(\"messages\"):\n", "    if False:\n", "tests/test_chats.py -k asked"),
     Mutant("a web address becomes a path", "data/addresses.py", "    if kind in WEB:\n", "    if False:\n", "tests/test_files.py -k addresses"),
     # recipes, the hub, the example by hand
     Mutant("a copied recipe overwrites a file", "recipe/shipped.py", 'target.open("x", encoding="utf-8")', 'target.open("w", encoding="utf-8")', "tests/test_recipes_shipped.py -k overwrites"),

@@ -457,7 +457,8 @@ SAME_RESULT = {
     "deployment.histograms",
 }
 NOT_ALONE = {  # need other fields beside them
-    "data.prompt", "data.completion", "data.references", "data.query", "train.momentum", "model.threshold", "generation.scores", "generation.top_p",
+    "data.prompt", "data.completion", "data.references", "data.query", "data.messages",
+    "train.momentum", "model.threshold", "generation.scores", "generation.top_p",
     "generation.top_k",
 }  # fmt: skip
 

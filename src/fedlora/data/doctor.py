@@ -5,6 +5,7 @@ Rows are named by their place in the file, which a reader can look up.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import chats
 from .encode import Encoded
 from .federated import FederatedData
 from .lines import place
@@ -127,6 +129,7 @@ def _texts(seen: _Seen) -> list[tuple[Any, ...]]:
     out: list[tuple[Any, ...]] = []
     for x in seen.inputs:
         first = [tuple(words) for words in x.first] if x.how == "words" else x.first
+        first = [json.dumps(chat) for chat in x.first] if x.how == "conversations" else first
         out += zip(first, x.second, strict=True) if x.second is not None else ((t,) for t in first)
     return out
 
@@ -315,6 +318,8 @@ def _whole(tokenizer: Any, how: str, first: Any, second: str | None) -> int:
     """Tokens of one row that is not cut."""
     if how == "words":
         return len(tokenizer(list(first), is_split_into_words=True, verbose=False)["input_ids"])
+    if how == "conversations":
+        return len(chats.tokens(tokenizer, chats.checked(first, ""))[0])
     if how == "continuations":
         plain = sum(
             len(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]) for t in (first, second or "")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError, Problem
+from . import chats
 
 BATCH = 4096  # texts encoded at once; enough to keep the tokenizer's threads busy, and few enough to need little memory
 
@@ -27,6 +28,7 @@ class Encoded:
     segment: np.ndarray | None = None
     prompt: np.ndarray | None = None
     chars: np.ndarray | None = None
+    scored: np.ndarray | None = None  # bool [total tokens]: which tokens carry loss (chats)
     word: np.ndarray | None = None  # int32 [total tokens]: the word that begins with this token, -1 for none
 
 
@@ -170,6 +172,38 @@ def running(tokenizer: Any, documents: Sequence[str], max_length: int) -> Encode
                 chars.append(stop[a + len(piece)] - stop[first])
     flat, lengths = flatten(rows)
     return Encoded(flat, _offsets(lengths), np.array(source, np.int64), 0, None, None, np.array(chars, np.int32))
+
+
+def conversations(tokenizer: Any, rows: Sequence[Any], places: Sequence[str], max_length: int) -> Encoded:
+    """One example for each chat (lists of messages), `scored` where the assistant speaks. Too long: the chat loses its end.
+
+    A chat that has no token of an answer left is left out; `source` tells which ones are there. places: where each chat stands.
+    Raises DataError for what is no chat, for a template that fails, and if no chat is left.
+    """
+    chats.usable(tokenizer)
+    room(tokenizer, max_length)
+    ids: list[list[int]] = []
+    scored: list[np.ndarray] = []
+    source: list[int] = []
+    truncated = 0
+    for i, row in enumerate(rows):
+        chat = chats.checked(row, places[i])
+        try:
+            own, said = chats.tokens(tokenizer, chat)
+        except ValueError as e:
+            raise DataError(f"data.messages: {places[i]}: the model's chat template fails: {e}; correct the row, or choose "
+                            "another model") from e  # fmt: skip
+        if said[1:max_length].any():  # nothing stands before the first token, so it cannot be predicted
+            ids.append(own[:max_length])
+            scored.append(said[:max_length])
+            source.append(i)
+            truncated += len(own) > max_length
+    if not ids:
+        raise DataError(
+            f"data.max_length: none of {len(rows)} chats has an answer within {max_length} tokens; raise it"
+        )
+    flat, lengths = flatten(ids)
+    return Encoded(flat, _offsets(lengths), np.array(source, np.int64), truncated, scored=np.concatenate(scored))
 
 
 # shared ---------------------------------------------------------------------------------------------------------------

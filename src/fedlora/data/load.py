@@ -37,6 +37,7 @@ DEMO_CLIENT = "module"
 # What a row that is too long loses. Running text loses nothing; of words it is said how many are lost.
 LOST = {
     "texts": "their texts lose their ends",
+    "conversations": "their chats lose their ends",
     "continuations": "their prompts lose their beginnings, then their answers their ends",
 }
 
@@ -70,15 +71,17 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Texts:
-    """The inputs of a table's rows. how: one of "texts" (first, or pairs), "words", "running" and "continuations".
+    """The inputs of a table's rows. how: one of "texts" (first, or pairs), "words", "running", "continuations"
+    and "conversations".
 
-    references: texts that answer each row's prompt, where they are others than `second`.
+    places: where each chat of conversations stands. references: texts that answer each row's prompt, where they are others than `second`.
     """
 
     how: str
-    first: Sequence[Any]  # texts; for "words", lists of words
+    first: Sequence[Any]  # texts; for "words", lists of words; for "conversations", lists of messages
     second: Sequence[str] | None = None
     references: Sequence[Sequence[str]] | None = None
+    places: Sequence[str] = ()
 
     @property
     def answers(self) -> Sequence[Sequence[str]] | None:
@@ -156,6 +159,16 @@ def load(
             warnings.warn(
                 f"data.max_length: {lost} of {len(said.seen)} words have no token within {data['max_length']} tokens; "
                 "in scores they count as missed",
+                stacklevel=2,
+            )
+    if encoded[0].scored is not None:
+        labels["tags"] = np.concatenate(
+            [np.where(np.asarray(e.scored), e.flat, -100).astype(np.int64) for e in encoded]
+        )
+        chats = sum(len(x.first) for x in inputs)
+        if lost := chats - sum(len(e.source) for e in encoded):
+            warnings.warn(
+                f"data.max_length: {lost} of {chats} chats have no answer within {data['max_length']} tokens; they are left out",
                 stacklevel=2,
             )
     tokens = joined(encoded, pad_id=tokenizer.pad_token_id or 0, **labels)
@@ -249,9 +262,12 @@ def _tokens(tokenizer: Any, texts: Texts, length: int, cache: Path | None) -> En
         "continuations": lambda: encode.continuations(tokenizer, first, second or [], length),
         "texts": lambda: encode.texts(tokenizer, first, second, length),
         "words": lambda: encode.words(tokenizer, first, length),
+        "conversations": lambda: encode.conversations(tokenizer, first, texts.places, length),
     }[how]
     encode.room(tokenizer, length, pair=how == "texts" and second is not None)
-    plain = [json.dumps(words) for words in first] if how == "words" else first
+    plain = [json.dumps(x, default=repr) for x in first] if how in ("words", "conversations") else first
+    if how == "conversations":
+        second = [str(getattr(tokenizer, "chat_template", None))]
     return _cached(_fingerprint(tokenizer, how, length, plain, second), cache, make)
 
 

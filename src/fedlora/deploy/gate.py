@@ -117,7 +117,13 @@ class Gate:
         """What a recipe asks of this site, for its operator."""
         assert self.policy is not None
         d, t, send = r.data, r.train, self.policy.send
-        columns = [*((d.text,) if isinstance(d.text, str) else d.text or ()), d.prompt, d.completion, d.template]
+        columns = [
+            *((d.text,) if isinstance(d.text, str) else d.text or ()),
+            d.prompt,
+            d.completion,
+            d.messages,
+            d.template,
+        ]
         work = f"{t.steps} steps" if t.steps else f"{t.epochs} epochs"
         method: Any = r.method_object()
         # Patterns name layers, and only the model, which is not loaded yet, knows its layers.

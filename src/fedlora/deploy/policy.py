@@ -53,6 +53,7 @@ class Rows(Section):
     label: Text = "label"
     prompt: Text = "prompt"
     completion: Text = "completion"
+    messages: Text = "messages"
     template: Text | None = None
     """The site's own text, made of its columns, instead of a recipe's template."""
     columns: tuple[Text, ...] = ()
@@ -191,7 +192,7 @@ class Policy(BaseModel):
         """
         d = self.data
         out: dict[str, Any] = {k: given.get(k) for k in ("classes", "max_length")} | {k: getattr(d, k) for k in SHAPE}
-        used = [k for k in ("text", "label", "prompt", "completion") if given.get(k) is not None]
+        used = [k for k in ("text", "label", "prompt", "completion", "messages") if given.get(k) is not None]
         out |= {k: getattr(d, k) for k in used}
         if isinstance(given.get("text"), (list, tuple)) != isinstance(d.text, tuple) and "text" in used:
             both = (

@@ -35,7 +35,7 @@ from .refusal import Refusal, told
 from .schema import PacketError
 
 SHOWN = ("personal", "global")  # the views that need nobody else's data
-COLUMNS = ("text", "label", "template", "prompt", "completion", *SHAPE)
+COLUMNS = ("text", "label", "template", "prompt", "completion", "messages", *SHAPE)
 FOLDER_OF_SERVER = "(a folder of the server) "  # begins the name of a model that only the server can load
 
 

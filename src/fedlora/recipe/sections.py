@@ -95,6 +95,8 @@ class Data(Section):
     prompt: Text | None = None
     """Column that a causal language model reads without loss, before `completion`."""
     completion: Text | None = None
+    messages: Text | None = None
+    """Column of chats for a causal language model: lists of messages with role and content, written by the model's chat template."""
     references: Text | None = None
     """Column of the texts, or lists of texts, with which generated answers are compared; null takes `completion`."""
     template: Text | None = None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..data import template
+from ..data import chats, template
 from ..errors import DataError, near
 from ..federation.run import Federation
 from ..training.task import Prediction, Serving, shown
@@ -33,6 +33,8 @@ def predict_texts(
     if not requests:
         raise DataError("predict: got no text, expected at least one; give it as an argument or with --file")
     inputs = [worded(r, data, i + 1) for i, r in enumerate(requests)]
+    if data.get("messages"):
+        inputs = [chats.prompt(tokenizer, x if isinstance(x, str) else " ".join(x)) for x in inputs]
     there = {k: v.to(f.model.device) for k, v in stack([deltas]).items()}
     serving = Serving(f.model, there, tokenizer, f.task.names(f.data), data["max_length"], new_tokens)
     said = f.task.answer(serving, inputs)

@@ -203,6 +203,8 @@ def full(output: Tensor) -> Tensor:
 
 def labelled(kind: str, data: Any, pairs: bool = True, template: bool = True) -> Iterator[Problem]:
     """What is wrong with the columns of a task that has texts and labels. pairs, template: whether it can read these."""
+    if data.messages is not None:
+        yield Problem("data.messages", data.messages, f"null for {kind}", "set model.task to causal-lm")
     if data.text is not None and data.template is not None and "{text}" not in data.template and template:
         what = "the template names its columns: drop one"
         yield Problem("data.template", data.template, "{text} in it, or data.text null", what)

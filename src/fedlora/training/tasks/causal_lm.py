@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...data import encode
+from ...data.columns import full as full_column
 from ...data.columns import lists, strings
 from ...data.labels import classes
+from ...data.lines import place
 from ...data.load import Targets, Texts, field_of, filled
 from ...errors import DataError, Problem
 from ...model.decoding import Asked, Decoding, decode
@@ -58,6 +60,11 @@ class CausalLM(Task):
 
     @classmethod
     def problems(cls, data: Any) -> Iterator[Problem]:
+        if data.messages is not None:
+            for field in ("text", "prompt", "completion", "template", "references"):
+                if (value := getattr(data, field)) is not None:
+                    yield Problem(f"data.{field}", value, "null beside data.messages", "drop one of the two")
+            return
         if isinstance(data.text, tuple):
             what = "use data.prompt and data.completion"
             yield Problem("data.text", list(data.text), "one column for causal-lm", what)
@@ -71,7 +78,7 @@ class CausalLM(Task):
             what = "name the column of the answers that are trained"
             yield Problem("data.completion", None, "a column beside data.references", what)
         if data.text is None and data.prompt is None and data.completion is None and data.template is None:
-            what = "name a text column, or data.prompt and data.completion"
+            what = "name a text column, data.prompt and data.completion, or data.messages"
             yield Problem("data.text", None, "a column for causal-lm", what)
 
     @classmethod
@@ -80,6 +87,9 @@ class CausalLM(Task):
 
     @classmethod
     def texts(cls, table: pa.Table, data: Mapping[str, Any]) -> Texts:
+        if chats := data.get("messages"):
+            rows = full_column(table, chats, "data.messages").to_pylist()
+            return Texts("conversations", rows, places=[place(table, i) for i in range(table.num_rows)])
         completion, template = data.get("completion"), data.get("template")
         first = filled(table, data) if template else None
         if completion:
