@@ -389,7 +389,7 @@ MUTANTS = (
     Mutant("a group is torn by the split", "data/federated.py", "split(rows, scaled, shares, seed) if together is None else", "split(rows, scaled, shares, seed) if True else", "tests/test_together.py -k torn"),
     Mutant("small clients stay small", "data/together.py", "owner = _filled(owner, np.bincount(number), clients, min_size, seed)", "pass", "tests/test_together.py -k small"),
     Mutant("a test file may share groups", "data/federated.py", "        together.apart(origin)\n", "", "tests/test_together.py -k test_file"),
-    Mutant("a class is lost to the other side with its groups", "data/together.py", "side[number[np.flatnonzero(mine == label)[0]]] = names.index(\"train\")", "pass", "tests/test_together.py -k torn"),
+    Mutant("a class is lost to the other side with its groups", "data/together.py", "side[number[np.flatnonzero(mine == label)[0]]] = names.index(\"train\")", "pass", "tests/test_together.py -k rare"),
     Mutant("a copied recipe names a schema that is elsewhere", "recipe/shipped.py", 'f.write(f"{MARK}{SCHEMA.as_uri()}\\n{body}")', "f.write(text)", "tests/test_recipes_shipped.py -k copy"),
     Mutant("places are counted from 0", "data/doctor.py", "row - int(self.starts[t]))", "row - int(self.starts[t]) - 1)", "tests/test_doctor.py -k empty"),
     Mutant("a date is a label", "data/guess.py", 'and c.kind != "date"]', "]", "tests/test_init.py -k 'found and classes'"),
