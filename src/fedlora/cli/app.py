@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..training.tasks import NAMES
+from . import completing
 
 app = typer.Typer(
     name="fedlora",
@@ -18,9 +19,16 @@ app = typer.Typer(
 )
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)]
-Folder = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(help="Run folder.", show_default=False, autocompletion=completing.runs)]
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a field of the recipe.", show_default=False)
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="a.b=c",
+        help="Override a field of the recipe.",
+        show_default=False,
+        autocompletion=completing.sets,
+    ),
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]
@@ -212,7 +220,14 @@ def export(
     folder: Folder,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.", show_default=False)],
     client: Annotated[
-        list[str] | None, typer.Option("--client", "-c", help="A client's model; repeat for more.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            "--client",
+            "-c",
+            help="A client's model; repeat for more.",
+            show_default=False,
+            autocompletion=completing.clients,
+        ),
     ] = None,
     all_clients: Annotated[bool, typer.Option("--all-clients", help="Every client's model.")] = False,
     merged: Annotated[bool, typer.Option("--merged", help="The merged model instead of a PEFT adapter.")] = False,
@@ -261,7 +276,10 @@ def predict(
         ),
     ] = None,
     client: Annotated[
-        str | None, typer.Option("--client", "-c", help="Use this client's model.", show_default=False)
+        str | None,
+        typer.Option(
+            "--client", "-c", help="Use this client's model.", show_default=False, autocompletion=completing.clients
+        ),
     ] = None,
     file: Annotated[
         Path | None,
@@ -296,7 +314,14 @@ def evaluate(
     ] = None,
     split: Annotated[Literal["test", "validation"], typer.Option(help="Which of the run's own rows.")] = "test",
     client: Annotated[
-        list[str] | None, typer.Option("--client", "-c", help="A client's model; repeat for more.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            "--client",
+            "-c",
+            help="A client's model; repeat for more.",
+            show_default=False,
+            autocompletion=completing.clients,
+        ),
     ] = None,
     all_clients: Annotated[bool, typer.Option("--all-clients", help="Every client's model.")] = False,
     sets: Annotated[
