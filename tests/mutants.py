@@ -40,6 +40,8 @@ PACKETS = "tests/test_packets.py -m 'not slow'"
 MUTANTS = (
     # the command
     Mutant("a gated model is said to be out of reach", "hub.py", "isinstance(x, errors.GatedRepoError) for x in chain", "False for x in chain", "tests/test_hub.py -k reason"),
+    Mutant("a gated data set says nothing of logging in", "data/sources.py", "            return own\n", "            return e\n", "tests/test_hub.py -k data.source"),
+    Mutant("a resolver that hangs holds a command up", "hub.py", "    asking.join(SECONDS)", "    asking.join(5)\n    assert not asking.is_alive()", "tests/test_hub.py -k resolved"),
     Mutant("an interrupted sweep is gone on with as one run", "cli/actions.py", "raise Interrupted(sweep or fed.store.root)", "raise Interrupted(fed.store.root)", "tests/test_sweeps.py"),
     Mutant("epochs that are set stand beside the recipe's steps", "recipe/overrides.py", "if path in given and other not in given:", "if False:", "tests/test_hints.py -k epochs"),
     # engine: blocks, resume, ownership

@@ -32,7 +32,7 @@ def chained(inner: Exception) -> OSError:
     [
         (errors.GatedRepoError("no", response=httpx.Response(403, request=REQUEST)), "hf auth login"),
         (errors.RepositoryNotFoundError("no", response=httpx.Response(404, request=REQUEST)), "none of this name"),
-        (errors.LocalEntryNotFoundError("no"), "does not answer"),
+        (errors.LocalEntryNotFoundError("no"), "HF_HUB_OFFLINE is set, and no earlier download"),  # as conftest sets it
         (ValueError("odd"), "We have no connection"),
     ],
 )
@@ -62,7 +62,8 @@ def test_a_silent_hub_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(asked) == 2
 
 
-def test_a_gated_model_says_how_to_log_in(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("field", "place"), [("model.name", ""), ("data.source", "datasets/")])
+def test_what_is_gated_says_how_to_log_in(field: str, place: str, tmp_path: Path) -> None:
     class Gated(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(403)
@@ -75,12 +76,13 @@ def test_a_gated_model_says_how_to_log_in(tmp_path: Path) -> None:
         def log_message(self, *_: object) -> None:
             pass
 
-    recipe = write_recipe(tmp_path, model={"name": "acme/gated"})
+    recipe = write_recipe(tmp_path)
     with HTTPServer(("127.0.0.1", 0), Gated) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        where = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+        address = f"http://127.0.0.1:{server.server_port}"
+        where = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HOME": str(tmp_path)}
         done = subprocess.run(
-            command("check", recipe),
+            command("check", recipe, "--no-measure", "--set", f"{field}=acme/gated"),
             capture_output=True,
             text=True,
             check=False,
@@ -89,4 +91,27 @@ def test_a_gated_model_says_how_to_log_in(tmp_path: Path) -> None:
         )
         server.shutdown()
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.count("acme/gated'") == 1 and "it is gated" in done.stderr and "hf auth login" in done.stderr
+    assert done.stderr.count("acme/gated'") == 1 and len(done.stderr.splitlines()) == 2
+    assert (
+        f"it is gated: accept its terms at {address}/{place}acme/gated, then log in with hf auth login" in done.stderr
+    )
+
+
+def test_a_name_that_is_never_resolved_does_not_hold_a_command_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The resolver may wait for ever, whatever the request's own limit is."""
+    import huggingface_hub
+
+    over = threading.Event()
+
+    class Stuck:
+        def head(self, *_: object, **__: object) -> None:
+            over.wait()
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://stuck.invalid")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", Stuck)
+    monkeypatch.setattr(hub, "SECONDS", 0.05)
+    try:
+        assert not hub.reachable()
+    finally:
+        over.set()

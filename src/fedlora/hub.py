@@ -6,6 +6,8 @@ short limit, and then tell them to read only what they have already downloaded.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from functools import lru_cache
 
@@ -26,11 +28,18 @@ def _answers(endpoint: str, period: int) -> bool:
     import httpx
     from huggingface_hub import get_session
 
-    try:
-        get_session().head(endpoint, timeout=SECONDS)
-    except (httpx.HTTPError, OSError):
-        return False
-    return True
+    answered = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(httpx.HTTPError, OSError):
+            get_session().head(endpoint, timeout=SECONDS)
+            answered.set()
+
+    # A thread, because the request's own limit does not cover the look-up of the hub's name.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(SECONDS)
+    return answered.is_set()
 
 
 def reason(e: BaseException, name: str) -> str:
@@ -52,5 +61,6 @@ def reason(e: BaseException, name: str) -> str:
         any(isinstance(x, errors.LocalEntryNotFoundError | ConnectionError) for x in chain)
         or "couldn't connect" in said
     ):
-        return "the hub does not answer, and no earlier download is kept"
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub does not answer"
+        return f"{why}, and no earlier download is kept"
     return said.splitlines()[0] if said else type(e).__name__

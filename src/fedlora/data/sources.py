@@ -219,9 +219,25 @@ def from_hub(name: str, subset: str | None = None, split: str | None = None, **o
         around = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         what = f"{name!r} (subset {subset!r}, split {split!r})" if subset or split else f"{name!r}"
         hint = f"; here: {near(Path(name).name, around)}" if around else ""
-        raise DataError(f"data.source: {what} is no file or folder here and cannot be loaded from the hub ({reason(e, f'datasets/{name}')}); "
+        raise DataError(f"data.source: {what} is no file or folder here and cannot be loaded from the hub ({reason(_refused(e, name), f'datasets/{name}')}); "
                         f"name a copy on this machine with --set data.source=FILE, or connect to the network{hint}") from e  # fmt: skip
     return _arrow(_pick(loaded, split, repr(name)))
+
+
+def _refused(e: Exception, name: str) -> Exception:
+    """The hub's own refusal, which `datasets` drops from the error that it raises; `e` where that is something else."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import auth_check
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(e, DatasetNotFoundError):
+        try:
+            auth_check(name, repo_type="dataset")
+        except HfHubHTTPError as own:
+            return own
+        except Exception:  # whatever a network raises: what `datasets` has said is told
+            return e
+    return e
 
 
 PARQUET = "refs/convert/parquet"  # the branch in which the hub keeps a Parquet copy of a data set
