@@ -16,6 +16,7 @@ import fedlora as fl
 from fedlora.data import encode
 from fedlora.errors import DataError
 from fedlora.recipe import build
+from fedlora.serving import requests
 from fedlora.training.task import Serving
 from fedlora.tree import stack
 
@@ -152,3 +153,33 @@ def test_what_is_missing_is_said_before_a_model_is_loaded(small: Path, tmp_path:
         assert "is not utf-8 (byte 0xe9 at offset 3)" in fedlora("predict", small, "-f", bad, code=1).stderr
     finally:
         away.rename(hidden)
+
+
+@pytest.mark.parametrize("data, want", [
+    ({"text": ["a", "b"]}, [("x", "1"), ("y", "2")]),
+    ({"text": "b"}, ["1", "2"]),
+    ({"text": None, "template": "{b} of {a}"}, [{"b": "1", "a": "x"}, {"b": "2", "a": "y"}]),
+    ({"text": "a", "template": "say {text}"}, [{"a": "x"}, {"a": "y"}]),
+    ({"prompt": "b", "completion": "a"}, ["1", "2"]),
+])  # fmt: skip
+def test_rows_of_a_file_are_read_by_the_columns_of_training(
+    data: dict[str, Any], want: list[Any], tmp_path: Path
+) -> None:
+    """Pairs, templates and prompts, from columns in another order; each request then fits the recipe."""
+    table = tmp_path / "rows.csv"
+    table.write_text("c,b,a\nno,1,x\nno,2,y\n", encoding="utf-8")
+    found = requests.of_file(table, data)
+    assert found == want
+    requests.check(found, data)
+
+
+def test_words_of_a_file_are_read_as_lists(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"words": ["a", "b"]}\n{"words": ["c"]}\n', encoding="utf-8")
+    assert requests.of_file(rows, {"text": "words"}) == [["a", "b"], ["c"]]
+
+
+def test_lines_of_pairs_hold_both_texts() -> None:
+    assert requests.of_lines(["a ||| b"], {"text": ["x", "y"]}) == [("a", "b")]
+    with pytest.raises(DataError, match=r"put ' \|\|\| ' between"):
+        requests.of_lines(["a"], {"text": ["x", "y"]})
