@@ -320,6 +320,11 @@ def test_strangers_are_refused(alone: Place) -> None:
             assert web.post(f"{base}/v1/fleet/register-node", content=b"").status_code in (400, 401, 415, 422)
             with pytest.raises(httpx.HTTPError):
                 httpx.post(f"http://127.0.0.1:{alone.port}/v1/fleet/pull-messages")
+        # A key of one's own, which the stranger registers itself, as a client does where no keys are asked for.
+        own = client.Uplink(f"127.0.0.1:{alone.port}", ca=k / "ca.pem")
+        with pytest.raises(httpx.HTTPStatusError), client._connected(own, heard.append, threading.Event()):
+            pass
+        assert link.online() == {}
     assert "not in its --clients-keys" in texts["unknown key"]
     assert "certificate is not trusted" in texts["foreign authority"]
     assert "clock" in texts["clock"]
