@@ -67,7 +67,7 @@ class Shape:
         auto = getattr(transformers, type(made(self.task, 2)).auto)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            base: nn.Module = auto.from_config(known)
+            base: nn.Module = auto.from_config(known, trust_remote_code=False)
         return base.to(device, DTYPES[dtype]).eval()
 
 

@@ -47,5 +47,7 @@ def _child(arguments: list[str], cwd: Path, environment: dict[str, str], out: Pa
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), fd)
     sys.argv = ["fedlora", *arguments]
     from fedlora.cli import entry
+    from fedlora.recipe import device
 
+    device.PRODUCTS = ()  # fp32 on every machine, as in conftest.py
     entry()

@@ -74,7 +74,7 @@ def _task(model: Model) -> type[Task]:
 def weights(model: Model, train: Train, partition: Partition) -> Iterator[Problem]:
     if train.class_weights is None:
         return
-    if model.task != "classification":
+    if not _task(model).weighted:
         yield Problem(
             "train.class_weights",
             train.class_weights,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import ConfigError, Problem
+from ..training.tasks import TASKS
 
 Server = Literal["vllm", "sglang"]
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
@@ -18,7 +19,7 @@ FILE = "serve.sh"
 def check(server: str, task: str, merged: bool) -> None:
     """Raise ConfigError for what these servers cannot take."""
     bad = []
-    if task != "causal-lm":
+    if not TASKS[task].over_vocabulary:
         bad.append(Problem("--serve", server, f"a language model; this run's task is {task}", "leave it out"))
     if merged:
         bad.append(

@@ -85,6 +85,7 @@ class Task(ABC):
     has_head: ClassVar[bool] = True  # whether layers are put on top of the base for it
     over_vocabulary: ClassVar[bool] = False  # whether every token has an output for each word of the vocabulary
     tokenwise: ClassVar[bool] = False  # whether labels [N L] have one entry a token
+    weighted: ClassVar[bool] = False  # whether a row has one class, which train.class_weights can weigh
     permutes: ClassVar[bool] = False  # whether a client can have its own permutation of the labels
     options: ClassVar[tuple[str, ...]] = ()  # fields of the recipe's section model that only this task reads
 

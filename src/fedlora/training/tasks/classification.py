@@ -28,6 +28,7 @@ class Classification(Task):
     kind: ClassVar[str] = "classification"
     metric: ClassVar[str] = "accuracy"
     named: ClassVar[bool] = True
+    weighted: ClassVar[bool] = True
     permutes: ClassVar[bool] = True
     classes: int = 2
     weights: tuple[float, ...] | None = None  # of the classes in the loss, None for equal ones
