@@ -27,12 +27,14 @@ def shared() -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def any_processor() -> Iterator[None]:
     """Recipes that leave model.dtype open compute in fp32 on every machine; test_dtype.py tests what they do without this."""
     from fedlora.recipe import device
 
-    monkeypatch.setattr(device, "PRODUCTS", ())
+    with pytest.MonkeyPatch.context() as m:  # for fixtures of modules too
+        m.setattr(device, "PRODUCTS", ())
+        yield
 
 
 @pytest.fixture(autouse=True)
