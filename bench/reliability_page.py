@@ -55,7 +55,8 @@ def tables(found: Mapping[str, Any]) -> str:
     if p := {k: v for k, v in (found.get("fuzz") or {}).items() if isinstance(v, dict)}:
         out += ["## Messages that are nearly right", "", _said(
             "Replies, orders and contents of Flower's messages in which fields are missing, of other types, huge, negative, no number or deeply "
-            "nested. Every one was taken or refused with a reason; none ended its reader.", _made(found["fuzz"])), "",
+            "nested. Every one was taken or refused with a reason; none ended its reader. Memory is that of the process, with what the "
+            "maker of cases remembers of them.", _made(found["fuzz"])), "",
             "| kind | cases | time | memory |", "|---|---|---|---|"]  # fmt: skip
         out += [
             f"| {k} | {x['cases']:,} | {seconds(x['seconds'])} | {_signed(x['grown_bytes'])} |" for k, x in p.items()
