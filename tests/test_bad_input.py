@@ -211,7 +211,7 @@ def test_full_disk(tmp_path: Path) -> None:
         (["resume", "nowhere"], "nowhere: no such run folder"),
         (["report", "."], "holds no recipe.yaml"),
         (["compare", "."], "no run folder here or below"),
-        (["run"], "Missing argument 'RECIPE'"),
+        (["run"], "give a recipe, or a finished run with --from"),
         (["rnu", "x"], "No such command 'rnu'"),
         (["run", "x.yaml", "--sett", "a"], "No such option '--sett'"),
     ],

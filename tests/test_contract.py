@@ -79,7 +79,7 @@ TABLE = {
     "ditto": Row(METHODS["ditto"](rank=4, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
     "fedrep": Row(METHODS["fedrep"](rank=4, head_steps=1, optimizer=AdamW(1e-2)), "lora.A lora.B"),
     "scaffold": Row(
-        METHODS["scaffold"](rank=4, head="personal", optimizer=SGD(0.5)), "lora.A lora.B control.cA control.cB"
+        METHODS["scaffold"](rank=4, head="personal", optimizer=SGD(0.2)), "lora.A lora.B control.cA control.cB"
     ),
     "perfedavg": Row(METHODS["perfedavg"](rank=4, lr_personal=0.1, optimizer=AdamW(1e-2)), f"lora.A lora.B {HEAD}"),
     "perfedavg-first-order": Row(

@@ -195,10 +195,11 @@ def test_unseen_clients_have_no_classes_of_their_own(kind: str) -> None:
 def test_evaluation_holds_a_block_of_models_and_only_of_clients_with_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    few = tiny.data(12)
     f = tiny.federation(
         METHODS["fedsa"](rank=4),
         tmp_path,
-        data=tiny.data(12),
+        data=replace(few, splits=few.splits | {"train": tiny.rows([np.array([k]) for k in range(12)])}),
         block=3,
         evaluation=Evaluation(views=("personal", "global")),
     )

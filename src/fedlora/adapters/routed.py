@@ -21,7 +21,7 @@ class Routed(Factored):
 
     shapes: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"A", "B", "A_rest", "B_rest", "gate"}),)
     leaves: ClassVar[frozenset[str]] = frozenset({"A", "B", "gate"})
-    no_merge: ClassVar[str] = "its router weighs each token anew, so no weight of the base can hold it"
+    no_merge: ClassVar[str] = "its router weighs each token anew, and a weight of the base cannot"
     no_peft: ClassVar[str] = "its router weighs each token anew, and PEFT cannot hold it"
 
     def init(self, name: str, layers: Sequence[Layer], *seed: object) -> Params:
