@@ -6,16 +6,15 @@ bf16 base by PyTorch's operators, by compiled ones on padded rows, and without p
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 
 import torch
+from turns import take_turns
 
 from fedlora import kernels
 from fedlora.bench.systems import Fedlora
-from fedlora.bench.work import REGIMES, Work, tokens
-from fedlora.federation.memory import kept
+from fedlora.bench.work import REGIMES, Work
 
 WARM = 2  # rounds before those that are measured
 
@@ -33,18 +32,7 @@ def main(source: str, regime: str = "middle", rounds: str = "4", model: str = "m
     padded = systems["compiled, padded"].loss.model.compiled
     assert padded is not None
     padded.stack.clear()
-    seconds: dict[str, list[float]] = {n: [] for n in systems}
-    with kept():
-        for r in range(WARM + int(rounds)):
-            batches = work.batches(r)
-            for n, system in systems.items():
-                start = time.perf_counter()
-                system.round(batches)
-                seconds[n].append(time.perf_counter() - start)
-    for n, mine in seconds.items():
-        ratios = sorted(a / b for a, b in zip(seconds["PyTorch's"][WARM:], mine[WARM:], strict=True))
-        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-        print(f"{n:18}{tokens(batches) / mine[-1]:8,.0f} tokens/s in the last round, {spread} x the first", flush=True)
+    take_turns(work, systems, WARM, int(rounds), time.perf_counter, "s")
 
 
 if __name__ == "__main__":

@@ -9,16 +9,15 @@ but it empties the caches, so ratios on a busy machine are a little low.
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 
 import torch
+from turns import take_turns
 
 from fedlora.bench.peft_loop import PeftLoop
 from fedlora.bench.systems import Fedlora, System
-from fedlora.bench.work import Regime, Work, tokens
-from fedlora.federation.memory import kept
+from fedlora.bench.work import Regime, Work
 
 
 def main(
@@ -39,21 +38,7 @@ def main(
         "blocks, bf16, plain": Fedlora(work, None, "bf16", compiled=False),
         "blocks, bf16": Fedlora(work, None, "bf16"),
     }
-    seconds: dict[str, list[float]] = {n: [] for n in systems}
-    with kept():
-        for r in range(1 + int(rounds)):  # the first warms up
-            batches = work.batches(r)
-            for n, system in systems.items():
-                start = time.process_time()
-                system.round(batches)
-                seconds[n].append(time.process_time() - start)
-    for n, mine in seconds.items():
-        ratios = sorted(a / b for a, b in zip(seconds["PEFT loop, fp32"][1:], mine[1:], strict=True))
-        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-        print(
-            f"{n:20}{tokens(batches) / mine[-1]:8,.0f} tokens a CPU second in the last round, {spread} x the first",
-            flush=True,
-        )
+    take_turns(work, systems, 1, int(rounds), time.process_time, "CPU second")
 
 
 if __name__ == "__main__":

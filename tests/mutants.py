@@ -104,7 +104,7 @@ MUTANTS = (
     Mutant("packed rows are taken for the first, by vectors", "kernels/vector.c", "return p.row * s.row + p.start * s.token;", "return p.row * s.row;", "tests/test_kernels.py"),
     Mutant("what attention drops gets a gradient, by vectors", "kernels/vector.c", "    if (stays) e *= *(const V *)(stays + j);\n", "", "tests/test_kernels.py"),
     Mutant("a last row of a product is lost", "kernels/vector.c", "    for (; i < m; i++)\n", "    for (; i + 1 < m; i++)\n", "tests/test_kernels.py"),
-    Mutant("bf16 is cut off, not rounded", "kernels/vector.c", "(bf16)((u + 0x7fff + (u >> 16 & 1)) >> 16)", "(bf16)(u >> 16)", "tests/test_kernels.py"),
+    Mutant("bf16 is cut off, not rounded", "kernels/bf16.h", "(bf16)((u + 0x7fff + (u >> 16 & 1)) >> 16)", "(bf16)(u >> 16)", "tests/test_kernels.py"),
     Mutant("all clients' tokens meet the first one's deltas", "kernels/vector.c", "turned(A, a + (int64_t)c * z.rank * z.in, z.rank, z.in);", "turned(A, a, z.rank, z.in);", "tests/test_kernels.py -k meet_its_own"),
     Mutant("what flat deltas give to lower layers is lost", "kernels/vector.c", "        if (dx) add_product(", "        if (0) add_product(", "tests/test_kernels.py -k meet_its_own"),
     Mutant("a client begins where the one before it begins", "kernels/packing.py", "F.pad(used.cumsum(0), (1, 0))", "F.pad(used.cumsum(0), (1, 0)).roll(1)", "tests/test_kernels.py -k grouped"),
@@ -208,7 +208,7 @@ MUTANTS = (
     Mutant("a new rank falls by floating point", "methods/hetlora.py", "r.double() + 1e-9).floor()", "r.double()).floor()", "tests/test_law_edges.py -k floor"),
     Mutant("kept leaves may be anything", "federation/engine.py", "                wire.finite(r.kept)", "                pass", "tests/test_law_edges.py -k no_numbers"),
     Mutant("clipping spares the lower step", "methods/pf2lora.py", "        g_y = clip(g_y, self.clip)\n", "", "tests/test_law_edges.py -k lower_step"),
-    Mutant("a share of one is one client", "federation/setting.py", "0 < c <= 1 else int(c)", "0 < c < 1 else int(c)", "tests/test_law_edges.py -k share_too"),
+    Mutant("a share of one is one client", "units.py", "0 < c <= 1 else int(c)", "0 < c < 1 else int(c)", "tests/test_law_edges.py -k share_too"),
     Mutant("the last clients are the unseen ones", "data/federated.py", "rows, ids = _unseen_last(rows, ids, unseen, seed)", "pass", "tests/test_law_edges.py -k classes_of_their_own"),
     Mutant("all models are in memory at once", "federation/views.py", "else engine.block\n    out:", "else len(asked)\n    out:", "tests/test_law_edges.py -k holds_a_block"),
     # HetLoRA

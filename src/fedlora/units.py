@@ -1,4 +1,4 @@
-"""Numbers as people read them; a dash for what was not measured. The tables of commands and of pages share them."""
+"""Numbers as people read and write them; a dash for what was not measured. Commands, pages and recipes share them."""
 
 from __future__ import annotations
 
@@ -37,3 +37,10 @@ def seconds(s: float | None) -> str:
     if 0 < s < 0.95:
         return f"{s:.1g} s"
     return f"{s:.0f} s" if s < 120 else f"{s / 60:.1f} min" if s < 5400 else f"{s / 3600:.1f} h"
+
+
+def counted(c: float | None, n: int) -> int:
+    """A count as it is, a share in (0, 1] as the nearest whole number of n things, at least 1, and None as all n."""
+    if c is None:
+        return n
+    return max(1, round(c * n)) if isinstance(c, float) and 0 < c <= 1 else int(c)

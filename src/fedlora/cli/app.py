@@ -36,6 +36,17 @@ Round = Annotated[
     Literal["best", "last"],
     typer.Option(help="Whose models: of the round with the best validation scores, or of the last one."),
 ]
+Clients = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--client",
+        "-c",
+        help="A client's model; repeat for more.",
+        show_default=False,
+        autocompletion=completing.clients,
+    ),
+]
+AllClients = Annotated[bool, typer.Option("--all-clients", help="Every client's model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of bars and tables.")]
 
 
@@ -219,17 +230,8 @@ def compare(
 def export(
     folder: Folder,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.", show_default=False)],
-    client: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--client",
-            "-c",
-            help="A client's model; repeat for more.",
-            show_default=False,
-            autocompletion=completing.clients,
-        ),
-    ] = None,
-    all_clients: Annotated[bool, typer.Option("--all-clients", help="Every client's model.")] = False,
+    client: Clients = None,
+    all_clients: AllClients = False,
     merged: Annotated[bool, typer.Option("--merged", help="The merged model instead of a PEFT adapter.")] = False,
     round: Round = "best",
     serve: Annotated[
@@ -313,17 +315,8 @@ def evaluate(
         ),
     ] = None,
     split: Annotated[Literal["test", "validation"], typer.Option(help="Which of the run's own rows.")] = "test",
-    client: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--client",
-            "-c",
-            help="A client's model; repeat for more.",
-            show_default=False,
-            autocompletion=completing.clients,
-        ),
-    ] = None,
-    all_clients: Annotated[bool, typer.Option("--all-clients", help="Every client's model.")] = False,
+    client: Clients = None,
+    all_clients: AllClients = False,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="generation.b=c", help="How texts are written and scored.", show_default=False),

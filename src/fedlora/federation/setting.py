@@ -24,6 +24,7 @@ from ..seeds import np_rng
 from ..training.loss import Loss
 from ..training.task import Task
 from ..tree import count, select
+from ..units import counted
 from .channel import Channel, unserved
 from .engine import Schedule
 from .generation import Generation
@@ -33,13 +34,6 @@ from .wire import Precision
 View = Literal["personal", "global", "unseen", "cross"]
 Analysis = Literal["effective-ranks", "asymmetry"]
 POOLED = "all clients"
-
-
-def counted(c: float | None, clients: int) -> int:
-    """A count of clients as it is, a share in (0, 1] as the nearest whole number of them, None as all of them."""
-    if c is None:
-        return clients
-    return max(1, round(c * clients)) if isinstance(c, float) and 0 < c <= 1 else int(c)
 
 
 @dataclass(frozen=True)

@@ -3,24 +3,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "bf16.h"
 #include "hash.h"
 
-typedef uint16_t bf16;
-
 enum { LINE = 1024 }; /* hashes at a time */
-
-static inline float wide(bf16 x) {
-  uint32_t u = (uint32_t)x << 16;
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
-
-static inline bf16 narrow(float f) { /* to nearest, ties to even; NaN stays NaN */
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  return f != f ? 0x7fc0 : (bf16)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
 
 /* y = x times `kept` where the entry's 16 bits are at least `least`, else times 0. x: [lines last]; firsts: of each line's hashes;
    step: what their counter grows by along a line. */

@@ -14,17 +14,15 @@ from .fused import Now
 from .library import fits
 from .linear import LowRank
 
+# By model type: the layers whose tokens meet in fused attention alone, where each token sees all of its row.
 STACKS = {
     "bert": "encoder.layer", "electra": "encoder.layer", "roberta": "encoder.layer", "xlm-roberta": "encoder.layer",
     "distilbert": "transformer.layer",
-}  # by model type: layers whose tokens meet in fused attention alone, where each sees all of its row  # fmt: skip
-CAUSAL = dict.fromkeys(
-    ("llama", "qwen2", "qwen3"), "layers"
-)  # the same where each sees its row up to itself; positions are rotations
-
-
-FIRST = {n: "attention.output" for n in ("bert", "electra", "roberta", "xlm-roberta")}
-# by model type, whose classifiers read a row at its first token: the module of a layer after which no token meets another
+}  # fmt: skip
+# The same where a token sees itself and those before it. Positions are rotations there.
+CAUSAL = dict.fromkeys(("llama", "qwen2", "qwen3"), "layers")
+# By model type, for classifiers that read a row at its first token: the module of a layer after which no token meets another.
+FIRST = dict.fromkeys(("bert", "electra", "roberta", "xlm-roberta"), "attention.output")
 
 
 def reader_of(base: nn.Module, last: nn.Module) -> nn.Module | None:

@@ -103,7 +103,7 @@ def _loaded(name: Name) -> ctypes.CDLL | str:
     said = "\0".join(
         (
             _file(name).read_text(),
-            _file(name).with_name("hash.h").read_text(),
+            *(header.read_text() for header in sorted(_file(name).parent.glob("*.h"))),
             *FLAGS,
             *SOURCES[name].flags,
             compiler,

@@ -11,29 +11,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bf16.h"
 #include "hash.h"
 
 enum { LANES = 16 };
 
 typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t I __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t bf16;
 typedef struct { int64_t row, head, token; } Strides; /* in entries; the last axis is dense */
 
 static inline int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
-
-static inline float wide(bf16 x) {
-  uint32_t u = (uint32_t)x << 16;
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
-
-static inline bf16 narrow(float f) { /* to nearest, ties to even; NaN stays NaN */
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  return f != f ? 0x7fc0 : (bf16)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
 
 static inline V all(float x) { return (V){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 

@@ -14,6 +14,7 @@ from ..data.addresses import hidden, scheme, unfit
 from ..data.delimiters import DELIMITERS, WORDS
 from ..data.template import names
 from ..errors import Problem, near
+from ..units import counted
 from .sections import Data, Evaluation, Federation, Generation, Model, Partition, Run, Section, Train
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def cohort(federation: Federation, partition: Partition, data: Data) -> Iterator
             "lower it, or null for all",
         )
         return
-    size = training if c is None else c if isinstance(c, int) else max(1, round(c * training))
+    size = counted(c, training)
     if federation.min_clients > size:
         yield Problem(
             "federation.min_clients", federation.min_clients, f"at most {size}, the clients of a round", "lower it"
