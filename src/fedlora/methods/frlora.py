@@ -50,7 +50,7 @@ class FRLoRA(OnBase):
     def problems(self) -> list[Problem]:
         bad = SGDMethod.problems(
             self
-        )  # its leaves are changes of factors, so what OnBase asks of a form is not asked here
+        )  # not OnBase's: these leaves are changes of factors, which need no form of its kind
         if not isinstance(self.form, PiSSA):
             bad.append(
                 Problem("method.adapter", self.adapter, "pissa: FRLoRA starts at the base's principal components")
