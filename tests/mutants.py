@@ -380,6 +380,7 @@ MUTANTS = (
     # whole runs, and pairs of them
     Mutant("pairs are of any partitions of one size", "report/tables.py", '"rows" if "rows" in r.partition else "histogram", "sizes")])', '"sizes")])', "tests/test_report.py -k other_partitions"),
     # check and its doctor
+    Mutant("doctor knows AMX alone", "cli/doctor.py", "why = kernels.missing()", "why = kernels.unavailable()", "tests/test_ls.py -k operators"),
     Mutant("the tried block is one client", "federation/probe.py", "some = in_order(cohort)[:block]", "some = in_order(cohort)[:1]", "tests/test_check.py -k measured"),
     Mutant("a block that cannot fit is tried", "federation/probe.py", "if guess.training > MARGIN * free:", "if False:", "tests/test_check.py -k surely"),
     Mutant("a bin loses its last client", "cli/checks.py", "counts[(n - low) // width] += 1", "counts[(n - low) // width] = 1", "tests/test_check.py -k bins"),

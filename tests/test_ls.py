@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from cli import fedlora, write_recipe
 
-from fedlora import __version__
+from fedlora import __version__, kernels
 from fedlora.cli import doctor
+from fedlora.kernels import library
 
 
 def test_ls_tells_runs_that_are_done_unfinished_and_damaged(tmp_path: Path) -> None:
@@ -56,6 +57,18 @@ def test_doctor_tells_versions_and_what_would_switch_more_on(monkeypatch: pytest
     assert (extra.on, extra.found, extra.remedy) == (False, "lacks plotly", 'pip install "fedlora[report]"')
     assert poorer["C compiler"].on is False and "gcc" in poorer["C compiler"].remedy
     assert all(f.remedy for f in poorer.values() if f.what.startswith("extra") and f.on is False)
+
+
+def test_doctor_says_of_operators_what_runs_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    have = {"vector", "vector2", "dropout", "dropout2"}  # a processor with AVX-512 and without AMX
+    monkeypatch.setattr(library, "unavailable", lambda name="amx": None if name in have else "the CPU has no amx_tile")
+    monkeypatch.setattr(kernels, "missing", lambda: None)
+    said = {f.what: f for f in doctor.findings()}["compiled operators"]
+    assert said.on is True
+    assert said.found == "attention, activations and dropout: fp32 on AVX-512, bf16 on AVX-512"
+    monkeypatch.setattr(kernels, "missing", lambda: "there is no C compiler")
+    said = {f.what: f for f in doctor.findings()}["compiled operators"]
+    assert (said.on, said.found) == (False, "there is no C compiler") and "gcc" in said.remedy
 
 
 def test_doctor_prints_what_it_finds() -> None:

@@ -13,12 +13,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from .child import MARK, SYSTEMS
 from .work import Work
+
+PACKAGES = ("fedlora", "torch", "transformers", "peft", "flwr", "ray", "pfl")  # whose versions a result names
 
 REFERENCES = ("peft", "one", "one-bf16")  # whose speed is 1: the first of them that is measured
 
@@ -182,18 +183,13 @@ def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
     import torch
 
     from .. import kernels
+    from ..federation.summary import processor, versions
 
-    found = {}
-    for name in ("fedlora", "torch", "transformers", "peft", "flwr", "ray", "pfl"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "-"
-    cpu = next((x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")), platform.processor())
+    found = {name: "-" for name in PACKAGES} | versions(PACKAGES)
     flags = next((x for x in _cpuinfo() if x.startswith("flags")), "")
     features = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags.split()]
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    return {"cpu": cpu, "cores": os.cpu_count(), "device": name, "features": features,
+    return {"cpu": processor(), "cores": os.cpu_count(), "device": name, "features": features,
             "kernels": kernels.missing() or "compiled", "threads": threads, "python": platform.python_version(),
             "versions": found, "date": time.strftime("%Y-%m-%d", time.gmtime())}  # fmt: skip
 

@@ -19,6 +19,7 @@ from rich.text import Text
 from ..units import size
 
 VERSIONS = ("torch", "transformers", "peft", "datasets", "numpy", "flwr")
+NUMBERS = {"float32": "fp32", "bfloat16": "bf16"}
 MAKERS = ("bench", "dev")  # extras for those who change or measure fedlora
 
 
@@ -38,13 +39,9 @@ def findings() -> list[Finding]:
 
 def _versions() -> list[Finding]:
     from .. import __version__
+    from ..federation import summary
 
-    have = {}
-    for name in VERSIONS:
-        try:
-            have[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    have = summary.versions(VERSIONS)
     said = ", ".join(f"{n} {v}" for n, v in have.items())
     return [Finding("fedlora", __version__), Finding("python", platform.python_version()), Finding("libraries", said)]
 
@@ -53,10 +50,11 @@ def _processor() -> list[Finding]:
     import psutil
     import torch
 
+    from ..federation.summary import processor
     from ..recipe.device import PRODUCTS, products
 
     cores, memory = psutil.cpu_count(logical=False) or os.cpu_count(), psutil.virtual_memory().total
-    said = f"{_model()}, {cores} cores, {torch.get_num_threads()} threads of torch, {size(memory)} of memory"
+    said = f"{processor()}, {cores} cores, {torch.get_num_threads()} threads of torch, {size(memory)} of memory"
     fast = products("cpu")
     wanted = " or ".join(n for _, n in PRODUCTS)
     return [
@@ -65,16 +63,6 @@ def _processor() -> list[Finding]:
         if fast
         else Finding("bf16 products", "none", False, f"a processor with {wanted}; fp32 is used on this one"),
     ]
-
-
-def _model() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            found = next((x.partition(":")[2].strip() for x in f if x.startswith("model name")), "")
-    except OSError:
-        found = ""
-    return found or platform.processor() or platform.machine()
 
 
 def _gpu() -> list[Finding]:
@@ -93,7 +81,10 @@ def _gpu() -> list[Finding]:
 
 
 def _operators() -> list[Finding]:
+    import torch
+
     from .. import kernels
+    from ..federation.summary import FOR
 
     compiler = shutil.which(os.environ.get("CC") or "cc")
     found = [
@@ -101,11 +92,13 @@ def _operators() -> list[Finding]:
         if compiler
         else Finding("C compiler", "none", False, "install gcc or clang, or name one in CC")
     ]
-    why = kernels.unavailable()
-    if why is None:
-        return [*found, Finding("compiled operators", "fused layers, attention and dropout on AMX", True)]
-    wants = "install gcc or clang" if "compiler" in why else ""
-    return [*found, Finding("compiled operators", why, False, wants)]
+    why = kernels.missing()
+    if why is not None:
+        wants = "install gcc or clang" if "compiler" in why else ""
+        return [*found, Finding("compiled operators", why, False, wants)]
+    forms = {dtype: kernels.serving(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
+    on = ", ".join(f"{NUMBERS[dtype]} on {FOR[name]}" for dtype, name in forms.items() if name)
+    return [*found, Finding("compiled operators", f"attention, activations and dropout: {on}", True)]
 
 
 def _extras() -> list[Finding]:

@@ -29,12 +29,6 @@ PACKAGES = ("fedlora", "torch", "transformers", "peft", "datasets", "safetensors
 
 def environment(f: Setting) -> dict[str, Any]:
     """Versions and hardware that a reader of the numbers needs."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -44,8 +38,19 @@ def environment(f: Setting) -> dict[str, Any]:
         "device": str(f.model.device) if f.model.device.type != "cuda" else torch.cuda.get_device_name(f.model.device),
         "numbers": f.numbers or str(f.model.dtype).removeprefix("torch."),
         "kernels": operators(f.model),
-        "packages": versions,
+        "packages": versions(PACKAGES),
     }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 FOR = {"amx": "AMX", "vector": "AVX-512", "vector2": "AVX2"}  # what each library of compiled operators is made for
