@@ -446,6 +446,10 @@ MUTANTS = (
     # data
     Mutant("a client sees everybody's labels unpermuted", "data/batches.py", 'batch["labels"] = torch.from_numpy(data.label_maps[owners, batch["labels"].numpy()])', "pass", "tests/test_federation.py"),
     Mutant("prompts carry loss", "data/examples.py", "scored = inside & (at >= np.maximum(skip, 1)[:, None])", "scored = inside & (at >= 1)", "tests/test_federation.py"),
+    Mutant("sizes of splits are cut off", "data/split.py", "np.rint(sizes * share)", "np.floor(sizes * share)", "tests/test_partition.py -k rounded"),
+    Mutant("the first holder gets every single row", "data/split.py", "np.cumsum(have) - have, start))", "np.cumsum(have) - have, start * 0))", "tests/test_partition.py -k alike"),
+    Mutant("a long prompt loses its end", "data/encode.py", "*p[len(p) - keep :], *c[:rest]", "*p[:keep], *c[:rest]", "tests/test_tokenize.py -k beginning"),
+    Mutant("the first token's characters are predicted", "data/encode.py", "stop[a + len(piece)] - stop[first]", "stop[a + len(piece)] - stop[a]", "tests/test_tokenize.py -k first_token"),
     # tasks
     Mutant("padding is another token than the model's", "model/adapted.py", 'masked_fill(inputs["attention_mask"] == 0, self.pad)', 'masked_fill(inputs["attention_mask"] == 0, 0)', "tests/test_padding.py -k alone"),
     Mutant("a row of weight 0 is cut below its end", "training/batching.py", "    if bool((lengths > 0).all()):\n", "    if True:\n", "tests/test_padding.py -k 'weight_0 or bart'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 from cli import model_folder, rows, write_csv
 from pyarrow import parquet
+from tokenizers import processors
 
 from fedlora.checkpoints.pretrained import load_tokenizer
 from fedlora.data import encode, load
@@ -65,12 +67,29 @@ def test_prompt_and_completion(llama: Any) -> None:
 
 
 def test_long_prompts_lose_their_beginning(llama: Any) -> None:
-    e = encode.continuations(llama, ["word " * 50], ["yes"], 20)
+    prompt = " ".join(f"{a} and {b}" for a in ("one", "two", "red") for b in ("dog", "cat", "sun"))
+    e = encode.continuations(llama, [prompt], ["yes"], 20)
     [row] = ids(e)
     assert len(row) == 20
     assert e.truncated == 1
-    c = llama("yes", add_special_tokens=False)["input_ids"]
-    assert row[-len(c) - 1 :] == [*c, llama.eos_token_id]
+    p, c = (llama(t, add_special_tokens=False)["input_ids"] for t in (prompt, "yes"))
+    assert row == [llama.bos_token_id, *p[-(19 - len(c) - 1) :], *c, llama.eos_token_id]
+
+
+def test_characters_of_text_without_a_first_token(llama: Any) -> None:
+    """A tokenizer that puts nothing before a text: its first token is not predicted, and its characters are not counted."""
+    bare = copy.deepcopy(llama)
+    bare.backend_tokenizer.post_processor = processors.Sequence([])
+    bare.add_bos_token = False
+    text = "Lily had a red ball."
+    assert encode.specials(bare) == ([], [])
+    plain = bare(text, add_special_tokens=False, return_offsets_mapping=True)
+    stops = [0, *(end for _, end in plain["offset_mapping"])]
+    e = encode.running(bare, [text], 8)
+    assert e.chars is not None
+    starts = range(0, len(plain["input_ids"]), 8)
+    want = [stops[min(a + 8, len(stops) - 1)] - stops[a + 1] for a in starts if a + 1 < len(plain["input_ids"])]
+    assert list(e.chars) == want
 
 
 def test_running_text_loses_nothing(llama: Any) -> None:
