@@ -443,6 +443,9 @@ MUTANTS = (
     Mutant("the round is chosen on test", "federation/summary.py", 'for split in ("validation", "test"):\n        for view', 'for split in ("test", "validation"):\n        for view', "tests/test_federation.py -k chosen"),
     Mutant("predictions come back in another order", "evaluation/predictions.py", "back = np.argsort(order)", "back = order", "tests/test_federation.py"),
     Mutant("the worst tenth is the best", "training/metrics.py", "ordered = np.sort(v)[::-1] if m in lower else np.sort(v)", "ordered = np.sort(v)[::-1]", "tests/test_metrics.py"),
+    Mutant("the score on validation is that on test", "federation/summary.py", 'at(main, "validation", chosen).get', 'at(main, "test", chosen).get', "tests/test_summary.py"),
+    Mutant("evaluation takes no time", "federation/summary.py", "t.train_seconds + t.eval_seconds + t.server_seconds", "t.train_seconds + t.server_seconds", "tests/test_summary.py"),
+    Mutant("the last minibatch of a pass is rounded away", "data/batches.py", "round(self.epochs * -(-rows // self.batch_size) / draws)", "int(self.epochs * -(-rows // self.batch_size) / draws)", "tests/test_summary.py"),
     # data
     Mutant("a client sees everybody's labels unpermuted", "data/batches.py", 'batch["labels"] = torch.from_numpy(data.label_maps[owners, batch["labels"].numpy()])', "pass", "tests/test_federation.py"),
     Mutant("prompts carry loss", "data/examples.py", "scored = inside & (at >= np.maximum(skip, 1)[:, None])", "scored = inside & (at >= 1)", "tests/test_federation.py"),
