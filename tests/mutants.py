@@ -446,6 +446,8 @@ MUTANTS = (
     Mutant("the score on validation is that on test", "federation/summary.py", 'at(main, "validation", chosen).get', 'at(main, "test", chosen).get', "tests/test_summary.py"),
     Mutant("evaluation takes no time", "federation/summary.py", "t.train_seconds + t.eval_seconds + t.server_seconds", "t.train_seconds + t.server_seconds", "tests/test_summary.py"),
     Mutant("the last minibatch of a pass is rounded away", "data/batches.py", "round(self.epochs * -(-rows // self.batch_size) / draws)", "int(self.epochs * -(-rows // self.batch_size) / draws)", "tests/test_summary.py"),
+    Mutant("a seed that failed is left out of the cost", "report/tables.py", "whole = got if found and len(got) == len(found) else []", "whole = got", "tests/test_report.py -k never_reached"),
+    Mutant("a race shows another view", "report/races.py", '[x for x in r.evals(view, "test") if', '[x for x in r.evals(r.main, "test") if', "tests/test_report.py -k race_is"),
     # data
     Mutant("a client sees everybody's labels unpermuted", "data/batches.py", 'batch["labels"] = torch.from_numpy(data.label_maps[owners, batch["labels"].numpy()])', "pass", "tests/test_federation.py"),
     Mutant("prompts carry loss", "data/examples.py", "scored = inside & (at >= np.maximum(skip, 1)[:, None])", "scored = inside & (at >= 1)", "tests/test_federation.py"),

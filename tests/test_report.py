@@ -19,9 +19,10 @@ from fedlora import report
 from fedlora.cli.actions import run_folders
 from fedlora.data.examples import Rows
 from fedlora.errors import StateError
+from fedlora.federation.records import EvalLine, TrainLine
 from fedlora.federation.summary import partition_facts
 from fedlora.files import sealed
-from fedlora.report import figures
+from fedlora.report import figures, races
 from fedlora.report.read import records
 
 pytest.importorskip("plotly")
@@ -125,6 +126,28 @@ def test_curves_are_those_of_the_metrics(run: Path) -> None:
     assert fig is not None
     curve = next(t for t in fig.data if t.name == "personal model")
     assert list(curve.x) == [sent[round] / 1e6 for round, _ in want]
+
+
+@pytest.mark.parametrize("view", ["personal", "global"])
+def test_a_race_is_of_its_view(view: str, run: Path) -> None:
+    """Mean scores of that view on test, against rounds and against megabytes sent by then. Every evaluation has a score of its own."""
+    found = records(run)
+    lines = [
+        dataclasses.replace(x, mean={"accuracy": i / 100}) if isinstance(x, EvalLine) else x
+        for i, x in enumerate(found.lines)
+    ]
+    scores = {
+        x.round: x.mean["accuracy"] for x in lines if isinstance(x, EvalLine) and (x.view, x.split) == (view, "test")
+    }
+    sent = {0: 0.0}
+    for x in lines:
+        if isinstance(x, TrainLine):
+            sent[x.round] = max(sent.values()) + sum(sum(d.values()) for d in x.bytes.values()) / 1e6
+    for against, at in (("rounds", {t: t for t in scores}), ("bytes", sent)):
+        fig = races.race({"m": [dataclasses.replace(found, lines=lines)]}, against, view)
+        assert fig is not None
+        [curve] = [t for t in fig.data if t.name == "m"]
+        assert list(zip(curve.x, curve.y, strict=True)) == [(pytest.approx(at[t]), v) for t, v in scores.items()]
 
 
 def test_partition_picture_holds_every_row(run: Path) -> None:
@@ -345,6 +368,18 @@ def test_cost_to_a_common_target_by_hand(tmp_path: Path) -> None:
     assert [rows[m]["target_round"] for m in ("slow", "fast")] == [2, 1]
     assert [rows[m]["target_bytes"] for m in ("slow", "fast")] == [3000, 1500]
     assert [rows[m]["target_seconds"] for m in ("slow", "fast")] == [pytest.approx(4.0), pytest.approx(2.0)]
+
+
+def test_a_seed_that_never_reached_the_target_is_not_left_out(tmp_path: Path) -> None:
+    """One of two seeds reached 0.7: the mean of those that did would flatter the method, so there is no cost to tell."""
+    from fedlora.report.tables import cost_to, grouped
+
+    seeds = [fake(tmp_path / f"s{i}", i, "m", [[0, 0], [high, high]]) for i, high in enumerate((0.8, 0.6))]
+    [runs] = grouped([records(f) for f in seeds]).values()
+    assert cost_to(runs, 0.7) == {
+        "target": 0.7, "target_round": None, "target_bytes": None, "target_seconds": None,
+    }  # fmt: skip
+    assert cost_to(runs, 0.5)["target_round"] == 1
 
 
 def test_pairs_by_hand(tmp_path: Path) -> None:
