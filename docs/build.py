@@ -1,4 +1,4 @@
-"""Writes docs/recipes.md and the JSON schema of recipes from the recipe's own types, so that they cannot go stale: `make docs`."""
+"""Writes docs/recipes.md, docs/methods.md, README's list of methods and the JSON schema of recipes from the code: `make docs`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 from fedlora import adapters
 from fedlora.federation.guards import GUARDS
 from fedlora.methods import METHODS
+from fedlora.methods.contract import FAMILIES
+from fedlora.methods.facts import WIDTH, facts
 from fedlora.recipe.core import defaults, meaning
 from fedlora.recipe.hyperparameters import UNTYPED, all_fields, default, own_fields
 from fedlora.recipe.schema import schema
 from fedlora.recipe.sections import SECTIONS
 from fedlora.recipe.shipped import SCHEMA
+from fedlora.units import size
 
 HEAD = """# Recipes
 
@@ -108,6 +111,71 @@ def text() -> str:
     return "".join(out)
 
 
+METHODS_HEAD = f"""# Methods
+
+What each method trains, what travels and what stays, with its default hyperparameters.
+`fedlora methods` prints the same, and `fedlora methods --cost MODEL` measures time and memory.
+
+A and B are the two factors of an adapter; the head is the classifier on top. One switch
+(`method.head`) says whether the head is shared, personal or frozen, the same for all methods of a
+comparison. Frozen leaves are trained by nobody. Bytes are those of a client's first messages, down
+and up, in fp32 for one layer of {WIDTH} x {WIDTH}, without the head. A method is exact where the
+product of what the uploads become is the mean of their products; `–` where that says nothing, as
+one factor stays at the client or there are no factors.
+
+This page is made from the methods by `make docs`.
+"""
+README, BEGIN, END = (
+    Path(__file__).parent.parent / "README.md",
+    "<!-- methods: by make docs -->\n",
+    "<!-- end of methods -->",
+)
+
+
+def paper(name: str) -> str:
+    """A link to a paper on arXiv; other names as they are."""
+    number = name.removeprefix("arXiv:")
+    return name if number == name else f"[{number}](https://arxiv.org/abs/{number})"
+
+
+def methods() -> str:
+    """The page on methods: a table for each family."""
+    found = [facts(m) for m in METHODS.values()]
+    out = [METHODS_HEAD]
+    for family, title in FAMILIES.items():
+        out.append(
+            f"\n## {title}\n\n| name | method | paper | trained | shared | personal | frozen | down, up | exact |\n"
+            "|---|---|---|---|---|---|---|---|---|\n"
+        )
+        for f in found:
+            if f["family"] == family:
+                leaves = " | ".join(", ".join(f[k]) for k in ("trained", "shared", "personal", "frozen"))
+                average = {True: "yes", False: "no", None: "–"}[f["exact"]]
+                sent = f"{size(f['down'])}, {size(f['up'])}"
+                out.append(
+                    f"| `{f['name']}` | {f['title']}: {f['what']} | {paper(f['paper'])} | {leaves} | {sent} | {average} |\n"
+                )
+    return "".join(out)
+
+
+def listed() -> str:
+    """README's short list: the methods of each family by name."""
+    out = ["| | methods |\n|---|---|\n"]
+    for family, title in FAMILIES.items():
+        names = ", ".join(f"{m.title} `{n}`" for n, m in METHODS.items() if m.family == family)
+        out.append(f"| {title} | {names} |\n")
+    return "".join(out)
+
+
+def readme() -> str:
+    """README with its list of methods made anew."""
+    old = README.read_text(encoding="utf-8")
+    a, b = old.index(BEGIN) + len(BEGIN), old.index(END)
+    return old[:a] + listed() + old[b:]
+
+
 if __name__ == "__main__":
     (Path(__file__).parent / "recipes.md").write_text(text(), encoding="utf-8")
+    (Path(__file__).parent / "methods.md").write_text(methods(), encoding="utf-8")
+    README.write_text(readme(), encoding="utf-8")
     SCHEMA.write_text(json.dumps(schema(), indent=1) + "\n", encoding="utf-8")

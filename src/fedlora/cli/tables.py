@@ -84,18 +84,34 @@ def result(out: Console, folder: Path) -> None:
 
 
 def methods(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The list of `fedlora methods`: readable at any width."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column()
-    for r in rows:
-        paper = Text(f"  {r['paper']}" if r["paper"] else "", style="dim")
-        grid.add_row(r["name"], Text(r["title"], style="bold") + paper)
-        grid.add_row("", Text(r["what"]))
-        shared, personal = ", ".join(r["shared"]) or "nothing", ", ".join(r["personal"]) or "nothing"
-        grid.add_row("", Text(f"shared: {shared}; personal: {personal}", style="cyan"))
-        grid.add_row("", "")
-    out.print(grid)
+    """The list of `fedlora methods`, in groups: readable at any width."""
+    from ..methods.contract import FAMILIES
+    from ..methods.facts import WIDTH
+
+    widest = max(len(r["name"]) for r in rows)
+    for family, title in FAMILIES.items():
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold", no_wrap=True, min_width=widest)
+        grid.add_column()
+        for r in rows:
+            if r["family"] != family:
+                continue
+            paper = Text(f"  {r['paper']}" if r["paper"] else "", style="dim")
+            grid.add_row(r["name"], Text(r["title"], style="bold") + paper)
+            grid.add_row("", Text(r["what"]))
+            parts = [f"{what}: {', '.join(r[what])}" for what in ("trained", "shared", "personal", "frozen") if r[what]]
+            grid.add_row("", Text("; ".join(parts), style="cyan"))
+            average = {True: "; exact", False: "; not exact", None: ""}[r["exact"]]
+            grid.add_row("", Text(f"{size(r['down'])} down, {size(r['up'])} up{average}", style="cyan"))
+            grid.add_row("", "")
+        out.print(Text(f"{title}\n", style="bold underline"))
+        out.print(grid)
+    out.print(
+        f"Bytes: of a client's first messages in fp32, for one layer of {WIDTH} x {WIDTH} and default ranks, without the "
+        "head. Exact: the product of what the uploads become is the mean of their products. "
+        "fedlora methods --cost MODEL measures time and memory.",
+        highlight=False,
+    )
 
 
 def recipes(out: Console, found: Sequence[Shipped]) -> None:

@@ -46,6 +46,7 @@ class FFALoRA(SGDMethod):
 
     name: ClassVar[str] = "ffa"
     title: ClassVar[str] = "FFA-LoRA"
+    family: ClassVar[str] = "exact"
     needs_halves: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv:2403.12313"
 
@@ -62,6 +63,7 @@ class FedSALoRA(SGDMethod):
 
     name: ClassVar[str] = "fedsa"
     title: ClassVar[str] = "FedSA-LoRA"
+    family: ClassVar[str] = "personal"
     needs_halves: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv:2410.01463"
 
@@ -78,6 +80,7 @@ class ShareB(SGDMethod):
 
     name: ClassVar[str] = "share-b"
     title: ClassVar[str] = "Share-B"
+    family: ClassVar[str] = "personal"
     needs_halves: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv:2509.25414"
 
@@ -94,6 +97,7 @@ class LocalLoRA(SGDMethod):
 
     name: ClassVar[str] = "local"
     title: ClassVar[str] = "Local-only"
+    family: ClassVar[str] = "personal"
     shares_head: ClassVar[bool] = False
 
     @property
@@ -130,6 +134,7 @@ class FineTunedLoRA(SGDMethod):
     name: ClassVar[str] = "fedavg-ft"
     title: ClassVar[str] = "FedAvg + fine-tuning"
     paper: ClassVar[str] = "arXiv:2305.05644"
+    family: ClassVar[str] = "personal"
     tune: int = 10
 
     def trains(self, k: Key) -> bool:

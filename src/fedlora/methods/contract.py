@@ -19,6 +19,14 @@ from ..model.adapted import Batch
 from ..training.loss import Loss
 from ..tree import Key, Params, apart
 
+FAMILIES = {  # the groups of `fedlora methods`, in their order
+    "averaging": "Averages of factors",
+    "exact": "Exact averages of products",
+    "personal": "Models of one's own",
+    "ranks": "Clients of different ranks",
+    "sparse": "Sparse, full and other updates",
+    "small": "Small messages",
+}
 Work = dict[str, Params]  # everything a block of clients carries from step to step; leaves [K ...]
 Metrics = dict[str, Tensor]  # [K]
 
@@ -99,6 +107,7 @@ class Method(ABC):
     name: ClassVar[str]  # in recipes
     title: ClassVar[str]  # in tables
     paper: ClassVar[str] = ""
+    family: ClassVar[str] = "averaging"  # of FAMILIES
     pooled: ClassVar[bool] = False  # trains one client that holds everybody's data
     inner: ClassVar[Mapping[str, Sequence[str]]] = {}  # fields that hold another method -> the methods they may hold
 

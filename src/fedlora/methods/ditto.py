@@ -33,6 +33,7 @@ class Ditto(HomLoRA):
     name: ClassVar[str] = "ditto"
     title: ClassVar[str] = "Ditto"
     paper: ClassVar[str] = "arXiv:2012.04221"
+    family: ClassVar[str] = "personal"
     lam: float = 0.1
 
     def problems(self) -> list[Problem]:

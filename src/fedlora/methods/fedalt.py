@@ -39,6 +39,7 @@ class FedALT(SGDMethod):
     name: ClassVar[str] = "fedalt"
     title: ClassVar[str] = "FedALT"
     paper: ClassVar[str] = "arXiv:2503.11880"
+    family: ClassVar[str] = "personal"
 
     def problems(self) -> list[Problem]:
         bad = super().problems()

@@ -68,6 +68,7 @@ class FedDPAT(Mixed):
 
     name: ClassVar[str] = "feddpa-t"
     title: ClassVar[str] = "FedDPA-T"
+    family: ClassVar[str] = "personal"
 
     def keep(self, context: Context, client: Client) -> Params:
         start = self.form.init(LOCAL, context.layers("target"), context.seed, client.id)
@@ -94,6 +95,7 @@ class FedDPAF(Mixed):
 
     name: ClassVar[str] = "feddpa-f"
     title: ClassVar[str] = "FedDPA-F"
+    family: ClassVar[str] = "personal"
     tune: int = 10
 
     @property

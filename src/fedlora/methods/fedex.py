@@ -34,6 +34,7 @@ class FedExLoRA(OnBase):
     name: ClassVar[str] = "fedex"
     title: ClassVar[str] = "FedEx-LoRA"
     paper: ClassVar[str] = "arXiv:2410.09432"
+    family: ClassVar[str] = "exact"
     residual: Literal["exact", "svd"] = "exact"
     residual_rank: int = 8
 

@@ -32,6 +32,7 @@ class FedRep(HomLoRA):
     name: ClassVar[str] = "fedrep"
     title: ClassVar[str] = "FedRep"
     paper: ClassVar[str] = "arXiv:2102.07078"
+    family: ClassVar[str] = "personal"
     head: Head = "personal"
     head_steps: int = 5
 

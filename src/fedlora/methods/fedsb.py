@@ -26,6 +26,7 @@ class FedSB(HomLoRA):
     name: ClassVar[str] = "fedsb"
     title: ClassVar[str] = "Fed-SB"
     paper: ClassVar[str] = "arXiv:2502.15436"
+    family: ClassVar[str] = "small"
     adapter: AdapterName = "lora-xs"
 
     def problems(self) -> list[Problem]:

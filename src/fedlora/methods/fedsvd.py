@@ -36,6 +36,7 @@ class FedSVD(Halves):
     name: ClassVar[str] = "fedsvd"
     title: ClassVar[str] = "FedSVD"
     paper: ClassVar[str] = "arXiv:2505.12805"
+    family: ClassVar[str] = "exact"
     svd_period: int = 1
     svd_warmup: int = 0
 

@@ -38,6 +38,7 @@ class FlexLoRA(Ranked):
     name: ClassVar[str] = "flexlora"
     title: ClassVar[str] = "FlexLoRA"
     paper: ClassVar[str] = "arXiv:2402.11505"
+    family: ClassVar[str] = "ranks"
     split: Literal["B", "sqrt"] = "B"
     padding: Literal["zero", "server", "holders"] = "zero"
 

@@ -37,6 +37,7 @@ class FLoRA(OnBase, Ranked):
     name: ClassVar[str] = "flora"
     title: ClassVar[str] = "FLoRA"
     paper: ClassVar[str] = "arXiv:2409.05976"
+    family: ClassVar[str] = "exact"
     plan: Plan = "same"
 
     @property

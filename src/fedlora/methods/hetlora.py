@@ -44,6 +44,7 @@ class HetLoRA(Ranked):
     name: ClassVar[str] = "hetlora"
     title: ClassVar[str] = "HetLoRA"
     paper: ClassVar[str] = "arXiv:2401.06432"
+    family: ClassVar[str] = "ranks"
     gamma: float = 0.99
     lam: float = 1e-3
     norms: Literal["model", "site"] = "model"

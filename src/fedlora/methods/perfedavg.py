@@ -33,6 +33,7 @@ class PerFedAvg(HomLoRA):
     name: ClassVar[str] = "perfedavg"
     title: ClassVar[str] = "Per-FedAvg-LoRA"
     paper: ClassVar[str] = "arXiv:2002.07948"
+    family: ClassVar[str] = "personal"
     lr_personal: float = 0.01
     hypergradient: Literal["exact", "first_order"] = "exact"
     tune: int = 1

@@ -24,6 +24,7 @@ class PF2HetLoRA(PF2LoRA, HetLoRA):
     name: ClassVar[str] = "pf2hetlora"
     title: ClassVar[str] = "PF2LoRA on HetLoRA ranks"
     paper: ClassVar[str] = ""
+    family: ClassVar[str] = "ranks"
     rank_min: int = 3
 
     def problems(self) -> list[Problem]:

@@ -54,6 +54,7 @@ class PF2LoRA(SGDMethod):
     name: ClassVar[str] = "pf2lora"
     title: ClassVar[str] = "PF2LoRA"
     paper: ClassVar[str] = "arXiv:2503.03920"
+    family: ClassVar[str] = "personal"
     label: ClassVar[str] = "common"
     alpha: float = 8.0
     weights: Weights = "uniform"

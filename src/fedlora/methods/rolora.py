@@ -26,6 +26,7 @@ class RoLoRA(Halves):
     name: ClassVar[str] = "rolora"
     title: ClassVar[str] = "RoLoRA"
     paper: ClassVar[str] = "arXiv:2502.01755"
+    family: ClassVar[str] = "exact"
     needs_halves: ClassVar[bool] = True
     period: int = 1
     first: Literal["B", "A"] = "B"

@@ -36,6 +36,7 @@ class FFT(Shared):
     name: ClassVar[str] = "fft"
     title: ClassVar[str] = "FFT"
     paper: ClassVar[str] = "arXiv:1602.05629"
+    family: ClassVar[str] = "sparse"
     label: ClassVar[str] = "full"
     adapter: AdapterName = "full"
 
@@ -47,6 +48,7 @@ class BitFit(Shared):
     name: ClassVar[str] = "bitfit"
     title: ClassVar[str] = "BitFit"
     paper: ClassVar[str] = "arXiv:2106.10199"
+    family: ClassVar[str] = "sparse"
     label: ClassVar[str] = "bitfit"
     adapter: AdapterName = "bitfit"
 
@@ -58,6 +60,7 @@ class Houlsby(Shared):
     name: ClassVar[str] = "houlsby"
     title: ClassVar[str] = "Houlsby"
     paper: ClassVar[str] = "arXiv:1902.00751"
+    family: ClassVar[str] = "sparse"
     label: ClassVar[str] = "bottleneck"
     adapter: AdapterName = "houlsby"
 
@@ -69,6 +72,7 @@ class Pfeiffer(Shared):
     name: ClassVar[str] = "pfeiffer"
     title: ClassVar[str] = "Pfeiffer"
     paper: ClassVar[str] = "arXiv:2005.00247"
+    family: ClassVar[str] = "sparse"
     label: ClassVar[str] = "bottleneck"
     adapter: AdapterName = "pfeiffer"
 
@@ -84,6 +88,7 @@ class SFT(Shared):
     name: ClassVar[str] = "sft"
     title: ClassVar[str] = "SFT"
     paper: ClassVar[str] = "arXiv:2308.06522"
+    family: ClassVar[str] = "sparse"
     label: ClassVar[str] = "sparse"
     density: float = 0.01
     density_pattern: Densities = ()
