@@ -448,6 +448,9 @@ MUTANTS = (
     Mutant("the last minibatch of a pass is rounded away", "data/batches.py", "round(self.epochs * -(-rows // self.batch_size) / draws)", "int(self.epochs * -(-rows // self.batch_size) / draws)", "tests/test_summary.py"),
     Mutant("a seed that failed is left out of the cost", "report/tables.py", "whole = got if found and len(got) == len(found) else []", "whole = got", "tests/test_report.py -k never_reached"),
     Mutant("a race shows another view", "report/races.py", '[x for x in r.evals(view, "test") if', '[x for x in r.evals(r.main, "test") if', "tests/test_report.py -k race_is"),
+    Mutant("an export loses the base's revision", "checkpoints/peft.py", 'held.peft_config["default"].revision = revision', 'held.peft_config["default"].revision = None', "tests/test_card.py -k revision"),
+    Mutant("the card's lines load another revision", "serving/card.py", '        extra["revision"] = revision\n', '        pass\n', "tests/test_card.py -k revision"),
+    Mutant("the card of the global model has personal scores", "serving/card.py", 'view = "global" if client is None else "personal"', 'view = "personal"', "tests/test_card.py -k very_model"),
     # data
     Mutant("a client sees everybody's labels unpermuted", "data/batches.py", 'batch["labels"] = torch.from_numpy(data.label_maps[owners, batch["labels"].numpy()])', "pass", "tests/test_federation.py"),
     Mutant("prompts carry loss", "data/examples.py", "scored = inside & (at >= np.maximum(skip, 1)[:, None])", "scored = inside & (at >= 1)", "tests/test_federation.py"),

@@ -22,9 +22,9 @@ from fedlora.checkpoints.pretrained import MINILM, known_as
 TEXT = "the goal is the match"
 
 
-def made(kind: str, folder: Path) -> tuple[fl.Run, Any]:
-    """A finished run of the kind of task, and a request."""
-    sets = ["federation.rounds=2", "train.lr=0.05"]
+def made(kind: str, folder: Path, *more: str) -> tuple[fl.Run, Any]:
+    """A finished run of the kind of task, and a request. more: further changes of its recipe."""
+    sets = ["federation.rounds=2", "train.lr=0.05", *more]
     if kind in ("token-classification", "multi-label"):
         fl.run(write_task(folder, kind), sets=sets)
         return fl.load(folder / "run"), SHOWN[kind][0]
@@ -111,7 +111,7 @@ def test_peft_finds_class_and_base_by_the_folder_alone(tmp_path: Path) -> None:
 
 
 def test_the_card_tells_the_scores_of_this_very_model(tmp_path: Path) -> None:
-    run, _ = made("classification", tmp_path)
+    run, _ = made("classification", tmp_path, "method.name=fedsa")  # its personal and global models differ
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for which in ("best", "last"):
         for client, view in ((None, "global"), ("c1", "personal")):
@@ -127,6 +127,24 @@ def test_the_card_tells_the_scores_of_this_very_model(tmp_path: Path) -> None:
             assert f"accuracy {scores['accuracy']:.4g}, loss {scores['loss']:.4g}" in text
             assert ("`c1`" in text) == (client == "c1")
     assert "round 2, the last" in text
+
+
+def test_an_export_names_the_bases_revision(tmp_path: Path) -> None:
+    """In PEFT's own file, and in the card's lines; a base without one has none."""
+    import tiny
+
+    from fedlora.checkpoints import peft
+    from fedlora.serving.card import code
+    from fedlora.training.tasks import TASKS
+
+    f = tiny.federation(fl.HomLoRA(rank=2), tmp_path / "run")
+    deltas = {k: v for k, v in f.method.init(f.context).params.items() if k.adapter != "head"}
+    for revision in ("v1.2", None):
+        out = tmp_path / str(revision)
+        peft.export(tiny.bert, [], deltas, "classification", "some/base", out, revision=revision)
+        assert json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))["revision"] == revision
+        lines = code(TASKS["classification"], ["a", "b"], "some/base", revision, False)
+        assert ("revision='v1.2'" in lines) == (revision is not None)
 
 
 def test_equal_exports_are_equal_bytes(tmp_path: Path) -> None:
