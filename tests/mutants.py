@@ -44,6 +44,18 @@ MUTANTS = (
     Mutant("a resolver that hangs holds a command up", "hub.py", "    asking.join(SECONDS)", "    asking.join(5)\n    assert not asking.is_alive()", "tests/test_hub.py -k resolved"),
     Mutant("an interrupted sweep is gone on with as one run", "cli/actions.py", "raise Interrupted(sweep or fed.store.root)", "raise Interrupted(fed.store.root)", "tests/test_sweeps.py"),
     Mutant("epochs that are set stand beside the recipe's steps", "recipe/overrides.py", "if path in given and other not in given:", "if False:", "tests/test_hints.py -k epochs"),
+    # privacy
+    Mutant("a client moves the sum by more than the clip norm", "federation/private.py", "return d if size <= norm else", "return d if size <= 2 * norm else", "tests/test_privacy.py -k moves_the_sum"),
+    Mutant("the denominator is the number of uploads", "federation/private.py", "(total[k] + noise[k]) / self.expected", "(total[k] + noise[k]) / 3", "tests/test_privacy.py -k fixed_denominator"),
+    Mutant("noise is smaller than stated", "federation/private.py", "        return z * self.norm\n", "        return 0.5 * z * self.norm\n", "tests/test_privacy.py -k 'canaries or stated_scale'"),
+    Mutant("noise is the same in every round", "federation/private.py", 'seeded(self.place.seed, "dp", server.round)', 'seeded(self.place.seed, "dp")', "tests/test_privacy.py -k noise_of_its_own"),
+    Mutant("the count of adaptive clipping is free", "federation/private.py", "z = (z**-2 - (2 * self.count_noise) ** -2) ** -0.5", "z = z", "tests/test_privacy.py -k paid_for"),
+    Mutant("an exchanged client costs as one that is added", "federation/accountant.py", "dp.GaussianDpEvent(self.noise / 2 if self.exchanges else self.noise)", "dp.GaussianDpEvent(self.noise)", "tests/test_privacy.py -k fixed_cohort"),
+    Mutant("a resumed run forgets what it spent", "federation/run.py", "                self._ledger.opened(done)", "                pass", "tests/test_privacy.py -k ledger_is_gone"),
+    Mutant("a round is trained before it is charged", "federation/run.py", "            self._ledger.charge(server.round)", "            pass", "tests/test_privacy.py -k 'budget or recomputed'"),
+    Mutant("a round that was released is free the second time", "federation/ledger.py", "if again and (not self.fresh or", "if again and (True or", "tests/test_privacy.py -k done_again"),
+    Mutant("records of a private run name its clients", "federation/run.py", "        if self.private is not None:\n", "        if False:\n", "tests/test_privacy.py -k tell_nothing"),
+    Mutant("a Poisson cohort is never empty", "federation/setting.py", "np_rng(seed, \"cohort\", round).random(clients) < q).tolist()", "np_rng(seed, \"cohort\", round).random(clients) < q).tolist() or [0]", "tests/test_privacy.py -k 'coin or without_clients'"),
     # engine: blocks, resume, ownership
     Mutant("a client out of batches goes on training", "federation/engine.py", "work = where(alive[-1], new, work)", "work = new", f"{CONTRACT} -k block_equals"),
     Mutant("dropout depends on the block", "model/dropout.py", "return mix(seeds + signed(call * GOLDEN))", "return mix(torch.arange(len(seeds)) + signed(call * GOLDEN))", f"{CONTRACT} -k block_equals"),

@@ -75,6 +75,14 @@ def test_readme_sites(notes: Path) -> None:
     assert (notes / "runs/sites/report.html").exists()
 
 
+def test_the_page_on_privacy(notes: Path) -> None:
+    page = (ROOT / "docs/privacy.md").read_text(encoding="utf-8")
+    recipe = block(page, "test: recipe").replace("{name: minilm}", f"{{name: {notes / 'model'}}}")
+    (notes / "private.yaml").write_text(recipe, encoding="utf-8")
+    said = [fedlora(*x.split("#")[0].split()[1:], cwd=notes) for x in block(page, "test: commands").splitlines()]
+    assert "of 8" in said[-1].stdout
+
+
 def test_readme_python(notes: Path) -> None:
     code = block(README, "test: python")
     assert len([x for x in code.split("\n\n")[1].splitlines() if x]) <= 15

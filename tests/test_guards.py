@@ -40,6 +40,7 @@ ROWS: dict[str, Guard] = {
     "fedavgm": GUARDS["fedavgm"](lr=0.5),
     "fedadagrad": GUARDS["fedadagrad"](lr=0.01),
     "fedadam": GUARDS["fedadam"](lr=0.01, lr_ratio=4.0),
+    "dp": GUARDS["dp"](noise=0.5, norm=0.05, quantile=0.5, scores="public"),
     "fedyogi": GUARDS["fedyogi"](lr=0.01),
 }
 SERVED = [(m, g) for m, row in TABLE.items() for g, guard in ROWS.items() if guard.cannot(row.method) is None]
@@ -61,6 +62,7 @@ def pairs() -> list[Any]:
         ("fedsa", "bound"),
         ("hetlora", "bound"),
         ("fedsa", "fedadam"),
+        ("fedsa", "dp"),
         ("flora-mixed", "krum"),
     }
     return [pytest.param(m, g, marks=() if (m, g) in quick else pytest.mark.slow, id=f"{m}-{g}") for m, g in SERVED]

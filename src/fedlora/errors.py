@@ -7,6 +7,7 @@ FedloraError
   x StateError     a run folder is damaged, foreign or full
   x UploadError    a client's upload was refused
   x TrainingError  training cannot go on (non-finite loss everywhere, too few clients)
+  x BudgetError    a round would spend more privacy than the run may
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class UploadError(FedloraError):
 
 class TrainingError(FedloraError):
     """Training cannot go on."""
+
+
+class BudgetError(FedloraError):
+    """A round would spend more privacy than the run may; it was not trained."""
 
 
 TOLD = "(see text)"  # `got` of a problem whose text already says everything

@@ -286,7 +286,9 @@ def _status(folder: Path) -> dict[str, Any]:
         raise StateError(f"{folder}: no status.json: give the run folder of a fedlora server")
     lines = read_lines(folder)
     sent = {d: sum(x.sent(d) for x in lines if isinstance(x, TrainLine)) for d in ("up", "down")}
+    spent = sealed.read(folder / "privacy.json")
     return found | {
+        "privacy": spent and {k: spent[k] for k in ("epsilon", "delta", "budget")},
         "bytes": sent,
         "done": max((x.round for x in lines), default=0),
         "age": time.time() - found["updated"],

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..errors import FedloraError, StateError, printable
+from ..files import sealed
 from ..units import NOTHING, number, seconds
 from .tables import _table
 
@@ -45,6 +46,7 @@ def facts(folder: Path) -> dict[str, Any]:
     except (FedloraError, ValueError, KeyError, TypeError) as e:
         return found | {"state": "damaged", "why": str(e)}
     s = r.summary or {}
+    spent = sealed.read(folder / "privacy.json")
     rounds = s.get("rounds") or r.recipe.get("federation", {}).get("rounds")
     done = s["rounds"] if s else max((x.round for x in r.lines), default=0)
     return found | {
@@ -55,6 +57,7 @@ def facts(folder: Path) -> dict[str, Any]:
         "rounds": rounds,
         "metric": r.metric if s else None,
         "score": s.get("test"),
+        "privacy": spent and {k: spent[k] for k in ("epsilon", "delta", "budget")},
     }
 
 
@@ -72,9 +75,17 @@ def ls(folder: Path, json: bool, out: Console) -> None:
     show(out, found, folder)
 
 
+def _epsilon(spent: dict[str, Any] | None) -> str:
+    if not spent:
+        return NOTHING
+    budget = f" of {spent['budget']:g}" if spent["budget"] is not None else ""
+    return "inf" if spent["epsilon"] is None else f"{spent['epsilon']:.3g}{budget}"
+
+
 def show(out: Console, found: Sequence[dict[str, Any]], root: Path) -> None:
     """One row a run; a damaged one says why below."""
-    table = _table("", "run", "method", "state", "round", "score", "age")
+    private = any(f.get("privacy") for f in found)
+    table = _table("", "run", "method", "state", "round", "score", *(["epsilon"] if private else []), "age")
     for f in found:
         path = Path(f["folder"])
         name = str(path.relative_to(root)) if path != root else path.name
@@ -86,6 +97,7 @@ def show(out: Console, found: Sequence[dict[str, Any]], root: Path) -> None:
             Text(f["state"], style=colour),
             f"{f['round']}/{f['rounds']}" if f.get("rounds") else NOTHING,
             score,
+            *([_epsilon(f.get("privacy"))] if private else []),
             NOTHING
             if f["age_seconds"] is None
             else seconds(f["age_seconds"])

@@ -44,7 +44,7 @@ def status(s: Mapping[str, Any]) -> Table:
     metric = "" if not s["metric"] else f", {s['metric'][0]} {number(s['metric'][1])}"
     moved = f"{size(s['bytes']['up'])} up, {size(s['bytes']['down'])} down"
     head = f"{s['run']}: {s['state']}, round {s['done']} of {s['rounds']} done{metric}, {moved}, {s['age']:.0f} s ago"
-    table = _table(head, "client", "site", "state")
+    table = _table(head + _spent(s.get("privacy")), "client", "site", "state")
     where = {c: n for n, held in s["sites"].items() for c in held}
     for c in sorted(where):
         state = s["clients"].get(c, "idle")
@@ -77,10 +77,20 @@ def result(out: Console, folder: Path) -> None:
     known = s.get("constant")
     bar = "" if known is None else f"; always a client's most frequent class {number(known)}"
     out.print(
-        f"{chosen}{last}{bar}. {size(s['bytes']['total'])} sent, {s['seconds']:.0f} s. Folder: {folder}",
+        f"{chosen}{last}{bar}.{_spent(s.get('privacy'))} {size(s['bytes']['total'])} sent, {s['seconds']:.0f} s. Folder: {folder}",
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _spent(p: Mapping[str, Any] | None) -> str:
+    """What a run has spent of its privacy budget, as a sentence; "" for a run that promises nothing."""
+    if not p:
+        return ""
+    if p["epsilon"] is None:
+        return " No privacy: changes were clipped, and no noise was added."
+    budget = f" of {p['budget']:g}" if p["budget"] is not None else ""
+    return f" Epsilon {p['epsilon']:.3g}{budget} at delta {p['delta']:g}."
 
 
 def methods(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -183,15 +193,24 @@ def bench(out: Console, found: Mapping[str, Any]) -> None:
 
 def comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """Methods side by side; rows as report.tables.compare_rows gives them."""
-    from ..report.tables import choice, constant, has_global, heading, score, unequal
+    from ..report.tables import choice, constant, has_epsilon, has_global, heading, score, unequal
 
     if not rows:
         return
     seeds = {r["seeds"] for r in rows}
     alike = len(seeds) == 1 and not any(r["unfinished"] for r in rows)
     spread = f", {max(seeds)} seeds" if alike and max(seeds) > 1 else ""
-    head, globe = heading(rows), has_global(rows)
-    columns = ["method", head, *(["global"] if globe else []), "worst", "trained", "sent", "time"]
+    head, globe, private = heading(rows), has_global(rows), has_epsilon(rows)
+    columns = [
+        "method",
+        head,
+        *(["global"] if globe else []),
+        *(["epsilon"] if private else []),
+        "worst",
+        "trained",
+        "sent",
+        "time",
+    ]
     title = f"{rows[0]['metric']} on test, at the round chosen on {choice(rows)}{spread}"
     table = _table(title, *columns, *([] if alike else ["seeds"]))
     for r in rows:
@@ -200,6 +219,7 @@ def comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
             r["method"],
             score(r, head),
             *([number(r["global"])] if globe else []),
+            *([r["epsilon"] or NOTHING] if private else []),
             number(r["worst_decile"]),
             count(r["trainable"]),
             size(r["bytes_total"]),

@@ -11,6 +11,8 @@ from typing import Any
 from ..data.federated import roster
 from ..errors import ConfigError, Problem, StateError
 from ..federation.guards.bound import Bound
+from ..federation.guards.dp import DP
+from ..federation.guards.guard import Place
 from ..federation.run import Federation
 from ..federation.setting import Sampling
 from ..methods.contract import Method
@@ -52,6 +54,9 @@ def check(recipe: Recipe) -> None:
     if recipe.model.adapter is not None:
         what = "merge the adapter into the base and give every site that"
         bad.append(Problem("model.adapter", recipe.model.adapter, "null in a deployment", what))
+    if recipe.federation.cohort == "poisson":
+        what = "who is online is no coin of the server's"
+        bad.append(Problem("federation.cohort", "poisson", "uniform or fixed in a deployment", what))
     if recipe.federation.patience is not None:
         bad.append(
             Problem(
@@ -86,6 +91,7 @@ def coordinator(
     terms = Terms(d.clients or recipe.federation.min_clients, d.deadline, d.over_selection, d.attempts)
     fed = build.federation(recipe, output, lambda r, tokenizer: nobody)
     fed.sampling = bounded(fed.sampling, fed.method, d.bound)
+    fed.deployed = deployed(recipe, terms)
     told = told_to_sites(recipe)
 
     def runtime(fed: Federation, watch: Any) -> Remote:
@@ -98,10 +104,18 @@ def coordinator(
 
 def bounded(sampling: Sampling, method: Method, times: float | None) -> Sampling:
     """The sampling of a deployment: with the guard `bound` as the first to see what arrives, unless the recipe has its own."""
-    own = any(isinstance(g, Bound) for g in sampling.guards)
+    own = any(isinstance(g, (Bound, DP)) for g in sampling.guards)  # dp bounds every client by itself
     if times is None or own or Bound(times).cannot(method):
         return sampling
     return replace(sampling, guards=(*sampling.guards, Bound(times)))
+
+
+def deployed(recipe: Recipe, terms: Terms) -> Place:
+    """Where guards stand at a server. Who is online is nobody's random choice, so no sampling makes privacy cheaper: every client
+    is taken to be in every round."""
+    n = recipe.federation.clients_per_round
+    most = terms.clients if n is None or isinstance(n, float) else n
+    return Place(recipe.run.seed, recipe.federation.rounds, most, float(most), "everybody", fresh=True)
 
 
 def elsewhere(name: str) -> bool:

@@ -189,14 +189,17 @@ class Remote:
         log.refused |= dict.fromkeys(late, "late: no reply in time")
         if late:
             self.say(f"round {info.round + 1}: late: {', '.join(late[:5])}")
-        for c, why in claims.distant(list(arrived.values()), server.params).items() if arrived else ():
+        # Whom dp counts may not depend on what others have sent; it clips everybody instead.
+        distant = claims.distant(list(arrived.values()), server.params) if arrived and not fed.private else {}
+        for c, why in distant.items():
             self._drop(c, why, arrived, log)
         enough(info.round, len(arrived), len(cohort), fed.sampling.min_clients, log.refused)
         self.status("aggregating", server, clients=state | dict.fromkeys(late, "late"))
         chosen = in_order([clients[c] for c in clients if c in arrived])
+        most = None if fed.private else claims.bound(fed.sampling.norm_bound, server, list(arrived.values()))
         new, used, left = claims.aggregated(
-            lambda uploads: fed.sampling.channel.aggregate(fed.method, fed.context, server, iter(uploads)),
-            [arrived[c.id] for c in chosen], fed.sampling.min_clients, claims.bound(fed.sampling.norm_bound, server, list(arrived.values())),
+            lambda uploads: fed.channel.aggregate(fed.method, fed.context, server, iter(uploads)),
+            [arrived[c.id] for c in chosen], fed.sampling.min_clients, most,
         )  # fmt: skip
         for c, why in left.items():
             self._drop(c, why, arrived, log)
@@ -228,7 +231,7 @@ class Remote:
             parts: dict[str, bytes] = {}
             for c in mine:
                 if shared is None or method.per_client:
-                    sent = self.fed.sampling.channel.down(method.broadcast(context, server, c), info)
+                    sent = self.fed.channel.down(method.broadcast(context, server, c), info)
                     shared = sent, sent.encode()
                 sent, text = shared
                 each[c.id] = sent
@@ -255,7 +258,7 @@ class Remote:
         text, spec = reply.parts[client.id], declared(down, client)
         message, header = wire.decode(text, most=FORMS * len(spec))
         schema.same(header, round=reply.header["round"])
-        return self.fed.sampling.channel.read(message, down, spec), wire.measure(message, text)
+        return self.fed.channel.read(message, down, spec), wire.measure(message, text)
 
     # evaluation ---------------------------------------------------------------------------------------------------
     def evaluate(self, server: ServerState) -> list[Line]:

@@ -223,7 +223,7 @@ class Site:
                 return None
             if fed.store.has_round(id, round):
                 return fed.store.load_round(id, round)
-            personal = fed.sampling.channel.remembers or fed.method.keep(fed.context, Client(id, 1))
+            personal = fed.channel.remembers or fed.method.keep(fed.context, Client(id, 1))
             if personal or fed.store.load_client(id, round) is not None:
                 raise StateError(
                     f"client {id!r}: its personal leaves of round {round + 1} are gone from {fed.store.root}; restore that "

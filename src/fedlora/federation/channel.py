@@ -116,17 +116,19 @@ class Channel:
         self, method: Method, context: Context, server: ServerState, uploads: Iterable[Upload]
     ) -> ServerState:
         """The next server, through every guard."""
-        for g in reversed(self.guards):
+
+        def like() -> Params:
+            info, nobody = RoundInfo(server.round, server.round + 1), Client("", 1)
+            return first_upload(method, context, info, method.broadcast(context, server, nobody), nobody)
+
+        remembered = {g.name: remembered_by(g, server.guards) for g in self.guards}
+        guards = [g.opened(server, remembered[g.name], like) for g in self.guards]
+        for g in reversed(guards):
             uploads = g.arrive(uploads, server)
         new = method.aggregate(context, server, uploads)
         states: Params = {}
-        for g in reversed(self.guards):
-            mine = {
-                k._replace(adapter=k.adapter.removesuffix(GUARD + g.name)): v
-                for k, v in server.guards.items()
-                if k.adapter.endswith(GUARD + g.name)
-            }
-            new, mine = g.settle(new, server, mine)
+        for g in reversed(guards):
+            new, mine = g.settle(new, server, remembered[g.name])
             states |= {k._replace(adapter=f"{k.adapter}{GUARD}{g.name}"): v for k, v in mine.items()}
         return replace(new, guards=states)
 
@@ -134,6 +136,12 @@ class Channel:
         """The method's change of stage, if one is due; the same object where there is none."""
         new = method.advance(context, server)
         return new if new is server else replace(new, guards=server.guards)
+
+
+def remembered_by(g: Guard, states: Params) -> Params:
+    """What a guard remembers at the server, of what all guards do."""
+    end = GUARD + g.name
+    return {k._replace(adapter=k.adapter.removesuffix(end)): v for k, v in states.items() if k.adapter.endswith(end)}
 
 
 def together(guards: Sequence[Guard]) -> list[Problem]:
@@ -145,6 +153,11 @@ def together(guards: Sequence[Guard]) -> list[Problem]:
     elif len(forms := [g.name for g in guards if g.encodes]) > 1:
         expected = "one guard at most that changes the form of the message"
         bad.append(Problem("federation.guards", forms, expected, "drop all but one"))
+    for g in guards:
+        for other in guards:
+            if other is not g and (why := g.beside(other)):
+                expected = f"a guard that can stand beside {g.name}"
+                bad.append(Problem("federation.guards", other.name, expected, f"{why}: drop one of the two"))
     return bad
 
 

@@ -6,7 +6,7 @@ Equal to training them one at a time, dropout included; blocks only make it fast
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,6 +19,7 @@ from ..training.optimizers import schedule
 from ..tree import Params, apart, stack, unstack, where
 from . import wire
 from .channel import Channel, Declared, Sent
+from .private import Placed
 
 # What an allocator without an error class of its own says: PyTorch's on the CPU, and oneDNN's.
 REFUSED = ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory object")
@@ -191,6 +192,8 @@ class Engine:
                 see(u)
                 yield u
 
+        if not cohort and not any(isinstance(g, Placed) for g in self.channel.guards):
+            return replace(server, round=server.round + 1), log  # nobody was drawn, so nothing has changed
         return self.channel.aggregate(self.method, self.context, server, uploads()), log
 
     def _uploads(

@@ -11,6 +11,7 @@ import numpy as np
 from ..layers import Layer
 from ..methods.contract import Client, RoundInfo, ServerState, Upload
 from .channel import first_upload
+from .guards.guard import Guard
 from .setting import Setting
 from .summary import operators
 
@@ -20,7 +21,7 @@ PRICED = 64  # clients whose messages are measured one by one; a larger cohort i
 
 def round_bytes(f: Setting, server: ServerState, cohort: Sequence[Client]) -> dict[str, int]:
     """Bytes of a first round, both ways: every client's messages are built and measured."""
-    channel, info = f.sampling.channel, RoundInfo(server.round, f.sampling.rounds)
+    channel, info = f.channel, RoundInfo(server.round, f.sampling.rounds)
     sent = {"down": 0, "up": 0}
     some = cohort[:PRICED]
     for c in some:
@@ -123,6 +124,8 @@ class RunFacts:
 def facts(f: Setting, block: int) -> RunFacts:
     """The facts of a setting. block: clients that would be trained at once."""
     cohort = f.cohort(0)
+    if f.sampling.cohort == "poisson":  # a typical cohort, which is never empty
+        cohort = [f.client(k) for k in range(max(1, round(f.sampling.expected(f.training))))]
     train = f.data.splits["train"]
     held = f.data.histogram("train") if f.data.label_names else np.zeros((0, 0), np.int64)
     config = getattr(f.model.base, "config", None)
@@ -146,7 +149,7 @@ def facts(f: Setting, block: int) -> RunFacts:
         parameters=f.parameters(),
         bytes_per_round=round_bytes(f, f.method.init(f.context), cohort),
         bytes=run_bytes(f, cohort),
-        guards=[repr(g) for g in f.sampling.channel.guards],
+        guards=[repr(g) + cost(f, g) for g in f.sampling.guards],
         ids=list(f.data.ids),
         sizes=train.sizes.tolist(),
         label_names=list(f.data.label_names),
@@ -155,6 +158,15 @@ def facts(f: Setting, block: int) -> RunFacts:
         class_clients=(held > 0).sum(0).tolist(),
         classes_held=(held > 0).sum(1).tolist(),
     )
+
+
+def cost(f: Setting, g: Guard) -> str:
+    """What a guard that spends a privacy budget will have spent after all rounds; "" for others."""
+    p = f.private
+    if p is None or p.rule is not g:
+        return ""
+    spent = p.mechanism.epsilon(f.sampling.rounds, p.rule.delta)
+    return f": epsilon {spent:.3g} at delta {p.rule.delta:g} after {f.sampling.rounds} rounds, with noise {p.mechanism.noise:g}"
 
 
 def named(layers: Sequence[Layer]) -> list[tuple[str, int, str]]:

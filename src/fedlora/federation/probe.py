@@ -179,7 +179,7 @@ class _Tried:
         self.stamps.clear()
         engine = Engine(
             f.method, f.context, f.loss, lambda c, info, n: cut[c.id], lambda id, r: None, lambda id, r, p: None,
-            self.pace, self.block, 1, f.sampling.channel, on_lowered=self.lowered,
+            self.pace, self.block, 1, f.channel, on_lowered=self.lowered,
         )  # fmt: skip
         begin = time.perf_counter()
         engine.round(replace(server, notes=dict(server.notes)), f.sampling.rounds, clients, uploads.append)
@@ -239,7 +239,7 @@ def _evaluation(f: Setting, block: int, server: ServerState) -> float:
     if not splits or not groups:
         return 0.0
     engine = Engine(
-        f.method, f.context, f.loss, f.batches, lambda id, r: None, lambda id, r, p: None, Schedule(), block, 1, f.sampling.channel
+        f.method, f.context, f.loss, f.batches, lambda id, r: None, lambda id, r, p: None, Schedule(), block, 1, f.channel
     )  # fmt: skip
     view, group = groups[0]
     held = {s: f.data.splits[s] for s in splits}

@@ -33,7 +33,8 @@ class Line:
 class TrainLine(Line):
     """A round of training.
 
-    loss: mean over accepted clients; losses, refused: by client; examples: rows behind the accepted uploads; bytes:
+    loss: mean over accepted clients, not a number where nobody was drawn or losses are withheld; losses, refused: by client;
+    examples: rows behind the accepted uploads; bytes:
     direction -> adapter, head, framing; exactness: error of the mean's product, None where it was not measured; extra: what
     the method records (ranks by client).
     """

@@ -22,6 +22,7 @@ from ..tree import Params, apart, select
 from . import inputs
 from .callbacks import Callback, Several
 from .engine import Engine, RoundLog
+from .ledger import Ledger, ledger_of, withheld
 from .memory import auto_block, forget_peak, kept, peak_memory
 from .records import EvalLine, HandoverLine, Line, Timing, TrainLine, lines_in, read_lines, read_timings
 from .runtime import InProcess, Runtime
@@ -62,6 +63,7 @@ class Federation(Setting):
         super().__post_init__()
         self.store = Store(Path(self.output), keep=self.keep)
         self._beginning: tuple[int, Params, dict[str, Any]] | None = None
+        self._ledger: Ledger | None = None
         self._means: list[EvalLine] = []  # of the rounds so far: the best one's states are kept
 
     # rounds -----------------------------------------------------------------------------------------------------
@@ -69,8 +71,8 @@ class Federation(Setting):
         """The engine that trains this run's clients and reports to `watch`."""
         return Engine(
             self.method, self.context, self.loss, self.batches, self._load,
-            lambda id, r, p: self.store.save_client(id, r, p), self.schedule, self.block_size(), self.sampling.min_clients,
-            self.sampling.channel, watch.clients_done, lambda b, n: self._lowered(b, n, watch),
+            lambda id, r, p: self.store.save_client(id, r, p), self.schedule, self.block_size(), self.sampling.least,
+            self.channel, watch.clients_done, lambda b, n: self._lowered(b, n, watch),
         )  # fmt: skip
 
     def _load(self, id: str, round: int) -> Params | None:
@@ -162,6 +164,9 @@ class Federation(Setting):
             watch.start(self.name, done, self.sampling.rounds)
             runtime = self.runtime(self, watch)
             self.store.facts["block"] = runtime.block
+            self._ledger = ledger_of(self)
+            if self._ledger is not None:
+                self._ledger.opened(done)
             if loaded is None:
                 describe_run(self, self.store, runtime.block)
                 server = self.beginning()
@@ -173,6 +178,8 @@ class Federation(Setting):
                 server = self._round(runtime, self._advance(runtime, server, watch), watch)
             folder = self.store.root
             result = summarise(self, server, read_lines(folder), read_timings(folder))
+            if self._ledger is not None:
+                result["privacy"] = self._ledger.final()
             if server.round < self.sampling.rounds:
                 result["stopped"] = (
                     f"no round of the last {self.patience} was better on validation (federation.patience)"
@@ -183,6 +190,8 @@ class Federation(Setting):
 
     def evaluate(self, runtime: Runtime, server: ServerState, watch: Callback) -> list[Line]:
         """Lines of metrics for every view and split that has rows."""
+        if self.withheld:
+            return []  # scores tell of the clients' rows, and epsilon does not cover them
         watch.evaluating(server.round)
         return runtime.evaluate(server)
 
@@ -190,7 +199,7 @@ class Federation(Setting):
         """Let a method with stages change its parametrisation; what that does to the scores is recorded.
 
         The scores before are the round's own where it was evaluated, and else are taken here, as stage "before"."""
-        new = self.sampling.channel.advance(self.method, self.context, server)
+        new = self.channel.advance(self.method, self.context, server)
         if new is server:
             return server
         stages = {"handover": new} if self._due(server.round) else {"before": server, "handover": new}
@@ -211,9 +220,12 @@ class Federation(Setting):
 
     def _round(self, runtime: Runtime, server: ServerState, watch: Callback) -> ServerState:
         start = time.perf_counter()
+        if self._ledger is not None:
+            self._ledger.charge(server.round)
         cohort = runtime.cohort(server.round)
         watch.round_start(server.round + 1, len(cohort))
-        meter = _Meter(self, server, self.evaluation.exactness and len(cohort) <= EXACTNESS_COHORT)
+        seen = self.evaluation.exactness and len(cohort) <= EXACTNESS_COHORT and self.private is None
+        meter = _Meter(self, server, seen)
         new, log = runtime.round(server, self.sampling.rounds, cohort, meter.see)
         if why := finite_state(new.leaves):
             raise TrainingError(
@@ -225,6 +237,8 @@ class Federation(Setting):
         if self._due(new.round):
             lines += self.evaluate(runtime, new, watch)
         evaluated = time.perf_counter()
+        if self._ledger is not None:
+            self._ledger.released(server.round)
         self._commit(new, lines, watch)
         spent = (trained - start, evaluated - trained, time.perf_counter() - evaluated)
         facts = Timing(new.round, *spent, log.tokens, peak_memory()).to_json()
@@ -233,6 +247,11 @@ class Federation(Setting):
         return new
 
     def _train_line(self, new: ServerState, cohort: Sequence[Client], log: RoundLog, error: float | None) -> TrainLine:
+        extra = self.method.record(new)
+        if self._ledger is not None:
+            extra |= {"privacy": self._ledger.facts()}
+        if self.private is not None:
+            return withheld(new.round, log, self.place.expected / max(len(cohort), 1), extra)
         good = [v for c, v in log.losses.items() if c not in log.refused]
         return TrainLine(
             round=new.round,
@@ -243,7 +262,7 @@ class Federation(Setting):
             refused=log.refused,
             bytes={"up": log.up.as_dict(), "down": log.down.as_dict()},
             exactness=None if error is None else {"product_error": error},
-            extra=self.method.record(new),
+            extra=extra,
         )
 
     def _commit(self, server: ServerState, lines: Sequence[Line], watch: Callback) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +28,8 @@ from ..units import counted
 from .channel import Channel, unserved
 from .engine import Schedule
 from .generation import Generation
-from .guards.guard import Guard
+from .guards.guard import Guard, Place
+from .private import Placed
 from .wire import Precision
 
 View = Literal["personal", "global", "unseen", "cross"]
@@ -38,13 +39,16 @@ POOLED = "all clients"
 
 @dataclass(frozen=True)
 class Sampling:
-    """Who takes part: clients_per_round a count, a share as a float in (0, 1], or None for all; a new sample each round or one
-    fixed cohort. precision: of the messages. norm_bound: an upload whose leaves have a larger norm is refused. guards: what
-    is done to uploads around the method (federation/guards/)."""
+    """Who takes part: clients_per_round a count, a share as a float in (0, 1], or None for all.
+
+    cohort: a new sample each round, every client by its own coin (poisson: a cohort may be empty), or one fixed cohort.
+    precision: of the messages. norm_bound: an upload whose leaves have a larger norm is refused. guards: what is done to
+    uploads around the method (federation/guards/).
+    """
 
     rounds: int = 10
     clients_per_round: float | None = None
-    cohort: Literal["uniform", "fixed"] = "uniform"
+    cohort: Literal["uniform", "poisson", "fixed"] = "uniform"
     min_clients: int = 1
     precision: Precision = "fp32"
     norm_bound: float | None = None
@@ -65,8 +69,23 @@ class Sampling:
             raise ConfigError([Problem("federation.clients_per_round", c, f"1 to {clients} (the clients that train)")])
         return n
 
+    def expected(self, clients: int) -> float:
+        """Clients of a round in the mean; a share is no whole number of clients under Poisson sampling."""
+        share = isinstance(self.clients_per_round, float) and self.clients_per_round <= 1
+        if self.cohort == "poisson" and share:
+            return float(self.clients_per_round or 1) * clients
+        return float(self.size(clients))
+
+    @property
+    def least(self) -> int:
+        """Accepted uploads that a round needs; none where a cohort may be empty."""
+        return 0 if self.cohort == "poisson" else self.min_clients
+
     def members(self, clients: int, seed: int, round: int, over: float | None = None) -> list[int]:
         """Client indices of `round`, ascending. over: at a server, how many are asked for each one needed."""
+        if self.cohort == "poisson":
+            q = self.expected(clients) / clients
+            return np.flatnonzero(np_rng(seed, "cohort", round).random(clients) < q).tolist()
         n = self.size(clients) if over is None else min(clients, math.ceil(over * self.size(clients, most=True)))
         if n == clients:
             return list(range(clients))
@@ -109,7 +128,8 @@ class Setting:
     """A method over a model and its clients' data. Raises ConfigError for guards that cannot serve the method.
 
     accumulation: parts in which a batch is computed. recipe, recipe_hash: the recipe it was built from, {} if by hand. numbers: what the
-    base computes in and why, for records. start: factors and head at which training begins (Context.start).
+    base computes in and why, for records. start: factors and head at which training begins (Context.start). deployed: where guards
+    stand at the server of a deployment, which does not know how many clients there are.
     """
 
     model: Adapted
@@ -127,6 +147,7 @@ class Setting:
     recipe_hash: str = field(default="", kw_only=True)
     numbers: str = field(default="", kw_only=True)
     start: Mapping[tuple[str, str], Tensor] = field(default_factory=dict, kw_only=True, repr=False)
+    deployed: Place | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         if bad := unserved(self.sampling.channel.guards, self.method):
@@ -140,6 +161,33 @@ class Setting:
         self._refuse_empty()
         if not self.recipe_hash:
             self.recipe_hash = _hash_of(self)
+
+    # messages ---------------------------------------------------------------------------------------------------
+    @property
+    def place(self) -> Place:
+        """What guards may know of this run."""
+        if self.deployed is not None:
+            return self.deployed
+        kind = self.sampling.cohort if self.sampling.expected(self.training) < self.training else "everybody"
+        return Place(self.seed, self.sampling.rounds, self.training, self.sampling.expected(self.training), kind)
+
+    @property
+    def channel(self) -> Channel:
+        """The road of this run's messages, with every guard in its place."""
+        bare = self.sampling.channel
+        if not self.training and self.deployed is None:
+            return bare  # nobody has come yet
+        return replace(bare, guards=tuple(g.placed(self.place) for g in bare.guards))
+
+    @property
+    def private(self) -> Placed | None:
+        """The guard that spends a privacy budget, if there is one."""
+        return next((g for g in self.channel.guards if isinstance(g, Placed)), None)
+
+    @property
+    def withheld(self) -> bool:
+        """Whether the records may tell nothing of single clients or of their rows."""
+        return any(g.withholds for g in self.sampling.guards)
 
     # clients ----------------------------------------------------------------------------------------------------
     def enrol(self, data: FederatedData) -> None:

@@ -76,9 +76,11 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def partition_facts(data: FederatedData) -> dict[str, Any]:
-    """Class histogram (or size) of every client in every split; rows: a digest of which rows each has."""
+def partition_facts(data: FederatedData, withheld: bool = False) -> dict[str, Any]:
+    """Class histogram (or size) of every client in every split; rows: a digest of which rows each has. withheld: names alone."""
     out: dict[str, Any] = {"ids": list(data.ids), "label_names": list(data.label_names), "unseen": data.unseen}
+    if withheld:
+        return {"ids": list(data.ids), "label_names": list(data.label_names), "unseen": data.unseen, "withheld": True}
     out["sizes"] = {s: rows.sizes.tolist() for s, rows in data.splits.items()}
     if data.label_names:
         out["histogram"] = {split: data.histogram(split).tolist() for split in data.splits}
@@ -102,7 +104,7 @@ def describe_again(f: Setting, store: Store, block: int) -> None:
 
 
 def _description(f: Setting, block: int) -> dict[str, dict[str, Any]]:
-    held = partition_facts(f.data) | {"recipe": f.recipe.get("partition", {})}
+    held = partition_facts(f.data, f.private is not None) | {"recipe": f.recipe.get("partition", {})}
     return {"environment.json": environment(f) | {"block": block}, "partition.json": held}
 
 
@@ -169,7 +171,7 @@ def summarise(f: Setting, server: ServerState, lines: Sequence[Line], timings: S
         "test": views[main].get("mean", {}).get(metric),
         "test_last10": sum(last) / len(last) if last else None,
         "last_rounds": len(last),
-        "constant": f.data.constant() if metric == "accuracy" else None,
+        "constant": f.data.constant() if metric == "accuracy" and not f.withheld else None,
         "views": {v: x for v, x in views.items() if x},
         "parameters": f.parameters(server),
         "bytes": sent | {"total": sent["up"] + sent["down"]},

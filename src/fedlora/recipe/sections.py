@@ -185,8 +185,8 @@ class Federation(Section):
     """Folder of a finished run of the same method: its server's leaves and its clients' own ones are where this run begins."""
     clients_per_round: Count | Annotated[float, Field(gt=0, le=1)] | None = None
     """A number of clients, a share of them as 0.1 to 1.0, or null for all."""
-    cohort: Literal["uniform", "fixed"] = "uniform"
-    """A new uniform sample each round, or one sample for the whole run."""
+    cohort: Literal["uniform", "poisson", "fixed"] = "uniform"
+    """A new uniform sample each round, each client by its own coin (a round may have none), or one sample for the whole run."""
     min_clients: Count = 1
     """Accepted uploads a round needs."""
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"

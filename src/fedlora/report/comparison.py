@@ -10,7 +10,20 @@ from . import figures, races
 from .page import Block, about, short, source
 from .read import Records
 from .statistics import LEAST
-from .tables import choice, constant, flat, grouped, has_global, heading, paired, score, settings, spread, unequal
+from .tables import (
+    choice,
+    constant,
+    flat,
+    grouped,
+    has_epsilon,
+    has_global,
+    heading,
+    paired,
+    score,
+    settings,
+    spread,
+    unequal,
+)
 
 
 def comparison_page(runs: Sequence[Records], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -66,6 +79,7 @@ def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         "95 %",
         *(["global"] if globe else []),
         *(["unseen"] if unseen else []),
+        *(["epsilon"] if has_epsilon(rows) else []),
         "worst tenth",
         f"last {max(r['last_rounds'] for r in rows)}",
         "trained",
@@ -82,6 +96,7 @@ def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         unfinished = f" ({r['unfinished']} unfinished)" if r["unfinished"] else ""
         row = [r["method"], score(r, view), spread(r)]
         row += [number(r[k]) for k, there in (("global", globe), ("unseen", unseen)) if there]
+        row += [r["epsilon"] or NOTHING] if has_epsilon(rows) else []
         row += [number(r["worst_decile"]), number(r["test_last10"]), exact(r["trainable"]), exact(r["shared"])]
         row += [size(r["bytes_total"]), count(r["tokens"]), seconds(r["seconds"]), size(r["peak_memory_bytes"])]
         out.append((*row, f"{r['seeds']}{unfinished}"))

@@ -120,7 +120,7 @@ def reach(run: Records, target: float) -> Reached | None:
     for x in run.trains:
         if x.round <= last:
             sent = {d: x.sent(d) for d in ("up", "down")}
-            seconds += (compute.get(x.round, 0.0) + sent["down"] / down + sent["up"] / up) / len(x.clients)
+            seconds += (compute.get(x.round, 0.0) + sent["down"] / down + sent["up"] / up) / max(len(x.clients), 1)
     return Reached(last, run.bytes_by_round().get(last, 0), seconds)
 
 
@@ -240,9 +240,22 @@ def _row(label: str, runs: Sequence[Records]) -> Row:
         "seconds": _mean([s["seconds"] for s in done]),
         "tokens": _mean([float(sum(t.tokens for t in r.timings)) for r in runs if r.summary]),
         "peak_memory_bytes": max((s["peak_memory_bytes"] for s in done), default=None),
+        "epsilon": _epsilon([s["privacy"]["epsilon"] for s in done if "privacy" in s]),
         "seeds": len(runs),
         "unfinished": len(runs) - len(done),
     }
+
+
+def _epsilon(spent: Sequence[float | None]) -> str | None:
+    """The largest of what runs spent, as text; None where no run is private, and "inf" where one has only clipped."""
+    if not spent:
+        return None
+    return "inf" if None in spent else f"{max(e for e in spent if e is not None):.3g}"
+
+
+def has_epsilon(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether what runs spent of a privacy budget needs a column."""
+    return any(r["epsilon"] is not None for r in rows)
 
 
 def _view(s: Mapping[str, Any], view: str, summary: str) -> float | None:

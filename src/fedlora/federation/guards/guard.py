@@ -8,14 +8,28 @@ kept like the leaves of a method: a client's with its personal leaves, the serve
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from ...errors import ConfigError, Problem, UploadError
 from ...methods.contract import Client, Method, RoundInfo, ServerState, Upload
 from ...tree import Key, Params, cut_rank, rank, rank_axis
 
 STATED = ("rank", "norm")  # parts that state a fact of the other leaves; they are not trained values
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a guard stands. clients: that may take part; expected: of a round, in the mean under Poisson sampling; fresh: whether
+    randomness must be secret and new each time (a deployment), instead of a function of the seed."""
+
+    seed: int
+    rounds: int
+    clients: int
+    expected: float
+    cohort: Literal["poisson", "everybody", "uniform", "fixed"]
+    fresh: bool = False
 
 
 class Guard(ABC):
@@ -38,6 +52,26 @@ class Guard(ABC):
     def cannot(self, method: Method) -> str | None:
         """Why this guard cannot serve `method`, as the end of a sentence; None where it can."""
         return None if method.sends else f"{method.title} uploads nothing"
+
+    def beside(self, other: Guard) -> str | None:
+        """Why this guard cannot stand beside another one, as a sentence's end; None where it can."""
+        return None
+
+    @property
+    def withholds(self) -> bool:
+        """Whether a run's records may tell nothing of single clients or of their rows."""
+        return False
+
+    def placed(self, place: Place) -> Guard:
+        """This guard in a run; one that needs no facts of the run is itself."""
+        return self
+
+    def opened(self, server: ServerState, state: Params, like: Callable[[], Params]) -> Guard:
+        """This guard for one aggregation; one that carries nothing from `arrive` to `settle` is itself.
+
+        state: what it remembers at the server. like: an upload of this round by a client that has not trained.
+        """
+        return self
 
     # at the client ----------------------------------------------------------------------------------------------
     def leave(self, up: Params, down: Params, state: Params, info: RoundInfo, client: Client) -> Params:
