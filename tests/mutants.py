@@ -56,6 +56,13 @@ MUTANTS = (
     Mutant("a round that was released is free the second time", "federation/ledger.py", "if again and (not self.fresh or", "if again and (True or", "tests/test_privacy.py -k done_again"),
     Mutant("records of a private run name its clients", "federation/run.py", "        if self.private is not None:\n", "        if False:\n", "tests/test_privacy.py -k tell_nothing"),
     Mutant("a Poisson cohort is never empty", "federation/setting.py", "np_rng(seed, \"cohort\", round).random(clients) < q).tolist()", "np_rng(seed, \"cohort\", round).random(clients) < q).tolist() or [0]", "tests/test_privacy.py -k 'coin or without_clients'"),
+    # Python
+    Mutant("True is taken for a number", "arguments.py", "isinstance(value, kind) and not isinstance(value, (bool, np.bool_))", "isinstance(value, kind)", "tests/test_python.py -k wrong"),
+    Mutant("an unknown argument is Python's own error", "arguments.py", "if n not in known", "if False", "tests/test_python.py -k 'wrong or ones_own'"),
+    Mutant("labels beyond the classes reach torch", "training/tasks/classification.py", "if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:", "if False:", "tests/test_python.py -k wrong"),
+    Mutant("a run of other objects is opened", "api.py", "if about.hash != federation.recipe_hash:", "if False:", "tests/test_python.py -k objects"),
+    Mutant("results are of validation's view", "report/frames.py", '"worst_decile": v["worst_decile"].get(own)', '"worst_decile": v["mean"].get(own)', "tests/test_python.py -k results"),
+    Mutant("names in a notebook's table are markup", "federation/outcome.py", 'caption = html.escape(f"{self[', 'caption = str(f"{self[', "tests/test_python.py -k notebook"),
     # engine: blocks, resume, ownership
     Mutant("a client out of batches goes on training", "federation/engine.py", "work = where(alive[-1], new, work)", "work = new", f"{CONTRACT} -k block_equals"),
     Mutant("dropout depends on the block", "model/dropout.py", "return mix(seeds + signed(call * GOLDEN))", "return mix(torch.arange(len(seeds)) + signed(call * GOLDEN))", f"{CONTRACT} -k block_equals"),

@@ -158,7 +158,7 @@ def test_a_recipe_from_python_is_the_command_line(tmp_path: Path) -> None:
 def test_errors_are_the_same(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"method.rank: got 0"):
         fl.run(write_recipe(tmp_path), sets=["method.rank=0"])
-    with pytest.raises(ConfigError, match=r"partition.kindd: got 3, expected an option of a partition"):
+    with pytest.raises(ConfigError, match=r"from_arrays.kindd: got 3, expected an argument"):
         fl.from_arrays(sensors(), kindd=3)
     with pytest.raises(AttributeError, match="no attribute 'FedSALora'"):
         _ = fl.FedSALora

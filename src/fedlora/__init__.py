@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "adapters": "LoRA VeRA",
-    "api": "Run adapt check load run",
+    "api": "Run adapt check compare load results run sweep",
     "data.batches": "LocalWork Plan",
     "data.examples": "Arrays Rows Tokens",
     "data.federated": "FederatedData assemble from_arrays",
@@ -27,6 +27,7 @@ _HOME = {
     "federation.engine": "Engine Schedule train_block",
     "federation.guards": "GUARDS",
     "federation.guards.guard": "Guard",
+    "federation.outcome": "Summary",
     "federation.run": "Federation",
     "federation.setting": "Evaluation Sampling Setting",
     "federation.trackers": "TRACKERS Tracker",

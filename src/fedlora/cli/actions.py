@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json as json_
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -96,6 +95,7 @@ def _report(folder: Path, quiet: bool, sweep: Path | None = None) -> None:
 
 def run(recipe: Path, sets: Sequence[str], output: Path | None, quiet: bool, json: bool) -> None:
     from ..recipe import expand, folders
+    from ..recipe.sweep import begun, root
 
     recipes = expand(recipe, list(sets))
     if len(recipes) == 1:
@@ -104,8 +104,8 @@ def run(recipe: Path, sets: Sequence[str], output: Path | None, quiet: bool, jso
             tables.result(out, folder)
         return
     where = folders(recipes, Path("runs") / recipe.stem, output)
-    sweep = Path(os.path.commonpath([f.parent for f in where]))
-    sweeps.begun(sweep, recipes, where)
+    sweep = root(where)
+    begun(sweep, recipes, where)
     _sweep(recipes, where, sweep, quiet, json)
 
 

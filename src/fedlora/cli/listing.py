@@ -14,25 +14,10 @@ from rich.text import Text
 
 from ..errors import FedloraError, StateError, printable
 from ..files import sealed
+from ..report.read import is_run as is_run
+from ..report.read import runs_in as runs_in
 from ..units import NOTHING, number, seconds
 from .tables import _table
-
-RECORDS = "metrics.jsonl"
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a run has written into this folder."""
-    return (folder / "recipe.json").is_file() or (folder / "recipe.yaml").is_file()
-
-
-def runs_in(folder: Path, deep: int = 3) -> list[Path]:
-    """The run folders here and below, `deep` levels down, in the order of their paths. Links are not followed."""
-    if is_run(folder):
-        return [folder]
-    if deep == 0:
-        return []
-    below = (p for p in folder.iterdir() if p.is_dir() and not p.is_symlink() and not p.name.startswith("."))
-    return [r for p in sorted(below) for r in runs_in(p, deep - 1)]
 
 
 def facts(folder: Path) -> dict[str, Any]:

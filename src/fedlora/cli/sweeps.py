@@ -9,23 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import StateError
 from ..files import sealed
+from ..recipe.sweep import FILE
 from ..units import seconds
 from . import listing
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
-
-FILE = "sweep.json"
-
-
-def begun(folder: Path, recipes: Sequence[Recipe], where: Sequence[Path]) -> None:
-    """Note the runs of a sweep, also those that have not begun."""
-    folder.mkdir(parents=True, exist_ok=True)
-    runs = [
-        {"folder": f.relative_to(folder).as_posix(), "recipe": r.model_dump(mode="json", exclude_unset=True)}
-        for r, f in zip(recipes, where, strict=True)
-    ]
-    sealed.write(folder / FILE, {"runs": runs})
 
 
 def is_sweep(folder: Path) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..arguments import Checked
 from ..errors import ConfigError, DataError, Problem
 from ..model.adapted import Batch
 from ..seeds import np_rng, number
@@ -14,7 +15,7 @@ from .federated import FederatedData
 
 
 @dataclass(frozen=True)
-class LocalWork:
+class LocalWork(Checked):
     """Local work of one client in one round: `steps` optimizer steps, or `epochs` passes over its rows."""
 
     steps: int | None = 10

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import checked
 from ..errors import ConfigError, DataError, Problem, near
 from ..seeds import np_rng
 from .examples import Arrays, Rows, Tokens
@@ -105,32 +106,88 @@ def assemble(
     return replace(fed, truncated=loaded.truncated, outputs=loaded.outputs, references=kept)
 
 
+@checked
 def from_arrays(
-    columns: Mapping[str, np.ndarray], kind: str = "iid", clients: int = 8, seed: int = 0, by: Sequence[Any] | None = None,
-    together: Sequence[Any] | None = None, label_names: Sequence[str] = (), validation: float = 0.1, test: float = 0.2, **options: Any,
+    columns: Mapping[str, Any], kind: str = "iid", clients: int = 8, seed: int = 0, by: Sequence[Any] | None = None,
+    together: Sequence[Any] | None = None, label_names: Sequence[str] = (), validation: float = 0.1, test: float = 0.2, *,
+    alpha: float | None = None, share: float | None = None, classes: int | None = None, domains: int | None = None, min_size: int | None = None,
+    unseen: int = 0, permute_labels: bool = False, options: Mapping[str, Any] | None = None,
 ) -> FederatedData:  # fmt: skip
-    """A federation of a user's own arrays [n ...]; the column "labels" holds the targets.
+    """A federation of a user's own arrays [n ...] or lists; the column "labels" holds the targets.
 
-    kind, clients and options (alpha, share, classes, min_size, unseen, permute_labels): as in the recipe's section
-    partition. by: one value per row, for the kinds column and domain. together: one value per row; rows of one value go to one
-    client and to one side of its split.
+    kind, clients, validation, test, alpha, share, classes, domains, min_size, unseen, permute_labels: as in the recipe's
+    section partition, where None leaves what the kind has. options: those of a kind of your own. by: one value per row, for the
+    kinds column and domain. together: one value per row; rows of one value go to one client and to one side of its split.
+
+    Raises ConfigError for wrong arguments, and DataError for arrays that are no examples.
     """
-    examples = Arrays({n: np.asarray(v) for n, v in columns.items()})
+    named = {"alpha": alpha, "share": share, "classes": classes, "domains": domains, "min_size": min_size}
+    section = {"kind": kind, "clients": clients, "validation": validation, "test": test, "unseen": unseen}
+    section |= (
+        {"permute_labels": permute_labels} | {n: v for n, v in named.items() if v is not None} | dict(options or {})
+    )
+    examples = _arrays(columns)
+    _refuse(section, len(examples), by=by, together=together)
     labels = examples.labels
     groups = labels if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu" else None
     names = tuple(label_names) or (
         tuple(str(i) for i in range(int(labels.max()) + 1)) if groups is not None and labels is not None else ()
     )
+    if groups is not None and not 0 <= groups.min() <= groups.max() < len(names):
+        low, high = int(groups.min()), int(groups.max())
+        raise DataError(
+            f"labels: numbers from {low} to {high}, expected classes from 0 to {len(names) - 1 if label_names else 'their number - 1'}; "
+            "np.unique(labels, return_inverse=True)[1] numbers them so"
+        )
     column, units = (None if v is None else _numbered(v) for v in (by, together))
-    section = {"kind": kind, "clients": clients, "validation": validation, "test": test, **options}
+    return _divided(examples, groups, names, column, np.zeros(len(examples), np.int8), section, seed, units)
+
+
+def _arrays(columns: Mapping[str, Any]) -> Arrays:
+    """Columns as examples. Raises DataError for what no tensor can hold, and for none at all."""
+    out = {}
+    for name, given in columns.items():
+        try:
+            v = given.detach().cpu().numpy() if hasattr(given, "detach") else np.asarray(given)
+        except ValueError as e:
+            raise DataError(f"column {name!r}: {e}, expected rows of one shape; pad them") from e
+        if v.dtype.kind not in "fiub":
+            raise DataError(
+                f"column {name!r}: holds {v.dtype.name} ({given[0]!r}), expected numbers; turn texts into numbers first, or "
+                "write a recipe, whose data may be texts"
+            )
+        if v.ndim == 0:
+            raise DataError(f"column {name!r}: one number, expected one for each row")
+        out[name] = v
+    if not out or not len(next(iter(out.values()))):
+        raise DataError("columns: there are no rows, expected at least one for each client")
+    return Arrays(out)
+
+
+def _refuse(section: Mapping[str, Any], rows: int, **each: Sequence[Any] | None) -> None:
+    """Raise ConfigError for options that no partition has or that are out of range. each: one value per row, or None."""
+    bad = []
     options_of = {f.name for cls in PARTITIONS.values() for f in fields(cls)}  # type: ignore[arg-type]
     known = options_of | {"kind", "clients", "validation", "test", "min_size", "unseen", "permute_labels"}
-    if odd := sorted(section.keys() - known):
-        raise ConfigError(
-            [Problem(f"partition.{n}", section[n], "an option of a partition", near(n, known)) for n in odd]
+    for n in sorted(section.keys() - known):
+        bad.append(Problem(f"from_arrays.{n}", section[n], "an option of a partition", near(n, known)))
+    if section["kind"] not in PARTITIONS:
+        bad.append(
+            Problem("from_arrays.kind", section["kind"], "a kind of partition", near(section["kind"], PARTITIONS))
         )
-    fed = _divided(examples, groups, names, column, np.zeros(len(examples), np.int8), section, seed, units)
-    return fed
+    least: dict[str, float] = {"clients": 1, "min_size": 0, "unseen": 0, "classes": 1, "domains": 1}
+    bad += [
+        Problem(f"from_arrays.{n}", section[n], f"an integer >= {v}") for n, v in least.items() if section.get(n, v) < v
+    ]
+    if "alpha" in section and not section["alpha"] > 0:
+        bad.append(Problem("from_arrays.alpha", section["alpha"], "a number > 0"))
+    shares = [n for n in ("validation", "test", "share") if n in section and not 0 <= section[n] <= 1]
+    bad += [Problem(f"from_arrays.{n}", section[n], "a share from 0 to 1") for n in shares]
+    for n, v in each.items():
+        if v is not None and len(v) != rows:
+            bad.append(Problem(f"from_arrays.{n}", f"{len(v)} values", f"one for each of {rows} rows"))
+    if bad:
+        raise ConfigError(bad)
 
 
 def _numbered(values: Sequence[Any]) -> Column:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ..arguments import Checked
 from ..errors import TrainingError, UploadError
 from ..methods.contract import Client, Context, Method, RoundInfo, ServerState, Upload
 from ..model.adapted import Batch
@@ -27,7 +28,7 @@ Pace = Callable[[RoundInfo, int, int], float]  # (round, step, steps of this cli
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Checked):
     """Learning-rate schedule over the whole run: all rounds and local steps are one line, so warm-up never restarts."""
 
     kind: str = "constant"

@@ -24,6 +24,7 @@ from .callbacks import Callback, Several
 from .engine import Engine, RoundLog
 from .ledger import Ledger, ledger_of, withheld
 from .memory import auto_block, forget_peak, kept, peak_memory
+from .outcome import Summary
 from .records import EvalLine, HandoverLine, Line, Timing, TrainLine, lines_in, read_lines, read_timings
 from .runtime import InProcess, Runtime
 from .setting import Setting
@@ -139,7 +140,7 @@ class Federation(Setting):
         # A resumed run must group its clients as before, whatever memory is free today: sums would differ in their last bits.
         return self.store.block() or (auto_block(self) if together else 1)
 
-    def run(self, watch: Callback | None = None) -> dict[str, Any]:
+    def run(self, watch: Callback | None = None) -> Summary:
         """Train to the last round from wherever the run folder was left; returns the summary.
 
         KeyboardInterrupt drops the round at hand and leaves a folder that `run` takes up again.
@@ -186,7 +187,7 @@ class Federation(Setting):
                 )
             self.store.write_json("summary.json", result)
             watch.end(result)
-            return result
+            return Summary(result, folder)
 
     def evaluate(self, runtime: Runtime, server: ServerState, watch: Callback) -> list[Line]:
         """Lines of metrics for every view and split that has rows."""

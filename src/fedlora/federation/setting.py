@@ -13,11 +13,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from ..arguments import Checked
 from ..data.batches import LocalWork, train_batches
+from ..data.examples import Arrays
 from ..data.federated import FederatedData
-from ..errors import ConfigError, DataError, Problem
+from ..errors import ConfigError, DataError, FedloraError, ModelError, Problem
 from ..methods.contract import Client, Context, Method, RoundInfo, ServerState
 from ..model.adapted import Adapted, Batch
 from ..seeds import np_rng
@@ -38,7 +41,7 @@ POOLED = "all clients"
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Checked):
     """Who takes part: clients_per_round a count, a share as a float in (0, 1], or None for all.
 
     cohort: a new sample each round, every client by its own coin (poisson: a cohort may be empty), or one fixed cohort.
@@ -53,6 +56,15 @@ class Sampling:
     precision: Precision = "fp32"
     norm_bound: float | None = None
     guards: Sequence[Guard] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        least = [("rounds", self.rounds, 1), ("min_clients", self.min_clients, 1)]
+        bad = [Problem(f"Sampling.{n}", v, f"an integer >= {low}") for n, v, low in least if v < low]
+        for n in ("clients_per_round", "norm_bound"):
+            if (v := getattr(self, n)) is not None and not v > 0:
+                bad.append(Problem(f"Sampling.{n}", v, "a number > 0 or None"))
+        if bad:
+            raise ConfigError(bad)
 
     @property
     def channel(self) -> Channel:
@@ -94,7 +106,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Checked):
     """When and what to evaluate. every: rounds between evaluations (the first, before training, and the last always).
 
     clients: those that are scored of the clients that train, a count or a share as in Sampling, None for all. One sample
@@ -111,6 +123,11 @@ class Evaluation:
     clients: float | None = field(default=None, repr=False)
     generation: Generation | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        least = [("every", self.every), ("batch_size", self.batch_size), ("cross_clients", self.cross_clients)]
+        if bad := [Problem(f"Evaluation.{n}", v, "an integer >= 1") for n, v in least if v < 1]:
+            raise ConfigError(bad)
+
     def scored(self, training: int, seed: int) -> list[int]:
         """Indices of the clients that are scored, ascending, of the `training` that train. Raises ConfigError for more."""
         n = counted(self.clients, training)
@@ -124,7 +141,7 @@ class Evaluation:
 
 
 @dataclass
-class Setting:
+class Setting(Checked):
     """A method over a model and its clients' data. Raises ConfigError for guards that cannot serve the method.
 
     accumulation: parts in which a batch is computed. recipe, recipe_hash: the recipe it was built from, {} if by hand. numbers: what the
@@ -159,6 +176,7 @@ class Setting:
         self.loss = Loss(self.model, self.task, self.accumulation)
         self.enrol(self.data)
         self._refuse_empty()
+        self._try()
         if not self.recipe_hash:
             self.recipe_hash = _hash_of(self)
 
@@ -195,6 +213,34 @@ class Setting:
         self.data = data
         self.index = {id: k for k, id in enumerate(data.ids)}
         self.training = len(data.ids) - data.unseen
+
+    def _try(self) -> None:
+        """Look at a user's own arrays: raise DataError for labels that are not the task's, and ModelError for a module that cannot
+        compute such rows or gives no outputs of the task. A recipe's data are made for its task."""
+        examples = self.data.examples
+        if not isinstance(examples, Arrays) or not len(examples) or not len(self.data.splits["train"].rows):
+            return
+        if why := self.task.unfit(examples.labels):
+            raise DataError(f"labels: {why}")
+        batch = {n: v.to(self.model.device) for n, v in examples.collate(self.data.splits["train"].rows[:2]).items()}
+        rows = len(next(iter(batch.values())))
+        held = ", ".join(f"{n} {str(v.dtype).removeprefix('torch.')} {list(v.shape)}" for n, v in batch.items())
+        try:
+            with torch.no_grad():
+                y = self.model.forward({}, {n: v[None] for n, v in batch.items()})[0]
+        except FedloraError:
+            raise
+        except Exception as e:
+            raise ModelError(
+                f"model: its forward cannot compute a batch of {held}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}; "
+                "mend `call` of fl.adapt, which turns (base, inputs) into a tensor of outputs, or the arrays"
+            ) from e
+        wanted = self.task.outputs
+        if wanted is not None and (y.ndim < 1 or y[:rows].numel() != rows * wanted):
+            raise ModelError(
+                f"model: gives outputs of shape {list(y.shape)} for {rows} rows, expected [{rows}, {wanted}] for {self.task!r}; "
+                "change the last layer or the task"
+            )
 
     def _refuse_empty(self) -> None:
         """Raise DataError for clients that should train and hold nothing to train on."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..arguments import Checked
 from ..errors import ModelError
 from ..layers import Layer
 from ..model.adapted import Batch
@@ -101,9 +102,10 @@ class RoundInfo:
     rounds: int  # of the whole run
 
 
-class Method(ABC):
+class Method(Checked, ABC):
     """The contract; tests/test_contract.py holds every method to it."""
 
+    section: ClassVar[str] = "method"  # of a recipe, in errors
     name: ClassVar[str]  # in recipes
     title: ClassVar[str]  # in tables
     paper: ClassVar[str] = ""

@@ -13,12 +13,14 @@ Overrides hold for every run; one of a swept path replaces its list (and `--set 
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, Problem
+from ..files import sealed
 from . import reading
 from .core import Recipe
 from .overrides import assign, check, parsed
@@ -57,6 +59,24 @@ def expand_dict(raw: Mapping[str, Any], sets: Sequence[str] = ()) -> list[Recipe
     if problems:
         raise ConfigError(_unique(problems))
     return recipes
+
+
+FILE = "sweep.json"
+
+
+def begun(folder: Path, recipes: Sequence[Recipe], where: Sequence[Path]) -> None:
+    """Note the runs of a sweep, also those that have not begun."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = [
+        {"folder": f.relative_to(folder).as_posix(), "recipe": r.model_dump(mode="json", exclude_unset=True)}
+        for r, f in zip(recipes, where, strict=True)
+    ]
+    sealed.write(folder / FILE, {"runs": runs})
+
+
+def root(where: Sequence[Path]) -> Path:
+    """The folder of a sweep whose runs are in these folders."""
+    return Path(os.path.commonpath([f.parent for f in where]))
 
 
 def folders(recipes: Sequence[Recipe], root: Path, given: Path | None = None) -> list[Path]:

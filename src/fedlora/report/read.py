@@ -89,6 +89,21 @@ class Records:
         return out
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run has written into this folder."""
+    return (folder / "recipe.json").is_file() or (folder / "recipe.yaml").is_file()
+
+
+def runs_in(folder: Path, deep: int = 3) -> list[Path]:
+    """The run folders here and below, `deep` levels down, in the order of their paths. Links are not followed."""
+    if is_run(folder):
+        return [folder]
+    if deep == 0:
+        return []
+    below = (p for p in folder.iterdir() if p.is_dir() and not p.is_symlink() and not p.name.startswith("."))
+    return [r for p in sorted(below) for r in runs_in(p, deep - 1)]
+
+
 def records(folder: str | Path) -> Records:
     """Read a run folder. Raises StateError for a folder that holds no run."""
     folder = Path(folder)

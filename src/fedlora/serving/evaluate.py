@@ -83,6 +83,15 @@ def evaluate(
     return of, [Evaluated(id, found[id] | _scored(w, g), w) for id, w in zip(setting.data.ids, said, strict=True)]
 
 
+def own_scores(fed: Federation, clients: Sequence[str], split: str, which: Which = "best") -> dict[str, Scores]:
+    """Scores of clients' models, or of the global one, on the run's own rows, for a run that has no recipe."""
+    whose: list[str | None] = [*clients] or [None]
+    _, models = models_of(fed, whose, which)
+    setting = copy.copy(fed)
+    setting.enrol(_own(fed, split, whose))
+    return scores(setting, models, range(len(whose)), split, fed.engine(Callback()).block)
+
+
 def _scored(w: Written | None, g: Generation | None) -> Scores:
     return {} if w is None or g is None else w.scores(g.scores)
 

@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import torch
+
 from ..data import chats, template
+from ..data.examples import Arrays
 from ..errors import DataError, near
 from ..federation.run import Federation
-from ..training.task import Prediction, Serving, shown
+from ..training.task import ROWS, Prediction, Serving, shown
 from ..tree import Params, stack
 
 __all__ = ["Prediction", "Request", "asked_columns", "predict_texts"]
@@ -39,6 +43,39 @@ def predict_texts(
     serving = Serving(f.model, there, tokenizer, f.task.names(f.data), data["max_length"], new_tokens)
     said = f.task.answer(serving, inputs)
     return [replace(p, text=_request(r)) for p, r in zip(said, requests, strict=True)]
+
+
+def predict_columns(f: Federation, deltas: Params, columns: Any) -> list[Prediction]:
+    """What the model with model-ready `deltas` says of each row of a user's own columns [n ...]. Raises DataError for columns that
+    the run's data do not have."""
+    own = f.data.examples
+    if not isinstance(own, Arrays):
+        raise DataError("predict: the run was trained on tokens that it was given; make Arrays of its inputs")
+    wanted = [n for n in own.columns if n != "labels"]
+    if not isinstance(columns, Mapping):
+        raise DataError(f"predict: got a {type(columns).__name__}, expected a dict of the columns {', '.join(wanted)}")
+    if lost := [n for n in wanted if n not in columns]:
+        raise DataError(
+            f"predict: there is no column {lost[0]!r}, expected {', '.join(wanted)}; {near(lost[0], columns)}"
+        )
+    rows = Arrays({n: np.asarray(columns[n], own.columns[n].dtype) for n in wanted})
+    for n, v in rows.columns.items():
+        if v.shape[1:] != own.columns[n].shape[1:]:
+            was = list(own.columns[n].shape[1:])
+            raise DataError(
+                f"predict: column {n!r} has rows of shape {list(v.shape[1:])}, expected {was}, as in training"
+            )
+    bound = {k: v.to(f.model.device) for k, v in stack([deltas]).items()}
+    out = []
+    for a in range(0, len(rows), ROWS):
+        batch = rows.collate(np.arange(a, min(a + ROWS, len(rows))))
+        with torch.inference_mode():
+            y = f.model.forward(bound, {n: v[None].to(f.model.device) for n, v in batch.items()})[0].float().cpu()
+        for i, each in enumerate(y):
+            p, names = f.task.probabilities(each), f.task.names(f.data)
+            named = None if p is None else dict(zip(names, p.tolist(), strict=True))
+            out.append(Prediction(f"row {a + i}", *f.task.say(each, names), named))
+    return out
 
 
 def asked_columns(data: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import Checked
 from ..errors import ConfigError, Problem
 from ..tree import Key, Params, norm, per_client
 
@@ -35,7 +36,7 @@ def _spread(factor: Tensor, like: list[Tensor]) -> list[Tensor]:
     return [per_client(factor, v) for v in like]
 
 
-class Optimizer(ABC):
+class Optimizer(Checked, ABC):
     """`init(params) -> state`, `update(gradients, state, params, lr) -> (params, state)`."""
 
     @property

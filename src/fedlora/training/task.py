@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import Checked
 from ..data import encode
 from ..data.columns import strings
 from ..data.examples import Tokens
@@ -73,7 +74,7 @@ def shown(text: Any) -> str:
     return text if isinstance(text, str) else " | ".join(text)
 
 
-class Task(ABC):
+class Task(Checked, ABC):
     """Frozen description of a task. `kind` is its name in recipes: its file's name, with "-" for "_"."""
 
     kind: ClassVar[str]
@@ -106,6 +107,15 @@ class Task(ABC):
     def leaves(self) -> frozenset[str]:
         """The leaves of a batch that have an entry for each token."""
         return TOKENWISE if self.tokenwise else TOKENWISE - {"labels"}
+
+    @property
+    def outputs(self) -> int | None:
+        """How many values the model must give for each row; None where that is not known before."""
+        return None
+
+    def unfit(self, labels: np.ndarray | None) -> str | None:
+        """Why these labels [n ...] are none of this task's, and what to do; None where they are. Tokens have no array of labels."""
+        return None
 
     # evaluation ---------------------------------------------------------------------------------------------------
     def answers(self, output: Tensor, labels: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from ...arguments import Checked
 from ...errors import ConfigError, Problem, UploadError
 from ...methods.contract import Client, Method, RoundInfo, ServerState, Upload
 from ...tree import Key, Params, cut_rank, rank, rank_axis
@@ -32,7 +33,7 @@ class Place:
     fresh: bool = False
 
 
-class Guard(ABC):
+class Guard(Checked, ABC):
     """Subclasses override what they need; as it stands, a guard changes nothing."""
 
     name: ClassVar[str]  # in recipes

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...data.labels import classes
 from ...data.load import Targets, field_of
-from ...errors import DataError
+from ...errors import ConfigError, DataError, Problem
 from ..metrics import Predictions, Scores, owners, ratio
 from ..task import Task, full
 
@@ -32,6 +32,33 @@ class Classification(Task):
     permutes: ClassVar[bool] = True
     classes: int = 2
     weights: tuple[float, ...] | None = None  # of the classes in the loss, None for equal ones
+
+    def __post_init__(self) -> None:
+        bad = []
+        if self.classes < 1:
+            bad.append(Problem("Classification.classes", self.classes, "an integer >= 1, the number of classes"))
+        if self.weights is not None and (len(self.weights) != self.classes or not min(self.weights, default=0) >= 0):
+            bad.append(
+                Problem("Classification.weights", self.weights, f"a number >= 0 for each of {self.classes} classes")
+            )
+        if bad:
+            raise ConfigError(bad)
+
+    @property
+    def outputs(self) -> int:
+        return self.classes
+
+    def unfit(self, labels: np.ndarray | None) -> str | None:
+        if labels is None:
+            return 'there are none, expected a column "labels" with a class for each row; give one'
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            shape = f"{labels.dtype.name} of shape {list(labels.shape)}"
+            return f"{shape}, expected whole numbers, one for each row; labels.astype(np.int64) makes them, or use fl.Regression()"
+        if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:
+            found = f"numbers from {int(labels.min())} to {int(labels.max())}"
+            most = max(int(labels.max()) + 1, 2)
+            return f"{found}, expected 0 to {self.classes - 1} for {self.classes} classes; write {type(self).__name__}({most}), or number them from 0"
+        return None
 
     def row_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         y = full(output)

@@ -34,6 +34,16 @@ class MultiLabel(Task):
     labels: int = 2
     threshold: float = 0.5
 
+    @property
+    def outputs(self) -> int:
+        return self.labels
+
+    def unfit(self, labels: np.ndarray | None) -> str | None:
+        if labels is None or labels.ndim != 2 or labels.shape[1] != self.labels or not np.isin(labels, (0, 1)).all():
+            found = "there are none" if labels is None else f"{labels.dtype.name} of shape {list(labels.shape)}"
+            return f"{found}, expected 0 or 1 in [rows, {self.labels}]; write MultiLabel(labels) for other numbers of labels"
+        return None
+
     def row_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         y = full(output)
         return F.binary_cross_entropy_with_logits(y, labels.to(y), reduction="none").mean(-1)

@@ -25,6 +25,20 @@ class Regression(Task):
     kind: ClassVar[str] = "regression"
     metric: ClassVar[str] = "pearson"
 
+    @property
+    def outputs(self) -> int:
+        return 1
+
+    def unfit(self, labels: np.ndarray | None) -> str | None:
+        if labels is None:
+            return 'there are none, expected a column "labels" with a value for each row; give one'
+        if labels.ndim != 1 or labels.dtype.kind not in "fiu":
+            return f"{labels.dtype.name} of shape {list(labels.shape)}, expected one number for each row"
+        if not np.isfinite(labels).all():
+            odd = np.flatnonzero(~np.isfinite(labels))
+            return f"row {odd[0]} is {labels[odd[0]]} ({len(odd)} such rows), expected numbers; leave these rows out"
+        return None
+
     def row_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         return (full(output).view(len(labels), -1)[:, 0] - labels.to(output)).square()
 
