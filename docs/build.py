@@ -125,6 +125,7 @@ one factor stays at the client or there are no factors.
 
 This page is made from the methods by `make docs`.
 """
+NOTEBOOK = Path(__file__).parents[1] / "examples/notebook.py"
 README, BEGIN, END = (
     Path(__file__).parent.parent / "README.md",
     "<!-- methods: by make docs -->\n",
@@ -174,8 +175,35 @@ def readme() -> str:
     return old[:a] + listed() + old[b:]
 
 
+def cells(text: str) -> list[tuple[str, str]]:
+    """The cells of a script in which lines "# %%" begin them, as ("markdown" or "code", its text)."""
+    out = []
+    for part in text.split("# %%")[1:]:
+        first, _, body = part.partition("\n")
+        kind = "markdown" if "[markdown]" in first else "code"
+        lines = body.strip("\n").splitlines()
+        said = [x.removeprefix("#").removeprefix(" ") for x in lines] if kind == "markdown" else lines
+        out.append((kind, "\n".join(said)))
+    return out
+
+
+def notebook(text: str) -> str:
+    """A Jupyter notebook (nbformat 4.5) without outputs, made of a script's cells; the script is what is edited."""
+    made: list[dict[str, Any]] = []
+    for i, (kind, said) in enumerate(cells(text)):
+        cell: dict[str, Any] = {"cell_type": kind, "id": f"cell-{i}", "metadata": {}}
+        cell |= {"execution_count": None, "outputs": []} if kind == "code" else {}
+        made.append(cell | {"source": said.splitlines(keepends=True)})
+    about = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    return json.dumps({"cells": made, "metadata": about, "nbformat": 4, "nbformat_minor": 5}, indent=1) + "\n"
+
+
 if __name__ == "__main__":
     (Path(__file__).parent / "recipes.md").write_text(text(), encoding="utf-8")
     (Path(__file__).parent / "methods.md").write_text(methods(), encoding="utf-8")
     README.write_text(readme(), encoding="utf-8")
     SCHEMA.write_text(json.dumps(schema(), indent=1) + "\n", encoding="utf-8")
+    NOTEBOOK.with_suffix(".ipynb").write_text(notebook(NOTEBOOK.read_text(encoding="utf-8")), encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -38,3 +40,48 @@ def test_the_clients_of_the_example_differ(example: Any) -> None:
     assert len(set(data.splits["train"].sizes.tolist())) > 1
     shares = [np.bincount(data.examples.labels[data.splits["train"][k]], minlength=3) for k in range(example.CLIENTS)]
     assert max(s.max() / s.sum() for s in shares) > 0.5
+
+
+def docs_build() -> Any:
+    spec = spec_from_file_location("docs_build", ROOT / "docs/build.py")
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_notebook_is_what_its_text_makes() -> None:
+    text = (ROOT / "examples/notebook.py").read_text(encoding="utf-8")
+    assert docs_build().notebook(text) == (ROOT / "examples/notebook.ipynb").read_text(encoding="utf-8"), "make docs"
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell in order, with a small base; what it shows can be shown, and PEFT loads what it exports."""
+    pytest.importorskip("plotly")
+    from cli import model_folder
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    model_folder(tmp_path / "model", bare=True)
+    monkeypatch.chdir(tmp_path)
+    found = json.loads((ROOT / "examples/notebook.ipynb").read_text(encoding="utf-8"))
+    scope: dict[str, Any] = {}
+    shown: list[Any] = []
+    for cell in found["cells"]:
+        if cell["cell_type"] == "code":
+            code = ast.parse("".join(cell["source"]).replace('"minilm"', '"./model"'))
+            last = code.body.pop() if isinstance(code.body[-1], ast.Expr) else None
+            exec(compile(code, "notebook", "exec"), scope)
+            if last is not None:
+                shown.append(eval(compile(ast.Expression(last.value), "notebook", "eval"), scope))
+    notes, check, summary, table, figure, said, files = shown
+    assert len(notes) == 5 and "3 clients" in repr(check)
+    assert "<table>" in summary._repr_html_()
+    assert set(table["method"]) == {"homlora", "fedsa", "local"}
+    assert len(figure.data) == 3 and all(len(x.y) == 5 for x in figure.data)  # before training and after four rounds
+    assert said[0].answer in ("calm", "urgent")
+    assert "adapter_config.json" in files
+    base = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "model", num_labels=2, ignore_mismatched_sizes=True
+    )
+    assert PeftModel.from_pretrained(base, scope["exported"]).peft_config
