@@ -55,6 +55,8 @@ MUTANTS = (
     Mutant("a round is trained before it is charged", "federation/run.py", "            self._ledger.charge(server.round)", "            pass", "tests/test_privacy.py -k 'budget or recomputed'"),
     Mutant("a round that was released is free the second time", "federation/ledger.py", "if again and (not self.fresh or", "if again and (True or", "tests/test_privacy.py -k done_again"),
     Mutant("records of a private run name its clients", "federation/run.py", "        if self.private is not None:\n", "        if False:\n", "tests/test_privacy.py -k tell_nothing"),
+    Mutant("an attack is judged on the rows its threshold was chosen on", "serving/attacks/membership.py", "hits[c] += [np.sum(s[i][h[i] != side] >= cut)", "hits[c] += [np.sum(s[i][h[i] == side] >= cut)", "tests/test_attacks.py -k few_rows"),
+    Mutant("members and others are exchanged", "serving/attacks/membership.py", "np.mean((below + upto) / 2)", "np.mean(len(others) - (below + upto) / 2)", "tests/test_attacks.py -k statistics"),
     Mutant("a Poisson cohort is never empty", "federation/setting.py", "np_rng(seed, \"cohort\", round).random(clients) < q).tolist()", "np_rng(seed, \"cohort\", round).random(clients) < q).tolist() or [0]", "tests/test_privacy.py -k 'coin or without_clients'"),
     # Python
     Mutant("True is taken for a number", "arguments.py", "isinstance(value, kind) and not isinstance(value, (bool, np.bool_))", "isinstance(value, kind)", "tests/test_python.py -k wrong"),

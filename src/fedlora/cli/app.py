@@ -334,6 +334,28 @@ def evaluate(
 
 
 @app.command()
+def attack(
+    folder: Folder,
+    kind: Annotated[
+        Literal["membership", "inversion", "both"],
+        typer.Option(help="Was a row trained on; which words stand behind an upload."),
+    ] = "both",
+    rows: Annotated[int, typer.Option(min=10, help="Rows of a client in and out of training that are judged.")] = 200,
+    trials: Annotated[int, typer.Option(min=2, help="Uploads inverted of each size.")] = 8,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Rows a step; repeat for more.", show_default="1, 4, 16, 32")
+    ] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Local steps; repeat for more.", show_default="1, 10")] = None,
+    json: Json = False,
+    round: Round = "last",
+) -> None:
+    """Attack a run of your own, from its folder: what its models and its uploads tell about its rows."""
+    from . import attacks
+
+    attacks.attack(folder, kind, rows, trials, batch or [1, 4, 16, 32], steps or [1, 10], json, round)
+
+
+@app.command()
 def ls(
     folder: Annotated[Path, typer.Argument(help="Folder of runs.")] = Path("runs"),
     json: Json = False,
