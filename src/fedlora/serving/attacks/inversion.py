@@ -137,7 +137,8 @@ def _named(
         _span([(v, norms.get(key, 0.0)) for key, v in d.items() if key.part == "A" and key.layer in layers])
         for _, d in cases
     ]
-    table = next((n for n, m in fed.model.base.named_modules() if m is fed.model.base.get_input_embeddings()), "")
+    base: Any = fed.model.base  # of transformers, which knows its own table of words
+    table = next((n for n, m in base.named_modules() if m is base.get_input_embeddings()), "")
     score = np.zeros((len(cases), len(words)))
     for at, e in inputs:  # e [n places d]
         size = e.square().sum(-1).clamp(min=1e-12)
