@@ -58,6 +58,11 @@ MUTANTS = (
     Mutant("an attack is judged on the rows its threshold was chosen on", "serving/attacks/membership.py", "hits[c] += [np.sum(s[i][h[i] != side] >= cut)", "hits[c] += [np.sum(s[i][h[i] == side] >= cut)", "tests/test_attacks.py -k few_rows"),
     Mutant("members and others are exchanged", "serving/attacks/membership.py", "np.mean((below + upto) / 2)", "np.mean(len(others) - (below + upto) / 2)", "tests/test_attacks.py -k statistics"),
     Mutant("a Poisson cohort is never empty", "federation/setting.py", "np_rng(seed, \"cohort\", round).random(clients) < q).tolist()", "np_rng(seed, \"cohort\", round).random(clients) < q).tolist() or [0]", "tests/test_privacy.py -k 'coin or without_clients'"),
+    # the server's log
+    Mutant("a log's line holds what others sent as it came", "cli/journal.py", "printable(x, 10**6) for x in", "x for x in", "tests/test_operators.py -k control"),
+    Mutant("a log that is moved away is written to no more", "cli/journal.py", '            with file.open("a", encoding="utf-8") as f:', '            with file.open("r+", encoding="utf-8") as f:', "tests/test_operators.py -k moved"),
+    Mutant("refused uploads count as accepted", "cli/metrics.py", "max(len(line.clients) - len(line.refused), 0)", "len(line.clients)", "tests/test_operators.py -k metrics"),
+    Mutant("a site's bundle holds no certificate of its authority", "flower/keys.py", '((folder / "ca.pem").read_bytes(), PUBLIC)', '((folder / "server.pem").read_bytes(), PUBLIC)', "tests/test_site_commands.py -k keys"),
     # Python
     Mutant("True is taken for a number", "arguments.py", "isinstance(value, kind) and not isinstance(value, (bool, np.bool_))", "isinstance(value, kind)", "tests/test_python.py -k wrong"),
     Mutant("an unknown argument is Python's own error", "arguments.py", "if n not in known", "if False", "tests/test_python.py -k 'wrong or ones_own'"),

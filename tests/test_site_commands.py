@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,19 @@ def test_keys_says_who_gets_what_and_until_when_it_is_valid(tmp_path: Path, caps
     said = capsys.readouterr().out
     for id in ("a", "b"):
         (line,) = [x for x in said.splitlines() if x.startswith(f"give to {id}, over a channel you trust: ")]
-        files = [Path(x) for x in line.partition(": ")[2].split(", ")]
-        assert files == [folder / "ca.pem", folder / "clients" / f"{id}.key"]
-        assert all(f.is_file() for f in files)
+        file = Path(line.partition(": ")[2])
+        assert file == folder / "bundles" / f"{id}.tar.gz" and file.stat().st_mode & 0o777 == 0o600
+        with tarfile.open(file) as tar:
+            tar.extractall(tmp_path / id, filter="data")
+        own = tmp_path / id / id
+        assert (own / "ca.pem").read_bytes() == (folder / "ca.pem").read_bytes()
+        assert (own / f"{id}.key").read_bytes() == (folder / "clients" / f"{id}.key").read_bytes()
+        assert (own / f"{id}.key").stat().st_mode & 0o077 == 0
+        about = (own / "README.txt").read_text(encoding="utf-8")
+        assert re.match(
+            rf"Keys with which the site {id} takes part .* fl.example.org: .* until \d{{4}}-\d\d-\d\d\.\n", about
+        )
+        assert {p.name for p in own.iterdir()} == {"README.txt", "ca.pem", f"{id}.key"}
     last = dt.datetime.now(dt.UTC) + dt.timedelta(days=DAYS)
     days = {f"{d:%Y-%m-%d}" for d in (last, last - dt.timedelta(days=1))}  # midnight may pass while this runs
     assert set(re.findall(r"valid until (\d{4}-\d\d-\d\d)", said)) <= days

@@ -14,12 +14,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..data.addresses import hidden, scheme, unfit
+from ..deploy.notes import Note
 from ..errors import ConfigError, FedloraError, Problem, StateError, printable
-from ..federation.callbacks import Several
+from ..federation.callbacks import Callback, Several
 from ..federation.records import TrainLine, read_lines
-from . import listing, sweeps, tables
+from . import journal, listing, sweeps, tables
 from .actions import _report, _watch, err, out
 from .interrupts import Interrupted, Pressed
+from .journal import LogFormat
+from .metrics import Metrics
 from .progress import Log, now
 
 
@@ -59,7 +62,8 @@ def _one(recipe: Path, sets: Sequence[str]) -> Any:
 
 def server(
     recipe: Path, sets: Sequence[str], output: Path | None, listen: str, tls_cert: Path | None, tls_key: Path | None,
-    clients_keys: Path | None, insecure: bool, quiet: bool, json: bool,
+    clients_keys: Path | None, insecure: bool, quiet: bool, json: bool, log_format: LogFormat = LogFormat.text,
+    log_file: Path | None = None, metrics: str | None = None,
 ) -> None:  # fmt: skip
     from ..deploy.coordinator import check
     from ..training.tasks import TASKS
@@ -81,16 +85,34 @@ def server(
         tls, known = flower.security(tls_cert, tls_key, clients_keys, insecure)
     except ConfigError as e:
         problems += e.problems
+    numbers, to_file = None, None
+    try:
+        to_file = None if log_file is None else journal.into(log_file, log_format, _say(False))
+    except ConfigError as e:
+        problems += e.problems
+    try:
+        where = None if metrics is None else flower.address(metrics, "--metrics", "127.0.0.1")
+        numbers = None if where is None or problems else Metrics(*where)
+    except ConfigError as e:
+        problems += e.problems
     if problems:
         raise ConfigError(problems)
+    as_json = log_format is LogFormat.json and not quiet
+    shown = journal.errors(log_format) if as_json else _say(quiet or json)
+    say = journal.all_of(shown, *([to_file] if to_file else []), *([numbers.hear] if numbers else []))
+    logs = [shown] * as_json + [to_file] * (to_file is not None)
+
     if insecure:
-        err.print(
-            "[yellow]--insecure: everybody who reaches this port can take part, and read along[/]", soft_wrap=True
-        )
-    say = _say(quiet or json)
+        warning = "--insecure: everybody who reaches this port can take part, and read along"
+        if as_json:
+            say(Note(warning, "insecure"))
+        else:
+            err.print(f"[yellow]{warning}[/]", soft_wrap=True)
 
     def ready(port: int) -> None:
-        say(f"serving {r.name} on {host}:{port}")
+        say(Note(f"serving {r.name} on {host}:{port}", "serving", name=r.name, host=host, port=port))
+        if numbers:
+            say(Note(f"metrics on port {numbers.port}", "metrics", port=numbers.port))
 
     folder = output or r.output_folder()
     _finish(
@@ -100,6 +122,8 @@ def server(
         json,
         lambda watch: flower.run(r, folder, host, port, tls, known, watch, say, ready),
         TASKS[r.model.task].metric,
+        [*(Log(s, TASKS[r.model.task].metric) for s in logs if s), *([numbers] if numbers else [])],
+        as_json,
     )
 
 
@@ -126,15 +150,25 @@ def try_out(
     )
 
 
-def _finish(folder: Path, recipe: Any, quiet: bool, json: bool, run: Callable[[Any], Any], metric: str) -> None:
-    """Run under a progress display, then the result and the report, as for a simulation."""
+def _finish(
+    folder: Path, recipe: Any, quiet: bool, json: bool, run: Callable[[Any], Any], metric: str, more: Sequence[Callback] = (),
+    logged: bool = False,
+) -> None:  # fmt: skip
+    """Run under a progress display, then the result and the report, as for a simulation. more: who else hears of the run;
+    logged: whether one of these writes to standard error, so that no display does."""
     try:
         plain = not (quiet or json or err.is_terminal)  # bars are for a terminal
-        shown = contextlib.nullcontext(Log(_say(False), metric)) if plain else _watch(metric, quiet, json)
+        shown: Any = contextlib.nullcontext(Log(_say(False), metric)) if plain else _watch(metric, quiet, json)
+        if logged:
+            shown = _watch(metric, not json, json)
         with Pressed() as pressed, shown as watch:
-            run(Several(watch, pressed))
+            run(Several(watch, *more, pressed))
     except KeyboardInterrupt:
         raise Interrupted(folder, "start the same command again") from None
+    finally:
+        for m in more:
+            if isinstance(m, Metrics):
+                m.close()
     _report(folder, quiet or json)
     if not json:
         tables.result(out, folder)
@@ -234,7 +268,7 @@ def _ask() -> Callable[[str], bool] | None:
 
 def keys(ids: Sequence[str], output: Path, hosts: Sequence[str]) -> None:
     with _flower():
-        from ..flower.keys import make, valid_until
+        from ..flower.keys import bundle, make, valid_until
     made = make(output, hosts, ids)
 
     def told(text: str) -> None:
@@ -245,7 +279,7 @@ def keys(ids: Sequence[str], output: Path, hosts: Sequence[str]) -> None:
     told(f"keep at the server: {output / 'server.pem'}, {output / 'server.key'}, {output / 'clients'} (the .pub files)")
     told(f"keep secret, and needed only to make more of these: {output / 'ca.key'}")
     for id in ids:
-        told(f"give to {id}, over a channel you trust: {output / 'ca.pem'}, {output / 'clients' / f'{id}.key'}")
+        told(f"give to {id}, over a channel you trust: {bundle(output, id, hosts[0])}")
     for what, file in (("the authority", "ca.pem"), ("the server's certificate", "server.pem")):
         told(f"{what} ({file}) is valid until {valid_until(output / file):%Y-%m-%d}; sites' keys have no end")
     told("a new server certificate: remove server.pem and server.key, run this again, and start the server again")

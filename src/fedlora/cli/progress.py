@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..deploy.notes import Note
 from ..federation.callbacks import Callback
 from ..federation.records import EvalLine, Line, TrainLine
 from ..units import size
@@ -54,44 +55,53 @@ def now() -> str:
 
 
 class Log(Callback):
-    """A line a round, with the time, for a log that is not a terminal."""
+    """A line for each thing that happens in a run, for a log: rounds, scores and bytes, with their facts for machines."""
 
     def __init__(self, say: Callable[[str], None], metric: str):
         self.say, self.metric = say, metric
         self.total, self.loss, self.trained, self.refused = 0, float("nan"), 0, 0
+        self.sent = {"up": 0, "down": 0}
 
     def start(self, name: str, done: int, rounds: int) -> None:
         self.total = rounds
-        self.say(f"{name}: {rounds} rounds" + (f", going on after round {done}" if done else ""))
+        text = f"{name}: {rounds} rounds" + (f", going on after round {done}" if done else "")
+        self.say(Note(text, "start", name=name, done=done, rounds=rounds))
 
     def round_start(self, round: int, clients: int) -> None:
-        self.say(f"round {round} of {self.total}: waiting for {clients} client(s) to train")
+        text = f"round {round} of {self.total}: waiting for {clients} client(s) to train"
+        self.say(Note(text, "round start", round=round, clients=clients))
 
     def lowered(self, block: int, clients: int) -> None:
-        self.say(
-            f"a block of {clients} clients does not fit into memory; it goes on with {block}: set run.block={block}"
-        )
+        text = f"a block of {clients} clients does not fit into memory; it goes on with {block}: set run.block={block}"
+        self.say(Note(text, "lowered", block=block, clients=clients))
 
     def evaluating(self, round: int) -> None:
-        self.say(f"round {round} of {self.total}: evaluating")
+        self.say(Note(f"round {round} of {self.total}: evaluating", "evaluating", round=round))
 
     def record(self, line: Line) -> None:
         if isinstance(line, TrainLine):
             self.loss, self.refused = line.loss, len(line.refused)
             self.trained = len(line.clients) - self.refused
+            self.sent = {d: line.sent(d) for d in ("up", "down")}
         if isinstance(line, EvalLine) and line.split in ("validation", "test"):
             value = line.mean.get(self.metric, float("nan"))
-            self.say(f"round {line.round} of {self.total}: {line.view} {line.split} {self.metric} {value:.4f}")
+            text = f"round {line.round} of {self.total}: {line.view} {line.split} {self.metric} {value:.4f}"
+            scores = {"view": line.view, "split": line.split, "scores": dict(line.mean)}
+            self.say(Note(text, "score", round=line.round, metric=self.metric, value=value, **scores))
 
     def round_done(self, round: int, facts: dict[str, Any]) -> None:
         refused = f", {self.refused} refused or late" if self.refused else ""
-        self.say(
+        seconds = facts["train_seconds"] + facts["eval_seconds"]
+        text = (
             f"round {round} of {self.total} done: {self.trained} client(s){refused}, loss {self.loss:.4f}, "
-            f"{size(facts['bytes'])}, {facts['train_seconds'] + facts['eval_seconds']:.0f} s"
+            f"{size(facts['bytes'])}, {seconds:.0f} s"
         )
+        counts = {"accepted": self.trained, "refused": self.refused, "loss": self.loss, "seconds": seconds}
+        sent = {f"bytes_{d}": n for d, n in self.sent.items()}
+        self.say(Note(text, "round", round=round, rounds=self.total, **counts, **sent))
 
     def end(self, summary: dict[str, Any]) -> None:
-        self.say("all rounds are done")
+        self.say(Note("all rounds are done", "done", metric=summary.get("metric"), test=summary.get("test")))
 
 
 class Bars(Callback):

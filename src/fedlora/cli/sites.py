@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .app import Json, Output, Quiet, Recipe, Sets, app
+from .journal import LogFormat
 
 __all__ = ["app"]
 
@@ -34,6 +35,12 @@ def server(
         Path | None, typer.Option(help="Folder of <id>.pub: who may connect.", show_default=False)
     ] = None,
     insecure: Insecure = False,
+    log_format: Annotated[LogFormat, typer.Option(help="Of the log: text, or a JSON object a line.")] = LogFormat.text,
+    log_file: Annotated[Path | None, typer.Option(help="Add the log to this file too.", show_default=False)] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="host:port for Prometheus; :PORT is this machine alone.", show_default=False),
+    ] = None,
     sets: Sets = None,
     output: Output = None,
     quiet: Quiet = False,
@@ -42,7 +49,21 @@ def server(
     """Serve a recipe to clients at their sites, to its end. Started again with the same output, it goes on."""
     from . import deployment
 
-    deployment.server(recipe, sets or [], output, listen, tls_cert, tls_key, clients_keys, insecure, quiet, json)
+    deployment.server(
+        recipe,
+        sets or [],
+        output,
+        listen,
+        tls_cert,
+        tls_key,
+        clients_keys,
+        insecure,
+        quiet,
+        json,
+        log_format,
+        log_file,
+        metrics,
+    )
 
 
 @app.command()

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from ..errors import UploadError, printable
 from . import claims, schema
+from .notes import Note
 from .packets import Kind, Packet, reply_of
 
 PATIENCE, LATER = 60.0, 10.0  # seconds for a site's first answer, which loads model and data, and for later ones
@@ -92,7 +93,8 @@ class Attendance:
                 continue
             self.failed.pop(node, None)
             joined = True
-            self.say(f"site {self.name(node)} joins with {len(self.sites[node])} client(s)")
+            name, held = self.name(node), len(self.sites[node])
+            self.say(Note(f"site {name} joins with {held} client(s)", "join", site=name, clients=held))
         for node in silent:
             self._put_off(node, "no answer yet")
         return nodes, joined
@@ -104,7 +106,8 @@ class Attendance:
         pause = min(self.pause * 2 ** min(times - 1, 16), LONGEST_PAUSE)
         self.failed[node] = Failed(why, times, time.monotonic() + pause)
         if before is None or before.why != why:
-            self.say(f"site {self.name(node)} cannot join: {why}; it is asked again")
+            name = self.name(node)
+            self.say(Note(f"site {name} cannot join: {why}; it is asked again", "no join", site=name, why=why))
 
     def _welcome(self, name: str | None, reply: Packet | str) -> dict[str, dict[str, Any]]:
         """A site's clients with their rows. Raises UploadError for another base, for names that are not its own, and for

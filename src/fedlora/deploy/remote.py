@@ -27,6 +27,7 @@ from ..methods.contract import Client, RoundInfo, ServerState, Upload
 from ..tree import Params
 from . import claims, schema
 from .attendance import Attendance, Link
+from .notes import Note
 from .packets import EVERYBODY, PROTOCOL, Kind, Packet, reply_of
 
 SPLITS = ("train", "validation", "test")
@@ -83,7 +84,8 @@ class Remote:
             if (len(online), missing) != told:
                 told = len(online), missing
                 more = f"; missing: {', '.join(missing[:LINES])}" if missing else ""
-                self.say(f"waiting for clients: {len(online)} of {least} are here{more}")
+                facts = {"have": len(online), "need": least, "missing": missing}
+                self.say(Note(f"waiting for clients: {len(online)} of {least} are here{more}", "waiting", **facts))
                 self.status("waiting", have=len(online), need=least)
             time.sleep(self.terms.poll)
 
@@ -167,7 +169,8 @@ class Remote:
                 why = schema.reason(e)
                 log.refused |= dict.fromkeys(mine, why)
                 state |= dict.fromkeys(mine, "failed")
-                self.say(f"site {self.here.name(node)}: {why}")
+                name = self.here.name(node)
+                self.say(Note(f"site {name}: {why}", "failed", site=name, why=why, round=info.round + 1))
                 continue
             for c in mine:
                 try:
@@ -175,7 +178,8 @@ class Remote:
                     done = schema.parsed(schema.Done, said.clients.get(c), "reply, its clients")
                 except Exception as e:
                     log.refused[c], state[c] = schema.reason(e), "refused"
-                    self.say(f"upload of {c} refused: {log.refused[c]}")
+                    facts = {"client": c, "why": log.refused[c], "round": info.round + 1}
+                    self.say(Note(f"upload of {c} refused: {log.refused[c]}", "refused", **facts))
                     continue
                 log.up += message
                 log.losses[c], state[c] = done.metrics.loss, "done"
@@ -188,7 +192,8 @@ class Remote:
         late = [c for c in clients if state[c] == "training"]
         log.refused |= dict.fromkeys(late, "late: no reply in time")
         if late:
-            self.say(f"round {info.round + 1}: late: {', '.join(late[:5])}")
+            text = f"round {info.round + 1}: late: {', '.join(late[:5])}"
+            self.say(Note(text, "late", round=info.round + 1, clients=late))
         # Whom dp counts may not depend on what others have sent; it clips everybody instead.
         distant = claims.distant(list(arrived.values()), server.params) if arrived and not fed.private else {}
         for c, why in distant.items():
@@ -216,7 +221,7 @@ class Remote:
     def _drop(self, client: str, why: str, arrived: dict[str, Upload], log: RoundLog) -> None:
         del arrived[client]
         log.refused[client] = why
-        self.say(f"upload of {client} refused: {why}")
+        self.say(Note(f"upload of {client} refused: {why}", "refused", client=client, why=why))
 
     def _orders(
         self, kind: Kind, server: ServerState, info: RoundInfo, cohort: Sequence[Client], log: RoundLog

@@ -6,7 +6,9 @@ A node key is an elliptic-curve key in OpenSSH's format, as `ssh-keygen -t ecdsa
 from __future__ import annotations
 
 import datetime as dt
+import io
 import ipaddress
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,6 +72,32 @@ def make(folder: Path, hosts: Sequence[str], ids: Sequence[str]) -> list[Path]:
             _write(public, text + f" {id}\n".encode(), PUBLIC)
         written += [private, public]
     return written
+
+
+def bundle(folder: Path, id: str, host: str) -> Path:
+    """One file for a site (tar.gz, readable by its owner alone): the authority's certificate, the site's key, and a line on what
+    this is, for whom and until when. Made anew each time, so it is of the files that are there. host: of the server."""
+    until = valid_until(folder / "ca.pem")
+    about = (
+        f"Keys with which the site {id} takes part in the federation of {host}: for whoever runs {id} and nobody else, valid "
+        f"until {until:%Y-%m-%d}.\n"
+        f"fedlora client --id {id} --server {host}:8443 --ca ca.pem --key {id}.key --data YOUR.csv --state state\n"
+    )
+    files = {
+        "README.txt": (about.encode(), PUBLIC),
+        "ca.pem": ((folder / "ca.pem").read_bytes(), PUBLIC),
+        f"{id}.key": ((folder / "clients" / f"{id}.key").read_bytes(), PRIVATE),
+    }
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for name, (data, mode) in files.items():
+            member = tarfile.TarInfo(f"{id}/{name}")
+            member.size, member.mode = len(data), mode
+            tar.addfile(member, io.BytesIO(data))
+    (folder / "bundles").mkdir(exist_ok=True)
+    path = folder / "bundles" / f"{id}.tar.gz"
+    _write(path, packed.getvalue())
+    return path
 
 
 def valid_until(certificate: Path) -> dt.datetime:

@@ -19,12 +19,12 @@ from .records import LARGEST
 from .superlink import TLS, SuperLink
 
 
-def address(listen: str) -> tuple[str, int]:
-    """host and port of "host:port", "[v6]:port" or ":port". Raises ConfigError."""
+def address(listen: str, option: str = "--listen", anywhere: str = "0.0.0.0") -> tuple[str, int]:
+    """host and port of "host:port", "[v6]:port" or ":port", which is at `anywhere`. Raises ConfigError."""
     host, _, port = listen.rpartition(":")
     if not port.isdigit() or int(port) > 65535:
-        raise ConfigError([Problem("--listen", listen, "host:port", "for example 0.0.0.0:8443")])
-    return host.strip("[]") or "0.0.0.0", int(port)
+        raise ConfigError([Problem(option, listen, "host:port", f"for example {anywhere}:8443")])
+    return host.strip("[]") or anywhere, int(port)
 
 
 def security(
