@@ -31,7 +31,24 @@ and nothing else: a run can be resumed with other threads, but not with another 
 
 A section `sweep` makes many runs of one file.
 `sweep: {method.name: [homlora, fedsa], run.seed: [0, 1, 2]}` makes six. `variants` in it changes
-several fields at once.
+several fields at once. `fedlora sweep FILE --jobs 4` runs four at once.
+
+A comparison at one learning rate favours the method that the rate suits. `search` in a sweep lists
+values to try, and chooses them for each setting on validation before the runs begin:
+
+```yaml
+sweep:
+  method.name: [homlora, pf2lora]
+  run.seed: [0, 1, 2, 3, 4]
+  search:
+    fields: {train.lr: [1.0e-4, 3.0e-4, 1.0e-3]}            # of every method
+    methods: {pf2lora: {method.lr_personal: [0.01, 0.1]}}   # and of one
+    rounds: 5                                               # of a trial
+```
+
+Every setting gets the same number of trials (`trials`; the smallest number of candidates by
+default). A setting with more candidates tries a draw of them. Trials have a seed that no run has.
+What was tried, what it scored and what it cost stands in `search.json` and on the comparison's page.
 
 Editors with a YAML language server (the YAML extension of VS Code, Neovim, Helix, Emacs) complete
 and check recipes by a JSON schema. The first line of a shipped recipe names it, and copies name

@@ -526,6 +526,14 @@ MUTANTS = (
     Mutant("chats without answers are left out in silence", "data/load.py", "if lost := chats - sum(len(e.source) for e in encoded):", "if lost := 0:", "tests/test_chats.py -k cut_away"),
     Mutant("chats are asked without their template", "serving/predict.py", "    if data.get(\"messages\"):\n", "    if False:\n", "tests/test_chats.py -k asked"),
     Mutant("a web address becomes a path", "data/addresses.py", "    if kind in WEB:\n", "    if False:\n", "tests/test_files.py -k addresses"),
+    # sweeps with a search
+    Mutant("the worst trial is taken", "recipe/search.py", "(-s if lower else s, -i)", "(s if lower else -s, -i)", "tests/test_search.py -k by_hand"),
+    Mutant("the last of equal trials is taken", "recipe/search.py", "(-s if lower else s, -i)", "(-s if lower else s, i)", "tests/test_search.py -k by_hand"),
+    Mutant("a method with more candidates gets more trials", "recipe/search.py", "_drawn(s.trials, trials, seed)", "s.trials", "tests/test_search.py -k same_number"),
+    Mutant("trials have a seed of the runs", "recipe/search.py", "default=int(_field(p.base, \"run\", \"seed\", 0))) + 1", "default=0)", "tests/test_search.py -k same_number"),
+    Mutant("trials are as long as runs", "recipe/search.py", '*([("federation.rounds", rounds)] if rounds else [])', "", "tests/test_search.py -k same_number"),
+    Mutant("what was chosen is not run", "recipe/search.py", "[*s.pairs, *pick, *seed], [*s.pairs, *seed]", "[*s.pairs, *seed], [*s.pairs, *seed]", "tests/test_search.py -k have_what"),
+    Mutant("expand passes over a search", "recipe/sweep.py", "    if p.search is not None:\n", "    if False:\n", "tests/test_search.py -k at_once"),
     # recipes, the hub, the example by hand
     Mutant("a copied recipe overwrites a file", "recipe/shipped.py", 'target.open("x", encoding="utf-8")', 'target.open("w", encoding="utf-8")', "tests/test_recipes_shipped.py -k overwrites"),
     Mutant("without a network the hub is asked again and again", "data/sources.py", "datasets.config.HF_HUB_OFFLINE = offline or not (Path(name).is_dir() or reachable())", "pass", "tests/test_sources.py -k asked_once"),

@@ -6,17 +6,18 @@ import contextlib
 import json as json_
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from ..errors import StateError
+from ..errors import StateError, TrainingError
 from ..federation.callbacks import Callback, Several
-from . import listing, sweeps, tables
+from . import jobs as processes
+from . import listing, searches, sweeps, tables
 from .interrupts import Interrupted, Pressed
 from .progress import Bars, JsonLines
 
@@ -93,11 +94,15 @@ def _report(folder: Path, quiet: bool, sweep: Path | None = None) -> None:
         out.print(f"report: {page}", soft_wrap=True, highlight=False)
 
 
-def run(recipe: Path, sets: Sequence[str], output: Path | None, quiet: bool, json: bool) -> None:
-    from ..recipe import expand, folders
+def run(recipe: Path, sets: Sequence[str], output: Path | None, quiet: bool, json: bool, jobs: int = 1) -> None:
+    from ..recipe import expand_dict, folders, reading
     from ..recipe.sweep import begun, root
 
-    recipes = expand(recipe, list(sets))
+    raw = reading.read(recipe)
+    if _searches(raw):
+        _searched({"raw": raw, "sets": list(sets), "name": recipe.stem}, output, quiet, json, jobs)
+        return
+    recipes = expand_dict(raw, list(sets))
     if len(recipes) == 1:
         folder = _execute(recipes[0], output, quiet, json)
         if not json:
@@ -106,22 +111,78 @@ def run(recipe: Path, sets: Sequence[str], output: Path | None, quiet: bool, jso
     where = folders(recipes, Path("runs") / recipe.stem, output)
     sweep = root(where)
     begun(sweep, recipes, where)
-    _sweep(recipes, where, sweep, quiet, json)
+    _sweep(recipes, where, sweep, quiet, json, jobs)
 
 
-def _sweep(recipes: Sequence[Recipe], where: Sequence[Path], sweep: Path, quiet: bool, json: bool) -> None:
-    """The runs of a sweep one after the other, then their comparison."""
+def _searches(raw: Any) -> bool:
+    """Whether a recipe's mapping has a search."""
+    return isinstance(raw, Mapping) and isinstance(raw.get("sweep"), Mapping) and "search" in raw["sweep"]
+
+
+def _searched(
+    given: Mapping[str, Any], output: Path | None, quiet: bool, json: bool, jobs: int, sweep: Path | None = None
+) -> None:
+    """A sweep that begins with a search. given: what makes its plan; sweep: its folder, where it is gone on with."""
+    from ..recipe import folders
+    from ..recipe.search import plan
+    from ..recipe.sweep import begun
+    from ..recipe.sweep import root as common
+
+    made = plan(given["raw"], given["sets"])
+    assert made is not None
+    root = Path("runs") / given["name"]
+    where = folders(made.runs([s.trials[0].choice for s in made.settings]), root, output)
+    sweep = sweep or common(where)
+    if not sweeps.is_sweep(sweep):
+        begun(sweep, [], [], {**given, "output": output and str(output)})
+    console = _console(quiet, json)
+
+    def trials(todo: searches.Todo) -> Mapping[Path, str]:
+        left = [(r, f) for r, f in todo if not sweeps.finished(f)]
+        return _runs(left, sweep, True, json, jobs, lambda text: console.print(text, soft_wrap=True, highlight=False))
+
+    chosen = searches.search(made, sweep, trials, lambda text: console.print(text, soft_wrap=True, highlight=False))
+    recipes = made.runs(chosen)
+    where = folders(recipes, root, output)
+    begun(sweep, recipes, where, {**given, "output": output and str(output)})
+    _sweep(recipes, where, sweep, quiet, json, jobs)
+
+
+def _runs(
+    todo: searches.Todo, sweep: Path, quiet: bool, json: bool, jobs: int, say: Callable[[str], None]
+) -> Mapping[Path, str]:
+    """Bring runs to their end; folder -> why a run has failed, of those whose training did."""
+    failed: dict[Path, str] = {}
+    try:
+        if jobs > 1:
+            return processes.run(todo, jobs, say)
+        for (r, folder), said in zip(todo, sweeps.headings([r.name for r, _ in todo]), strict=True):
+            say(said)
+            try:
+                _execute(r, folder, quiet, json, sweep)
+            except TrainingError as e:
+                failed[folder] = str(e)
+                say(f"{r.name} failed: {e}")
+    except KeyboardInterrupt:  # while a model is loaded
+        raise Interrupted(sweep) from None
+    return failed
+
+
+def _sweep(
+    recipes: Sequence[Recipe], where: Sequence[Path], sweep: Path, quiet: bool, json: bool, jobs: int = 1
+) -> None:
+    """The runs of a sweep, then their comparison."""
     todo = [(r, f) for r, f in zip(recipes, where, strict=True) if not sweeps.finished(f)]
     console = _console(quiet, json)
     if len(todo) < len(recipes):
         console.print(f"{len(recipes) - len(todo)} of {len(recipes)} runs are done already", highlight=False)
-    try:
-        for (r, folder), said in zip(todo, sweeps.headings([r.name for r, _ in todo]), strict=True):
-            console.print(Text(said, style="bold"), soft_wrap=True)
-            _execute(r, folder, quiet, json, sweep)
-    except KeyboardInterrupt:  # while a model is loaded
-        raise Interrupted(sweep) from None
-    compare(where, sweep / "comparison.html", json, sweep)
+    failed = _runs(todo, sweep, quiet, json, jobs, lambda text: console.print(Text(text, style="bold"), soft_wrap=True))
+    have = [f for f in where if f not in failed]
+    if have:
+        compare(have, sweep / "comparison.html", json, sweep)
+    if failed:
+        named = "; ".join(f"{f.name}: {why}" for f, why in list(failed.items())[:3])
+        raise TrainingError(f"{len(failed)} of {len(recipes)} runs have failed: {named}")
 
 
 def run_from(
@@ -141,9 +202,12 @@ def run_from(
         tables.result(out, folder)
 
 
-def resume(folder: Path, quiet: bool, json: bool) -> None:
+def resume(folder: Path, quiet: bool, json: bool, jobs: int = 1) -> None:
     if sweeps.is_sweep(folder) and not listing.is_run(folder):
-        _sweep(*sweeps.recipes(folder), folder, quiet, json)
+        if (given := sweeps.searched(folder)) is not None and not sweeps.runs(folder):
+            _searched(given, Path(given["output"]) if given["output"] else None, quiet, json, jobs, folder)
+            return
+        _sweep(*sweeps.recipes(folder), folder, quiet, json, jobs)
         return
     recipe = recipe_of(folder)
     if (folder / DEPLOYMENT).exists():
@@ -173,10 +237,19 @@ def opened(folder: Path, recipe: Recipe | None = None) -> tuple[Recipe, Federati
 
 
 def check(recipe: Path, sets: Sequence[str], json: bool, measure: bool) -> None:
-    from ..recipe import expand
+    from ..recipe import expand_dict, reading
+    from ..recipe.search import plan
     from . import checks
 
-    checks.check(expand(recipe, list(sets)), json, measure, out, err)
+    raw = reading.read(recipe)
+    if not _searches(raw):
+        checks.check(expand_dict(raw, list(sets)), json, measure, out, err)
+        return
+    made = plan(raw, list(sets))
+    assert made is not None
+    trials = {t.recipe.hash: t.recipe for s in made.settings for t in s.trials}
+    runs = made.runs([s.trials[0].choice for s in made.settings])
+    checks.check([*trials.values(), *runs], json, measure, out, err)
 
 
 def report(folder: Path, output: Path | None) -> None:

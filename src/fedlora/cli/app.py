@@ -47,6 +47,7 @@ Clients = Annotated[
     ),
 ]
 AllClients = Annotated[bool, typer.Option("--all-clients", help="Every client's model.")]
+Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Runs of a sweep at once, each in a process of its own.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of bars and tables.")]
 
 
@@ -79,11 +80,21 @@ def run(
 
 
 @app.command()
-def resume(folder: Folder, quiet: Quiet = False, json: Json = False) -> None:
+def sweep(
+    recipe: Recipe, sets: Sets = None, output: Output = None, jobs: Jobs = 1, quiet: Quiet = False, json: Json = False
+) -> None:
+    """Run all runs of a sweep, its search first, several at once if asked; an interrupted sweep is taken up."""
+    from . import actions
+
+    actions.run(recipe, sets or [], output, quiet, json, jobs)
+
+
+@app.command()
+def resume(folder: Folder, jobs: Jobs = 1, quiet: Quiet = False, json: Json = False) -> None:
     """Go on with an interrupted run, or a sweep of runs."""
     from . import actions
 
-    actions.resume(folder, quiet, json)
+    actions.resume(folder, quiet, json, jobs)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import FedloraError
 from ..federation.callbacks import Callback
+from .jobs import orphaned
 
 
 class Pressed(Callback):
@@ -35,7 +36,7 @@ class Pressed(Callback):
         raise KeyboardInterrupt
 
     def round_start(self, round: int, clients: int) -> None:
-        if self.stop.is_set():
+        if self.stop.is_set() or orphaned():
             raise KeyboardInterrupt
 
 

@@ -22,6 +22,12 @@ def is_sweep(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
+def searched(folder: Path) -> dict[str, Any] | None:
+    """What makes the plan of a sweep's search anew; None for a sweep without one."""
+    found = sealed.read(folder / FILE)
+    return None if found is None else found.get("search")
+
+
 def runs(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """The folder of every run of a sweep, and its recipe as it was written. Raises StateError for a damaged list."""
     found = sealed.read(folder / FILE)

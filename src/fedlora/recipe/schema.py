@@ -11,6 +11,7 @@ from . import guards
 from .core import Recipe
 from .hyperparameters import all_fields, default, held, hints, own_fields, table
 from .problems import UNTYPED
+from .search import Search
 
 
 def schema() -> dict[str, Any]:
@@ -26,7 +27,10 @@ def schema() -> dict[str, Any]:
     out["properties"]["sweep"] = {
         "description": "Paths with the values they take; one run for each combination.",
         "type": "object",
-        "properties": {"variants": {"type": "array", "items": {"type": "object"}, "minItems": 1}},
+        "properties": {
+            "variants": {"type": "array", "items": {"type": "object"}, "minItems": 1},
+            "search": Search.model_json_schema(),
+        },
         "additionalProperties": {"type": "array", "minItems": 1},
     }
     return out

@@ -7,6 +7,8 @@
         - {train.lr: 1e-3}
         - {train.lr: 1e-2, train.steps: 5}
 
+`search` beside them chooses hyperparameters first (search.py).
+
 Overrides hold for every run; one of a swept path replaces its list (and `--set "sweep.run.seed=[0, 1]"` sets a list).
 """
 
@@ -16,6 +18,7 @@ import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +38,16 @@ def expand(path: str | Path, sets: Sequence[str] = ()) -> list[Recipe]:
 
 def expand_dict(raw: Mapping[str, Any], sets: Sequence[str] = ()) -> list[Recipe]:
     """`expand` for a mapping such as a YAML file holds."""
-    raw = reading.mapping(raw, "recipe")
-    pairs, problems = parsed(sets)
-    fixed = [(p, v) for p, v in pairs if not p.startswith("sweep.")]
-    axes, wrong = _axes(raw.get("sweep"), [(p.removeprefix("sweep."), v) for p, v in pairs if p.startswith("sweep.")])
-    axes = [a for a in axes if not (len(a[0]) == 1 and a[0][0][0] in dict(fixed))]
-    problems += wrong
-    base = {k: v for k, v in raw.items() if k != "sweep"}
+    p = read(raw, sets)
+    problems, base, fixed = list(p.problems), p.base, p.fixed
+    if p.search is not None:
+        expected = "a sweep whose fields are all chosen"
+        problems.append(Problem("sweep.search", p.search, expected, "fedlora sweep and fedlora.recipe.search make it"))
     recipes: list[Recipe] = []
-    for choice in itertools.product(*axes):
-        chosen = [pair for part in choice for pair in part]
+    for chosen in p.combinations:
         changed, bad_path = assign(base, [*chosen, *fixed])
-        if axes and not any(p == "name" for p, _ in [*chosen, *fixed]):
-            changed["name"] = "-".join([str(base.get("name", "run")), *_labels(chosen)])
+        if p.axes and not any(path == "name" for path, _ in [*chosen, *fixed]):
+            changed["name"] = "-".join([str(base.get("name", "run")), *labelled(chosen)])
         try:
             recipe = Recipe.from_dict(changed)
         except ConfigError as e:
@@ -57,21 +57,71 @@ def expand_dict(raw: Mapping[str, Any], sets: Sequence[str] = ()) -> list[Recipe
         recipes.append(recipe)
     problems += _twins(recipes)
     if problems:
-        raise ConfigError(_unique(problems))
+        raise ConfigError(unique(problems))
     return recipes
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A file with a sweep, taken apart. base: the recipe without it; fixed: what --set has set for every run; search: the
+    mapping under sweep.search, None without one."""
+
+    base: dict[str, Any]
+    fixed: Pairs
+    axes: list[list[Pairs]]
+    search: Any
+    problems: list[Problem]
+
+    @property
+    def combinations(self) -> list[Pairs]:
+        """One for each run."""
+        return _product(self.axes)
+
+    @property
+    def settings(self) -> list[Pairs]:
+        """One for each setting: all but the axis of seeds."""
+        return _product([a for a in self.axes if not _of_seeds(a)])
+
+    @property
+    def seeds(self) -> list[Pairs]:
+        """The alternatives of the axis of seeds; a single empty one without it."""
+        return _product([a for a in self.axes if _of_seeds(a)])
+
+
+def read(raw: Mapping[str, Any], sets: Sequence[str] = ()) -> Parts:
+    """The parts of a mapping such as a YAML file holds. Raises ConfigError where it is no mapping."""
+    raw = reading.mapping(raw, "recipe")
+    pairs, problems = parsed(sets)
+    fixed = [(p, v) for p, v in pairs if not p.startswith("sweep.")]
+    given = raw.get("sweep")
+    search = given.get("search") if isinstance(given, Mapping) else None
+    plain = {k: v for k, v in given.items() if k != "search"} if isinstance(given, Mapping) else given
+    axes, wrong = _axes(plain, [(p.removeprefix("sweep."), v) for p, v in pairs if p.startswith("sweep.")])
+    axes = [a for a in axes if not (len(a[0]) == 1 and a[0][0][0] in dict(fixed))]
+    return Parts({k: v for k, v in raw.items() if k != "sweep"}, fixed, axes, search, [*problems, *wrong])
+
+
+def _product(axes: list[list[Pairs]]) -> list[Pairs]:
+    return [[pair for part in choice for pair in part] for choice in itertools.product(*axes)]
+
+
+def _of_seeds(axis: list[Pairs]) -> bool:
+    return all([path for path, _ in pairs] == ["run.seed"] for pairs in axis)
 
 
 FILE = "sweep.json"
 
 
-def begun(folder: Path, recipes: Sequence[Recipe], where: Sequence[Path]) -> None:
-    """Note the runs of a sweep, also those that have not begun."""
+def begun(
+    folder: Path, recipes: Sequence[Recipe], where: Sequence[Path], search: Mapping[str, Any] | None = None
+) -> None:
+    """Note the runs of a sweep, also those that have not begun. search: what makes the plan of its search anew."""
     folder.mkdir(parents=True, exist_ok=True)
     runs = [
         {"folder": f.relative_to(folder).as_posix(), "recipe": r.model_dump(mode="json", exclude_unset=True)}
         for r, f in zip(recipes, where, strict=True)
     ]
-    sealed.write(folder / FILE, {"runs": runs})
+    sealed.write(folder / FILE, {"runs": runs} | ({} if search is None else {"search": search}))
 
 
 def root(where: Sequence[Path]) -> Path:
@@ -116,7 +166,7 @@ def _axes(sweep: Any, extra: Pairs) -> tuple[list[list[Pairs]], list[Problem]]:
     return ([] if problems else axes), problems
 
 
-def _labels(chosen: Pairs) -> list[str]:
+def labelled(chosen: Pairs) -> list[str]:
     """What tells a run from the others of its sweep, fit for a folder's name: "fedsa", "seed1", "lr0.001"."""
     named = [str(v) if isinstance(v, str) else f"{p.rpartition('.')[2]}{v}" for p, v in chosen]
     return [re.sub(r"[^A-Za-z0-9._]+", "-", n).strip("-") or "x" for n in named]
@@ -135,6 +185,6 @@ def _twins(recipes: Sequence[Recipe]) -> list[Problem]:
     return problems
 
 
-def _unique(problems: Sequence[Problem]) -> list[Problem]:
+def unique(problems: Sequence[Problem]) -> list[Problem]:
     """Each problem once, though many runs of a sweep have it."""
     return list({(p.field, repr(p.got), p.expected): p for p in problems}.values())

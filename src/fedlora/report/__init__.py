@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from ..errors import FedloraError, StateError
+from ..files import sealed
 from .read import records
 from .tables import compare_rows
 
 if TYPE_CHECKING:
     from ..bench.examples import Course
+
+
+SEARCH = "search.json"  # in a sweep's folder: what the search of its hyperparameters has tried
 
 
 class MissingPlotly(FedloraError):
@@ -49,7 +53,8 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path, beside: Pat
         kinds = ", ".join(sorted({f"{r.metric} ({r.name})" for r in runs}))
         raise StateError(f"compare: the runs are scored differently: {kinds}; compare runs of one task")
     need_plotly()
-    return write_page(comparison_page(runs, compare_rows(folders)), Path(out), beside)
+    search = sealed.read(beside / SEARCH) if beside is not None else None
+    return write_page(comparison_page(runs, compare_rows(folders), search), Path(out), beside)
 
 
 def write_example(found: Sequence[Course], out: str | Path, seed: int = 0) -> Path:

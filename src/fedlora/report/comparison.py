@@ -26,8 +26,10 @@ from .tables import (
 )
 
 
-def comparison_page(runs: Sequence[Records], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Title and blocks of a comparison."""
+def comparison_page(
+    runs: Sequence[Records], rows: Sequence[Mapping[str, Any]], search: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Title and blocks of a comparison. search: what the search of hyperparameters has tried, where there was one."""
     groups = grouped(runs)
     metric = runs[0].metric
     m = figures.words(metric)
@@ -53,6 +55,7 @@ def comparison_page(runs: Sequence[Records], rows: Sequence[Mapping[str, Any]]) 
     ]  # fmt: skip
     differing = "Fields of the recipes in which the settings differ, defaults included."
     blocks += [Block("Settings that differ", differing, table=settings(groups)), _to_target(rows, m), _pairs(groups)]
+    blocks += [] if search is None else [_search(search)]
     blocks = [b for b in blocks if b.figure is not None or b.table]
     blocks += about(first)
     count = f"{len(groups)} settings, {len(runs)} runs"
@@ -101,6 +104,37 @@ def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         row += [size(r["bytes_total"]), count(r["tokens"]), seconds(r["seconds"]), size(r["peak_memory_bytes"])]
         out.append((*row, f"{r['seeds']}{unfinished}"))
     return out
+
+
+def _search(facts: Mapping[str, Any]) -> Block:
+    """What was tried for each setting, on how many short runs, and what was taken."""
+    head = ("setting", "tried", "validation", "", "tokens", "time")
+    body = []
+    for s in facts["settings"]:
+        for i, t in enumerate(s["trials"]):
+            fields = ", ".join(
+                f"{k.rpartition('.')[2]} {v:g}" if isinstance(v, float) else f"{k.rpartition('.')[2]} {v}"
+                for k, v in t["fields"].items()
+            )
+            note = "failed" if "failed" in t else ""
+            if i == s["chosen"]:
+                note = "taken" + (", at the edge" if s["edges"] else "")
+            body.append(
+                (
+                    s["setting"] if i == 0 else "",
+                    fields,
+                    number(t["validation"]),
+                    note,
+                    count(t["tokens"]),
+                    seconds(t["seconds"]),
+                )
+            )
+    told = (
+        f"Before the runs, {facts['trials']} trials of {facts['rounds']} rounds for each setting with seed {facts['seed']}, which no run has. "
+        "The best mean on validation is taken, the first of equals. At the edge: the smallest or largest value tried, so a better "
+        "one may lie beyond."
+    )
+    return Block("Search", told, table=[head, *body], wide=True, folded=len(body) > 20)
 
 
 def _to_target(rows: Sequence[Mapping[str, Any]], metric: str) -> Block:
