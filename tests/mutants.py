@@ -58,6 +58,10 @@ MUTANTS = (
     Mutant("an attack is judged on the rows its threshold was chosen on", "serving/attacks/membership.py", "hits[c] += [np.sum(s[i][h[i] != side] >= cut)", "hits[c] += [np.sum(s[i][h[i] == side] >= cut)", "tests/test_attacks.py -k few_rows"),
     Mutant("members and others are exchanged", "serving/attacks/membership.py", "np.mean((below + upto) / 2)", "np.mean(len(others) - (below + upto) / 2)", "tests/test_attacks.py -k statistics"),
     Mutant("a Poisson cohort is never empty", "federation/setting.py", "np_rng(seed, \"cohort\", round).random(clients) < q).tolist()", "np_rng(seed, \"cohort\", round).random(clients) < q).tolist() or [0]", "tests/test_privacy.py -k 'coin or without_clients'"),
+    # the live page
+    Mutant("any name for this machine may read the live page", "report/live.py", "if self.server.hosts and host not in self.server.hosts:", "if False:", "tests/test_live.py -k alone"),
+    Mutant("the live page never changes", "report/live.py", 'found.append(f"{s.st_mtime_ns}.{s.st_size}")', 'found.append("+")', "tests/test_live.py -k follows"),
+    Mutant("the live page is lost while a file is written", "report/live.py", "text = self._made[1] or _waiting(str(e))", "text = _waiting(str(e))", "tests/test_live.py -k keeps"),
     # the server's log
     Mutant("a log's line holds what others sent as it came", "cli/journal.py", "printable(x, 10**6) for x in", "x for x in", "tests/test_operators.py -k control"),
     Mutant("a log that is moved away is written to no more", "cli/journal.py", '            with file.open("a", encoding="utf-8") as f:', '            with file.open("r+", encoding="utf-8") as f:', "tests/test_operators.py -k moved"),

@@ -137,3 +137,38 @@ def test_nothing_is_cut(page: str, look: str, pages: dict[str, Path], browser: A
     light = [int(c) for c in found["words"].removeprefix("rgb(").removesuffix(")").split(",")]
     assert (sum(light) > 3 * 128) == dark, found  # words are light where the page is dark
     assert (found["page"] in ("rgb(246, 247, 249)", "rgb(255, 255, 255)")) != dark
+
+
+def test_a_live_page_updates_itself(tmp_path: Path, browser: Any) -> None:
+    """fedlora watch in a browser: the page that stands open has the new round without being asked, and nothing is blocked."""
+    import threading
+
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    from fedlora.federation.callbacks import Callback
+    from fedlora.report.live import Live
+
+    class Stop(Callback):
+        def round_start(self, round: int, clients: int) -> None:
+            if round == 2:
+                raise KeyboardInterrupt
+
+    def fed() -> Any:
+        return tiny.federation(METHODS["fedsa"](rank=4), tmp_path / "run", data=tiny.data(3), sampling=Sampling(rounds=2))
+
+    with pytest.raises(KeyboardInterrupt):
+        fed().run(Stop())
+    with Live(tmp_path / "run") as live:
+        threading.Thread(target=live.serve_forever, args=(0.05,), daemon=True).start()
+        browser.get_log("browser")
+        browser.get(live.url)
+        lead = "return document.querySelector('.lead').textContent"
+        WebDriverWait(browser, 60).until(lambda b: b.execute_script("return !!document.querySelector('svg.main-svg')"))
+        assert "1 rounds." in browser.execute_script(lead)
+        fed().run()
+        WebDriverWait(browser, 60).until(lambda b: "2 rounds." in (b.execute_script(lead) or ""))
+        WebDriverWait(browser, 60).until(lambda b: b.execute_script("return !!document.querySelector('svg.main-svg')"))
+        assert [x["message"] for x in browser.get_log("browser") if x["level"] == "SEVERE" and "favicon" not in x["message"]] == []
+        live.shutdown()
+    said = "return document.getElementById('live').textContent"
+    WebDriverWait(browser, 30).until(lambda b: "start fedlora watch again" in b.execute_script(said))

@@ -311,6 +311,27 @@ def status(folder: Path, watch: bool, json: bool) -> None:
             time.sleep(1.0)
 
 
+def watch(folder: Path, listen: str, open: bool) -> None:
+    import webbrowser
+
+    from ..report.live import Live
+
+    if sweeps.is_sweep(folder) and not listing.is_run(folder):
+        names = ", ".join(f.name for f, _ in sweeps.runs(folder)[:3])
+        raise StateError(f"{folder}: a sweep; give one of its runs ({names}), or fedlora status {folder}")
+    host, _, port = listen.rpartition(":")
+    if not port.isdigit() or int(port) > 65535:
+        raise ConfigError([Problem("--listen", listen, "host:port", "for example 127.0.0.1:8080")])
+    live = Live(folder, host.strip("[]") or "127.0.0.1", int(port))
+    out.print(f"watching {folder}: {live.url} (Ctrl-C ends it)", soft_wrap=True, highlight=False, markup=False)
+    if not live.hosts:
+        err.print("[yellow]everybody who reaches this address can read the run[/]", soft_wrap=True)
+    if open:
+        webbrowser.open(live.url)
+    with Pressed(), contextlib.suppress(KeyboardInterrupt), live:
+        live.serve_forever(0.2)
+
+
 def _status(folder: Path) -> dict[str, Any]:
     """status.json with what the run's records add. Raises StateError."""
     from ..files import sealed

@@ -161,6 +161,20 @@ def status(
     deployment.status(folder, watch, json)
 
 
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(help="Run folder of a run or a server.", show_default=False)],
+    listen: Annotated[
+        str, typer.Option(help="host:port; :PORT and port 0, a free one, are this machine alone.")
+    ] = "127.0.0.1:0",
+    open: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """A live page of a run or a deployment, for the browser of this machine, until Ctrl-C."""
+    from . import deployment
+
+    deployment.watch(folder, listen, open)
+
+
 @federation.command()
 def keys(
     ids: Annotated[list[str], typer.Argument(help="Ids of the sites.", show_default=False)],

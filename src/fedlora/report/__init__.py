@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,11 +77,28 @@ def need_plotly() -> None:
 
 def write_page(page: dict[str, Any], out: Path, beside: Path | None = None) -> Path:
     """Write a page (title, lead, note, tiles and blocks, see page.py) to `out`; returns it. beside: as of write_run."""
+    from plotly.offline import get_plotlyjs, get_plotlyjs_version
+
+    library = beside / f"plotly-{get_plotlyjs_version()}.min.js" if _drawn(page) and beside else None
+    script = get_plotlyjs() if _drawn(page) and not library else ""
+    link = quote(os.path.relpath(library, out.parent).replace(os.sep, "/")) if library else ""
+    html = html_of(page, script, link)
+    if library and not library.exists():
+        _put(get_plotlyjs(), library)
+    return _put(html, out)
+
+
+def _drawn(page: Mapping[str, Any]) -> bool:
+    return any(b.figure is not None for b in page["blocks"])
+
+
+def html_of(page: dict[str, Any], script: str = "", link: str = "", live: str = "") -> str:
+    """A page as HTML. script, link: the plotting library, or where it is; live: what changes when the page is out of date, for one
+    that asks for it (live.py)."""
     from importlib.metadata import version
     from importlib.resources import files
 
     from jinja2 import Environment, StrictUndefined
-    from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
     from .figures import FONT
 
@@ -102,14 +119,9 @@ def write_page(page: dict[str, Any], out: Path, beside: Path | None = None) -> P
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
         (files("fedlora.report") / "page.html").read_text(encoding="utf-8")
     )
-    drawn = any(b.figure is not None for b in page["blocks"])
-    library = beside / f"plotly-{get_plotlyjs_version()}.min.js" if drawn and beside else None
-    script = get_plotlyjs() if drawn and not library else ""
-    link = quote(os.path.relpath(library, out.parent).replace(os.sep, "/")) if library else ""
-    html = template.render(page=page, font=FONT, script=script, link=link, draw=draw, version=version("fedlora"))
-    if library and not library.exists():
-        _put(get_plotlyjs(), library)
-    return _put(html, out)
+    return template.render(
+        page=page, font=FONT, script=script, link=link, draw=draw, version=version("fedlora"), live=live
+    )
 
 
 def _put(text: str, out: Path) -> Path:
