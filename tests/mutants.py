@@ -58,6 +58,8 @@ MUTANTS = (
     Mutant("an attack is judged on the rows its threshold was chosen on", "serving/attacks/membership.py", "hits[c] += [np.sum(s[i][h[i] != side] >= cut)", "hits[c] += [np.sum(s[i][h[i] == side] >= cut)", "tests/test_attacks.py -k few_rows"),
     Mutant("members and others are exchanged", "serving/attacks/membership.py", "np.mean((below + upto) / 2)", "np.mean(len(others) - (below + upto) / 2)", "tests/test_attacks.py -k statistics"),
     Mutant("a Poisson cohort is never empty", "federation/setting.py", "np_rng(seed, \"cohort\", round).random(clients) < q).tolist()", "np_rng(seed, \"cohort\", round).random(clients) < q).tolist() or [0]", "tests/test_privacy.py -k 'coin or without_clients'"),
+    Mutant("bytes of a resumed run begin at zero", "federation/run.py", "                watch.resumed(sum(", "                watch.resumed(0 * sum(", "tests/test_progress.py"),
+    Mutant("steps are counted over all blocks of a round", "federation/engine.py", "        tick(t + 1, max(steps))", "        tick(t + 1, sum(steps))", "tests/test_progress.py"),
     # the live page
     Mutant("any name for this machine may read the live page", "report/live.py", "if self.server.hosts and host not in self.server.hosts:", "if False:", "tests/test_live.py -k alone"),
     Mutant("the live page never changes", "report/live.py", 'found.append(f"{s.st_mtime_ns}.{s.st_size}")', 'found.append("+")', "tests/test_live.py -k follows"),

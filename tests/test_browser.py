@@ -154,7 +154,9 @@ def test_a_live_page_updates_itself(tmp_path: Path, browser: Any) -> None:
                 raise KeyboardInterrupt
 
     def fed() -> Any:
-        return tiny.federation(METHODS["fedsa"](rank=4), tmp_path / "run", data=tiny.data(3), sampling=Sampling(rounds=2))
+        return tiny.federation(
+            METHODS["fedsa"](rank=4), tmp_path / "run", data=tiny.data(3), sampling=Sampling(rounds=2)
+        )
 
     with pytest.raises(KeyboardInterrupt):
         fed().run(Stop())
@@ -168,7 +170,7 @@ def test_a_live_page_updates_itself(tmp_path: Path, browser: Any) -> None:
         fed().run()
         WebDriverWait(browser, 60).until(lambda b: "2 rounds." in (b.execute_script(lead) or ""))
         WebDriverWait(browser, 60).until(lambda b: b.execute_script("return !!document.querySelector('svg.main-svg')"))
-        assert [x["message"] for x in browser.get_log("browser") if x["level"] == "SEVERE" and "favicon" not in x["message"]] == []
+        assert [x["message"] for x in browser.get_log("browser") if x["level"] == "SEVERE"] == []
         live.shutdown()
     said = "return document.getElementById('live').textContent"
     WebDriverWait(browser, 30).until(lambda b: "start fedlora watch again" in b.execute_script(said))

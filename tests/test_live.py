@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
+import shlex
 import shutil
+import signal
+import subprocess
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from cli import command, environment, fedlora
 from test_contract import TABLE
+from test_docs import block
 
 from fedlora.cli import main
 from fedlora.errors import ConfigError, StateError
@@ -23,6 +30,8 @@ from fedlora.files import sealed
 
 pytest.importorskip("plotly")
 from fedlora.report.live import Live, live_page
+
+ROOT = Path(__file__).parents[1]
 
 
 def asked(live: Live, path: str = "/", host: str | None = None, method: str = "GET") -> tuple[int, str, dict[str, str]]:
@@ -116,3 +125,28 @@ def test_wrong_folders_and_addresses(halted: Path, tmp_path: Path, capsys: pytes
     assert main(["watch", str(halted), "--listen", "nowhere"]) == 2
     assert "--listen: got 'nowhere', expected host:port" in capsys.readouterr().err
     assert main(["watch", str(tmp_path / "none")]) == 1
+
+
+def test_the_commands_of_the_docs(live: Live, tmp_path: Path) -> None:
+    """Those of docs/runs.md under "Looking at runs", in their order; watch is asked for its page and then stopped."""
+    text = block((ROOT / "docs/runs.md").read_text(encoding="utf-8"), "test: looking")
+    folder = tmp_path / "home"
+    shutil.copytree(live.folder, folder / "runs/notes")
+    names = []
+    for line in text.splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        assert program == "fedlora"
+        names.append(arguments[0])
+        if arguments[0] != "watch":
+            assert fedlora(*arguments, cwd=folder).stdout.strip()
+            continue
+        with subprocess.Popen(
+            command(*arguments), cwd=folder, stdout=subprocess.PIPE, text=True, env=environment()
+        ) as running:
+            assert running.stdout is not None
+            url = re.findall(r"http://127\.0\.0\.1:\d+/", running.stdout.readline())[0]
+            with urllib.request.urlopen(url, timeout=20) as answer:
+                assert "2 rounds." in answer.read().decode()
+            running.send_signal(signal.SIGINT)
+            assert running.wait(20) == 0
+    assert names == ["ls", "status", "watch", "doctor"]

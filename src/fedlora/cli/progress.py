@@ -115,6 +115,7 @@ class Bars(Callback):
             TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False),
             console=console, transient=not console.is_terminal,
         )  # fmt: skip
+        self.round = 0  # that is being trained
         self.rounds: TaskID | None = None
         self.clients: TaskID | None = None
 
@@ -135,7 +136,17 @@ class Bars(Callback):
         self.rounds = self.progress.add_task("rounds ", total=rounds, completed=done, note=self._note())
         self.clients = self.progress.add_task("clients", total=None, note="")
 
+    def resumed(self, sent: int) -> None:
+        self.facts["bytes"] = sent
+        if self.rounds is not None:
+            self.progress.update(self.rounds, note=self._note())
+
+    def steps_done(self, done: int, steps: int) -> None:
+        if self.clients is not None:
+            self.progress.update(self.clients, note=f"training, round {self.round}, step {done} of {steps}")
+
     def round_start(self, round: int, clients: int) -> None:
+        self.round = round
         if self.clients is not None:
             self.progress.reset(self.clients, total=clients, note=f"training, round {round}")
 

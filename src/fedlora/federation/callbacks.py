@@ -13,8 +13,14 @@ class Callback:
     def start(self, name: str, done: int, rounds: int) -> None:
         """The run begins with `done` of `rounds` rounds committed."""
 
+    def resumed(self, sent: int) -> None:
+        """The run goes on after an interruption; `sent` bytes have gone up and down before."""
+
     def round_start(self, round: int, clients: int) -> None:
         """Round `round` (1-based) trains `clients` clients."""
+
+    def steps_done(self, done: int, steps: int) -> None:
+        """The clients that are trained at this moment have done `done` of their `steps` local steps."""
 
     def clients_done(self, n: int) -> None:
         """`n` more clients of this round are trained."""
@@ -44,6 +50,14 @@ class Several(Callback):
     def start(self, name: str, done: int, rounds: int) -> None:
         for w in self.watches:
             w.start(name, done, rounds)
+
+    def resumed(self, sent: int) -> None:
+        for w in self.watches:
+            w.resumed(sent)
+
+    def steps_done(self, done: int, steps: int) -> None:
+        for w in self.watches:
+            w.steps_done(done, steps)
 
     def round_start(self, round: int, clients: int) -> None:
         for w in self.watches:

@@ -59,11 +59,12 @@ def train_block(
     batches: Sequence[Sequence[Batch]],
     pace: Pace,
     serve: bool = False,
+    tick: Callable[[int, int], None] = lambda done, steps: None,
 ) -> list[Trained]:
     """Train K clients in lockstep; a client that runs out of batches waits unchanged.
 
     down, kept: one tree per client, no client axis. batches: per client, `method.draws` of them a step.
-    serve: also give what each client serves from where it stands.
+    serve: also give what each client serves from where it stands. tick: hears after each step how many of how many are done.
     """
     if clash := down[0].keys() & kept[0].keys():
         raise ValueError(
@@ -85,6 +86,7 @@ def train_block(
         work = where(alive[-1], new, work)
         for name, v in metrics.items():
             seen.setdefault(name, []).append(v)
+        tick(t + 1, max(steps))
     live = torch.stack(alive).double()  # [steps K]
     means = {n: _mean(torch.stack(v).double().cpu(), live) for n, v in seen.items()}
     served = method.served(work) | (bound or {}) if serve else {}
@@ -156,6 +158,7 @@ class Engine:
     channel: Channel = Channel()
     on_block: Callable[[int], None] = lambda n: None
     on_lowered: Callable[[int, int], None] = lambda block, clients: None
+    on_step: Callable[[int, int], None] = lambda done, steps: None
     received: Callable[[Client], Params] | None = None  # only at a site: the broadcast that came for this client
 
     def down(self, server: ServerState, client: Client) -> Params:
@@ -253,7 +256,9 @@ class Engine:
         n = len(work)
         if n <= self.block:
             try:
-                return train_block(self.method, self.context, self.loss, info, down, kept, work, self.pace)
+                return train_block(
+                    self.method, self.context, self.loss, info, down, kept, work, self.pace, tick=self.on_step
+                )
             except (MemoryError, RuntimeError) as e:
                 if not out_of_memory(e):
                     raise

@@ -73,7 +73,7 @@ class Federation(Setting):
         return Engine(
             self.method, self.context, self.loss, self.batches, self._load,
             lambda id, r, p: self.store.save_client(id, r, p), self.schedule, self.block_size(), self.sampling.least,
-            self.channel, watch.clients_done, lambda b, n: self._lowered(b, n, watch),
+            self.channel, watch.clients_done, lambda b, n: self._lowered(b, n, watch), watch.steps_done,
         )  # fmt: skip
 
     def _load(self, id: str, round: int) -> Params | None:
@@ -152,7 +152,8 @@ class Federation(Setting):
             self.store.claim(self.recipe_hash, dict(self.recipe), inputs.of(self))
             self.store.rewind()
             loaded = self.store.load_server()
-            self._means = means(lines_in(self.store.root)) if loaded else []
+            before = lines_in(self.store.root) if loaded else []
+            self._means = means(before)
             if self.runtime is in_process and "run" in self.store.facts:
                 raise StateError(
                     f"{self.store.root}: a run over sites: start fedlora server again with this output folder"
@@ -163,6 +164,8 @@ class Federation(Setting):
                 of = (done, self.name, self.recipe)
                 watch = Several(watch, *(TRACKERS[t](self.store.root / t, *of) for t in chosen))
             watch.start(self.name, done, self.sampling.rounds)
+            if before:
+                watch.resumed(sum(x.sent("up") + x.sent("down") for x in before if isinstance(x, TrainLine)))
             runtime = self.runtime(self, watch)
             self.store.facts["block"] = runtime.block
             self._ledger = ledger_of(self)
