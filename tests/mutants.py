@@ -60,6 +60,10 @@ MUTANTS = (
     Mutant("a Poisson cohort is never empty", "federation/setting.py", "np_rng(seed, \"cohort\", round).random(clients) < q).tolist()", "np_rng(seed, \"cohort\", round).random(clients) < q).tolist() or [0]", "tests/test_privacy.py -k 'coin or without_clients'"),
     Mutant("bytes of a resumed run begin at zero", "federation/run.py", "                watch.resumed(sum(", "                watch.resumed(0 * sum(", "tests/test_progress.py"),
     Mutant("steps are counted over all blocks of a round", "federation/engine.py", "        tick(t + 1, max(steps))", "        tick(t + 1, sum(steps))", "tests/test_progress.py"),
+    # where a page comes from
+    Mutant("a page shows a database's password", "federation/provenance.py", "        value = hidden(value)\n", "        pass\n", "tests/test_provenance.py -k command"),
+    Mutant("a page names folders of the machine", "federation/provenance.py", 'elif value.startswith(("/", "~"))', 'elif value.startswith("~")', "tests/test_provenance.py -k command"),
+    Mutant("changes that are not committed are not said", "federation/provenance.py", '", with changes that are not committed" if changed else ""', '""', "tests/test_provenance.py -k gits_own"),
     # the live page
     Mutant("any name for this machine may read the live page", "report/live.py", "if self.server.hosts and host not in self.server.hosts:", "if False:", "tests/test_live.py -k alone"),
     Mutant("the live page never changes", "report/live.py", 'found.append(f"{s.st_mtime_ns}.{s.st_size}")', 'found.append("+")', "tests/test_live.py -k follows"),

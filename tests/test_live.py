@@ -77,7 +77,14 @@ def test_the_page_follows_the_run(live: Live) -> None:
     first = asked(live)[1]
     assert before == json.loads(asked(live, "/state")[1])["version"]
     assert "2 rounds." in first and "This run is not finished." in first and json.dumps(before) in first
-    fed(live.folder).run()
+    heard = []
+
+    class Ear(Callback):
+        def round_done(self, round: int, facts: dict[str, Any]) -> None:
+            heard.append(json.loads(asked(live, "/state")[1])["version"])
+
+    fed(live.folder).run(Ear())
+    assert len(heard) == 1 and heard[0] != before  # before the run is at its end
     after = json.loads(asked(live, "/state")[1])["version"]
     second = asked(live)[1]
     assert after != before and json.dumps(after) in second

@@ -20,6 +20,7 @@ from ..data.federated import FederatedData
 from ..methods.contract import ServerState
 from ..model.adapted import Adapted
 from ..training.metrics import beats
+from . import provenance
 from .records import EvalLine, Line, Timing, TrainLine
 from .setting import Setting
 from .store import Store
@@ -39,6 +40,8 @@ def environment(f: Setting) -> dict[str, Any]:
         "numbers": f.numbers or str(f.model.dtype).removeprefix("torch."),
         "kernels": operators(f.model),
         "packages": versions(PACKAGES),
+        "command": provenance.command(),
+        "commit": provenance.commit(),
     }
 
 

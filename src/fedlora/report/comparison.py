@@ -51,7 +51,7 @@ def comparison_page(
         Block(f"{m} against bytes".capitalize(), "The same, against what was sent.", races.race(groups, "bytes")),
         Block(f"{m}, global model".capitalize(), "The shared part alone, for a client that keeps nothing.", races.race(groups, view="global")),
         Block("Spread over clients", "One point per client at the chosen round.", races.client_boxes(groups)),
-        Block("Who holds what", f"Training rows of each client, by class{whose}.", figures.partition(first)),
+        Block("Who holds what", figures.holding(first, whose), figures.partition(first)),
     ]  # fmt: skip
     differing = "Fields of the recipes in which the settings differ, defaults included."
     blocks += [Block("Settings that differ", differing, table=settings(groups)), _to_target(rows, m), _pairs(groups)]
@@ -65,12 +65,25 @@ def comparison_page(
         else f"{count}."
     )
     return {
-        "title": " against ".join(groups) if len(groups) <= 4 else f"{len(groups)} settings",
+        "title": " against ".join(groups) if len(groups) <= 4 else f"{len(groups)} settings: {_differing(groups)}",
         "lead": lead,
         "note": note,
         "tiles": [],
         "blocks": blocks,
     }
+
+
+def _differing(groups: Mapping[str, Sequence[Records]]) -> str:
+    """In what settings differ, for a title: "method, lr and rounds"; of more than three fields the first three and how many more."""
+    plain = [flat(g[0].recipe) for g in groups.values()]
+    methods = len({g[0].title for g in groups.values()}) > 1
+    skip = ("name", "method.name", "method.title")
+    fields = [k for k in dict.fromkeys(k for p in plain for k in p) if k not in skip and not k.startswith("run.")]
+    # A field that only some methods have follows from the method.
+    odd = [k for k in fields if all(k in p for p in plain) and len({str(p[k]) for p in plain}) > 1]
+    names = ["method"] * methods + [k.rpartition(".")[2] for k in odd]
+    shown = names[:3] + ([f"{len(names) - 3} more"] if len(names) > 3 else [])
+    return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else "".join(shown) or "runs of their own"
 
 
 def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

@@ -210,6 +210,12 @@ def boxes(values: Mapping[str, Sequence[float]], metric: str, colours: Sequence[
     return fig
 
 
+def holding(run: Records, whose: str = "") -> str:
+    """What the picture of `partition` shows; at a server, which is told no classes, it has none."""
+    by = ", by class" if run.partition.get("histogram") else ""
+    return f"Training rows of each client{by}{whose}."
+
+
 def partition(run: Records, split: str = "train") -> go.Figure | None:
     """Rows of each class that every client holds: bars for few clients, a heat map for many."""
     import plotly.graph_objects as go

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..federation.records import SamplesLine
-from ..units import number, seconds, size
+from ..units import NOTHING, number, seconds, size
 from . import figures, races
 from .read import Records
 from .tables import choice
@@ -92,7 +92,7 @@ def run_page(run: Records) -> dict[str, Any]:
     blocks = [
         Block(f"{m} against rounds".capitalize(), "Mean over clients; the band holds the middle 80 % of them.", figures.progress(run)),
         Block(f"{m} against bytes".capitalize(), "What a network would carry: adapters, head and framing.", figures.progress(run, "bytes")),
-        Block("Who holds what", "Training rows of each client, by class.", figures.partition(run)),
+        Block("Who holds what", figures.holding(run), figures.partition(run)),
         Block("Client by client", "Each client's score on its own test data.", figures.spread(run)),
         Block("Training loss", "Mean over the clients of a round; the band holds the middle 80 %.", figures.losses(run)),
         Block("Everybody's model on everybody's data", "Row: whose model. Column: whose test data. A bright diagonal is personalisation.", figures.cross(run)),
@@ -241,8 +241,19 @@ def about(run: Records) -> list[Block]:
         f"{e.get('processor', '')}, {e.get('cores', '?')} cores, {e.get('threads', '?')} threads, "
         f"device {e.get('device', '?')}{more}; Python {e.get('python', '?')}, {versions}"
     )
+    wall = sum(t.train_seconds + t.eval_seconds + t.server_seconds for t in run.timings)
+    facts = [
+        ("what", "value"),
+        ("command", e.get("command") or "none: started from Python"),
+        ("git commit", e.get("commit") or "none: started outside a repository"),
+        ("data", ", ".join(f"{k} {v}" for k, v in run.inputs.items() if k != "base") or "at the sites"),
+        ("base's weights", run.inputs.get("base", NOTHING)),
+        ("recipe", run.hash),
+        ("time", f"{seconds(wall)} in {len(run.timings)} rounds"),
+    ]
     recipe = yaml.safe_dump(shared(run.recipe), sort_keys=False, allow_unicode=True) if run.recipe else ""
     out = [Block("Machine and versions", where if e else "unknown", wide=True)]
+    out.append(Block("What this was made from", "Digests of what the numbers follow from.", table=facts, wide=True))
     if recipe:
         out.append(Block("Recipe", f"Hash {run.hash}.", code=recipe, wide=True, folded=True))
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ class Records:
     summary: dict[str, Any] | None  # None while the run is unfinished
     lines: list[Line]  # metrics.jsonl
     timings: list[Timing]
+    inputs: dict[str, str] = field(default_factory=dict)  # digests of the data and of the base's weights
 
     @cached_property
     def metric(self) -> str:
@@ -119,4 +120,5 @@ def records(folder: str | Path) -> Records:
         summary=sealed.read(folder / "summary.json"),
         lines=read_lines(folder),
         timings=read_timings(folder),
+        inputs=about.get("inputs", {}),
     )
