@@ -41,6 +41,7 @@ ROWS: dict[str, Guard] = {
     "fedadagrad": GUARDS["fedadagrad"](lr=0.01),
     "fedadam": GUARDS["fedadam"](lr=0.01, lr_ratio=4.0),
     "dp": GUARDS["dp"](noise=0.5, norm=0.05, quantile=0.5, scores="public"),
+    "secagg": GUARDS["secagg"](vanish=0.25),
     "fedyogi": GUARDS["fedyogi"](lr=0.01),
 }
 SERVED = [(m, g) for m, row in TABLE.items() for g, guard in ROWS.items() if guard.cannot(row.method) is None]
@@ -63,6 +64,7 @@ def pairs() -> list[Any]:
         ("hetlora", "bound"),
         ("fedsa", "fedadam"),
         ("fedsa", "dp"),
+        ("fedsa", "secagg"),
         ("flora-mixed", "krum"),
     }
     return [pytest.param(m, g, marks=() if (m, g) in quick else pytest.mark.slow, id=f"{m}-{g}") for m, g in SERVED]

@@ -40,6 +40,10 @@ def leaves(seed: int, scale: float = 1.0) -> Params:
     return {A: torch.randn(3, 7, generator=g) * scale, B: torch.randn(9, 3, generator=g) * scale}
 
 
+def weigh(u: Upload) -> float:
+    return float(u.client.examples)
+
+
 def flat(p: Params) -> np.ndarray:
     return np.concatenate([p[k].double().numpy().ravel() for k in (A, B)])
 
@@ -50,7 +54,7 @@ def place(expected: float = 4, clients: int = 10, cohort: Any = "poisson", **mor
 
 def aggregated(guard: Placed, ups: list[Params], server: ServerState, state: Params | None = None) -> Any:
     """(mean, its state afterwards) of one round."""
-    of = guard.opened(server, state or {}, lambda: leaves(0))
+    of = guard.opened(server, state or {}, lambda: leaves(0), weigh)
     seen = [Upload(Client(f"c{i}", 10**i), p) for i, p in enumerate(ups)]
     [mean] = of.arrive(iter(seen), server)
     return mean.params, of.settle(ServerState(server.round + 1, mean.params), server, state or {})[1]
@@ -86,7 +90,7 @@ def test_noise_has_the_stated_scale_and_is_normal() -> None:
     like = {A: torch.zeros(200, 100)}
     server = ServerState(5, like)
     guard = Placed(GUARDS["dp"](noise=1.5, norm=0.4), place(expected=8))
-    of = guard.opened(server, {}, lambda: like)
+    of = guard.opened(server, {}, lambda: like, weigh)
     [mean] = of.arrive(iter(()), server)
     values = mean.params[A].double().numpy().ravel()
     assert kstest(values / (1.5 * 0.4 / 8), "norm").pvalue > 1e-3
@@ -129,7 +133,7 @@ def test_the_clip_norm_follows_the_quantile() -> None:
 def test_the_count_of_adaptive_clipping_is_paid_for() -> None:
     """Two Gaussians together cost what z does: z_D^-2 + (2 s)^-2 = z^-2, s with the sensitivity 1/2 of a count less a half."""
     of = Placed(GUARDS["dp"](noise=1.2, quantile=0.5), place(100, 1000)).opened(
-        ServerState(0, leaves(0)), {}, lambda: {}
+        ServerState(0, leaves(0)), {}, lambda: {}, weigh
     )
     z = (of.std**-2 + (2 * of.count_noise) ** -2) ** -0.5  # type: ignore[attr-defined]
     assert z == pytest.approx(1.2)
@@ -342,7 +346,7 @@ def test_canaries_stay_under_the_claimed_epsilon() -> None:
     for there in (True, False):
         for t in range(trials):
             p = replace(place(1, 1, "everybody"), seed=t * 2 + there)
-            of = Placed(guard, p).opened(ServerState(0, like), {}, lambda: like)
+            of = Placed(guard, p).opened(ServerState(0, like), {}, lambda: like, weigh)
             ups = [Upload(Client("canary", 1), canary)] if there else []
             [mean] = of.arrive(iter(ups), ServerState(0, like))
             said[there] += float((mean.params[A] * direction).sum()) > 1.0

@@ -13,6 +13,7 @@ from ..errors import ConfigError, Problem, StateError
 from ..federation.guards.bound import Bound
 from ..federation.guards.dp import DP
 from ..federation.guards.guard import Place
+from ..federation.guards.secagg import SecAgg
 from ..federation.run import Federation
 from ..federation.setting import Sampling
 from ..methods.contract import Method
@@ -54,6 +55,9 @@ def check(recipe: Recipe) -> None:
     if recipe.model.adapter is not None:
         what = "merge the adapter into the base and give every site that"
         bad.append(Problem("model.adapter", recipe.model.adapter, "null in a deployment", what))
+    if any(isinstance(g, SecAgg) for g in recipe.guard_objects()):
+        what = "sites do not speak it yet, and the server would see every upload: drop it"
+        bad.append(Problem("federation.guards", "secagg", "no secure aggregation in a deployment", what))
     if recipe.federation.cohort == "poisson":
         what = "who is online is no coin of the server's"
         bad.append(Problem("federation.cohort", "poisson", "uniform or fixed in a deployment", what))

@@ -122,7 +122,7 @@ class Channel:
             return first_upload(method, context, info, method.broadcast(context, server, nobody), nobody)
 
         remembered = {g.name: remembered_by(g, server.guards) for g in self.guards}
-        guards = [g.opened(server, remembered[g.name], like) for g in self.guards]
+        guards = [g.opened(server, remembered[g.name], like, method.weight) for g in self.guards]
         for g in reversed(guards):
             uploads = g.arrive(uploads, server)
         new = method.aggregate(context, server, uploads)

@@ -48,7 +48,9 @@ class Placed(Guard):
         """What a round releases; its noise is what the budget allows where the recipe has none. Raises FedloraError."""
         return _mechanism(self.rule.noise, self.rule.epsilon, self.rule.delta, self.place)
 
-    def opened(self, server: ServerState, state: Params, like: Callable[[], Params]) -> Guard:
+    def opened(
+        self, server: ServerState, state: Params, like: Callable[[], Params], weight: Callable[[Upload], float]
+    ) -> Guard:
         norm = float(state[NORM]) if NORM in state else self.rule.norm
         draw = secret() if self.place.fresh else seeded(self.place.seed, "dp", server.round)
         return Round(self.rule, self.mechanism, norm, like(), draw)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ...errors import Problem, TrainingError
-from ...methods.contract import Method, ServerState
+from ...methods.contract import Method, ServerState, Upload
 from ...tree import Params
 from .guard import Guard, Place, no_change
 
@@ -96,7 +96,9 @@ class DP(Guard):
 
         return Placed(self, place)
 
-    def opened(self, server: ServerState, state: Params, like: Callable[[], Params]) -> Guard:
+    def opened(
+        self, server: ServerState, state: Params, like: Callable[[], Params], weight: Callable[[Upload], float]
+    ) -> Guard:
         raise TrainingError(
             "the guard dp needs a Federation, which knows how many clients there are and who takes part"
         )

@@ -67,10 +67,13 @@ class Guard(Checked, ABC):
         """This guard in a run; one that needs no facts of the run is itself."""
         return self
 
-    def opened(self, server: ServerState, state: Params, like: Callable[[], Params]) -> Guard:
+    def opened(
+        self, server: ServerState, state: Params, like: Callable[[], Params], weight: Callable[[Upload], float]
+    ) -> Guard:
         """This guard for one aggregation; one that carries nothing from `arrive` to `settle` is itself.
 
-        state: what it remembers at the server. like: an upload of this round by a client that has not trained.
+        state: what it remembers at the server. like: an upload of this round by a client that has not trained. weight: the
+        method's, of an upload.
         """
         return self
 
