@@ -41,6 +41,10 @@ def fed(folder: Path, **changed: Any) -> fl.Federation:
     return fl.Federation(**given, output=folder, **options)
 
 
+def again(folder: Path, **options: Any) -> fl.Federation:
+    return fl.Federation(net(), fl.Classification(3), data(), fl.FedSALoRA(rank=2), folder, **options)
+
+
 WRONG: dict[str, tuple[Callable[[Path], Any], type[FedloraError], str]] = {
     "a rate for an optimizer": (
         lambda p: fl.FedSALoRA(optimizer=1e-2), ConfigError, r"method.optimizer: got 0.01, expected an Optimizer; write fl.AdamW"),
@@ -65,8 +69,11 @@ WRONG: dict[str, tuple[Callable[[Path], Any], type[FedloraError], str]] = {
     "float labels": (lambda p: fed(p, data=data(Y.astype(np.float32))), DataError, r"labels: float32 .* expected whole numbers"),
     "missing labels": (lambda p: fed(p, data=data(None)), DataError, r'labels: there are none, expected a column "labels"'),
     "labels from 1": (lambda p: fed(p, data=data(Y + 1)), DataError, r"labels: numbers from 1 to 3, expected 0 to 2"),
+    "one-hot labels": (lambda p: fed(p, data=data(np.eye(3)[Y])), DataError, r"labels.argmax\(1\) makes them of one-hot rows"),
+    "rows in float64": (
+        lambda p: fed(p, data=fl.from_arrays({"x": X.astype(float), "labels": Y}, clients=4)), ModelError, r"array.astype\(np.float32\)"),
     "negative labels": (lambda p: data(Y - 1), DataError, r"labels: numbers from -1 to 1, expected classes from 0"),
-    "labels as texts": (lambda p: data([str(y) for y in Y]), DataError, r"column 'labels': holds str.*expected numbers"),
+    "labels as texts": (lambda p: data([str(y) for y in Y]), DataError, r"column 'labels': holds texts .*expected numbers"),
     "rows of several lengths": (lambda p: fl.from_arrays({"x": [[1.0], [1.0, 2.0]]}), DataError, r"expected rows of one shape"),
     "no columns": (lambda p: fl.from_arrays({}), DataError, r"there are no rows"),
     "an array for columns": (lambda p: fl.from_arrays(X), ConfigError, r"from_arrays.columns: got a ndarray, expected a dict"),
@@ -94,6 +101,17 @@ WRONG: dict[str, tuple[Callable[[Path], Any], type[FedloraError], str]] = {
     "an unknown argument": (lambda p: fl.run(write_recipe(p), outptu="x"), ConfigError, r"run.outptu: .* did you mean 'output'"),
     "a missing recipe": (lambda p: fl.run(p / "no.yaml"), FedloraError, r"no.yaml"),
     "a watch that is none": (lambda p: fl.run(write_recipe(p), watch=print), ConfigError, r"run.watch: .* inherit from fl.Callback"),
+    "block 0": (lambda p: again(p, block=0), ConfigError, r"Federation.block: got 0, expected an integer >= 1"),
+    "patience 0": (lambda p: again(p, patience=0), ConfigError, r"Federation.patience: got 0"),
+    "accumulation 0": (lambda p: again(p, accumulation=0), ConfigError, r"Federation.accumulation: got 0"),
+    "an unknown tracker": (lambda p: again(p, trackers=["tensorbord"]), ConfigError, r"did you mean 'tensorboard'"),
+    "an unknown schedule": (lambda p: fl.Schedule("cosin"), ConfigError, r"Schedule.kind: .* did you mean 'cosine'"),
+    "twice the run to warm up": (lambda p: fl.Schedule("cosine", 2.0), ConfigError, r"Schedule.warmup: got 2.0"),
+    "a function to watch": (lambda p: fed(p).run(print), ConfigError, r"run.watch: .* inherit from fl.Callback"),
+    "classes for a language model": (lambda p: fed(p, task=fl.CausalLM()), ModelError, r"CausalLM\(.*cannot score outputs of shape"),
+    "no labels for tags": (lambda p: fed(p, task=fl.TokenClassification(), data=data(None)), DataError, r"labels: there are none"),
+    "classes for tags": (lambda p: fed(p, task=fl.TokenClassification()), ModelError, r"cannot score outputs of shape"),
+    "classes for several labels": (lambda p: fed(p, task=fl.MultiLabel(3)), DataError, r"expected 0 or 1 in \[rows, 3\]"),
     "no folder": (lambda p: fl.load(p / "none"), StateError, r"no such run folder"),
     "an empty folder": (lambda p: fl.results(p), StateError, r"no run folder here or below"),
     "a folder that is not there": (lambda p: fl.compare(p / "runz"), StateError, r"no such folder"),
@@ -116,6 +134,8 @@ def test_what_fits() -> None:
     assert fl.AdamW(lr=np.float32(0.5)).lr == 0.5
     assert fl.AdamW(lr=1, betas=[0.9, 0.99]).betas == [0.9, 0.99]
     assert fl.FedSALoRA(clip=1).clip == 1
+    short = fl.from_arrays({"x": X, "labels": Y.astype(np.int32)}, clients=4)
+    assert short.examples.labels is not None and short.examples.labels.dtype == np.int64
     assert fl.from_arrays({"x": torch.zeros(40, 2), "labels": [0, 1] * 20}, clients=2).label_names == ("0", "1")
 
 

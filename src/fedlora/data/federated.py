@@ -151,14 +151,15 @@ def _arrays(columns: Mapping[str, Any]) -> Arrays:
             v = given.detach().cpu().numpy() if hasattr(given, "detach") else np.asarray(given)
         except ValueError as e:
             raise DataError(f"column {name!r}: {e}, expected rows of one shape; pad them") from e
-        if v.dtype.kind not in "fiub":
+        if v.dtype.kind not in "fiub" and v.size:
+            kind = "texts" if v.dtype.kind == "U" else v.dtype.name
             raise DataError(
-                f"column {name!r}: holds {v.dtype.name} ({given[0]!r}), expected numbers; turn texts into numbers first, or "
+                f"column {name!r}: holds {kind} (such as {str(v.flat[0])[:40]!r}), expected numbers; turn texts into numbers first, or "
                 "write a recipe, whose data may be texts"
             )
         if v.ndim == 0:
             raise DataError(f"column {name!r}: one number, expected one for each row")
-        out[name] = v
+        out[name] = v.astype(np.int64) if name == "labels" and v.dtype.kind in "iu" else v
     if not out or not len(next(iter(out.values()))):
         raise DataError("columns: there are no rows, expected at least one for each client")
     return Arrays(out)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
 from ..arguments import Checked
-from ..errors import TrainingError, UploadError
+from ..errors import ConfigError, Problem, TrainingError, UploadError
 from ..methods.contract import Client, Context, Method, RoundInfo, ServerState, Upload
 from ..model.adapted import Batch
 from ..training.batching import row_lengths, stack_batches
@@ -31,8 +32,12 @@ Pace = Callable[[RoundInfo, int, int], float]  # (round, step, steps of this cli
 class Schedule(Checked):
     """Learning-rate schedule over the whole run: all rounds and local steps are one line, so warm-up never restarts."""
 
-    kind: str = "constant"
+    kind: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < 1:
+            raise ConfigError([Problem("Schedule.warmup", self.warmup, "a share of the run from 0 to below 1")])
 
     def __call__(self, info: RoundInfo, step: int, steps: int) -> float:
         return schedule(self.kind, self.warmup, (info.round + (step + 0.5) / steps) / max(info.rounds, 1))

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..arguments import checked
 from ..data.batches import batch_of
-from ..errors import StateError, TrainingError
+from ..errors import ConfigError, Problem, StateError, TrainingError, near
 from ..evaluation.analyses import product_error
 from ..methods.contract import Client, ServerState, Upload
 from ..tree import Params, apart, select
@@ -61,6 +62,14 @@ class Federation(Setting):
     runtime: Callable[[Federation, Callback], Runtime] = field(default=in_process, kw_only=True)
 
     def __post_init__(self) -> None:
+        least = {
+            n: v for n in ("block", "patience", "accumulation") if isinstance(v := getattr(self, n), int) and v < 1
+        }
+        bad = [Problem(f"Federation.{n}", v, "an integer >= 1") for n, v in least.items()]
+        strange = [t for t in self.trackers if t not in TRACKERS]
+        bad += [Problem("Federation.trackers", t, "the name of a tracker", near(t, TRACKERS)) for t in strange]
+        if bad:
+            raise ConfigError(bad)
         super().__post_init__()
         self.store = Store(Path(self.output), keep=self.keep)
         self._beginning: tuple[int, Params, dict[str, Any]] | None = None
@@ -140,6 +149,7 @@ class Federation(Setting):
         # A resumed run must group its clients as before, whatever memory is free today: sums would differ in their last bits.
         return self.store.block() or (auto_block(self) if together else 1)
 
+    @checked
     def run(self, watch: Callback | None = None) -> Summary:
         """Train to the last round from wherever the run folder was left; returns the summary.
 

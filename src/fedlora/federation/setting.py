@@ -223,7 +223,6 @@ class Setting(Checked):
         if why := self.task.unfit(examples.labels):
             raise DataError(f"labels: {why}")
         batch = {n: v.to(self.model.device) for n, v in examples.collate(self.data.splits["train"].rows[:2]).items()}
-        rows = len(next(iter(batch.values())))
         held = ", ".join(f"{n} {str(v.dtype).removeprefix('torch.')} {list(v.shape)}" for n, v in batch.items())
         try:
             with torch.no_grad():
@@ -233,14 +232,27 @@ class Setting(Checked):
         except Exception as e:
             raise ModelError(
                 f"model: its forward cannot compute a batch of {held}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}; "
-                "mend `call` of fl.adapt, which turns (base, inputs) into a tensor of outputs, or the arrays"
+                + ("array.astype(np.float32) makes what most layers compute in, or " if "float64" in held else "")
+                + "mend `call` of fl.adapt, which turns (base, inputs) into a tensor of outputs, or the arrays"
             ) from e
-        wanted = self.task.outputs
+        self._score(y, batch["labels"])
+
+    def _score(self, y: Tensor, labels: Tensor) -> None:
+        """Raise ModelError for outputs [rows ...] of a user's own module that the task cannot score by these labels."""
+        rows, wanted = len(labels), self.task.outputs
         if wanted is not None and (y.ndim < 1 or y[:rows].numel() != rows * wanted):
             raise ModelError(
                 f"model: gives outputs of shape {list(y.shape)} for {rows} rows, expected [{rows}, {wanted}] for {self.task!r}; "
                 "change the last layer or the task"
             )
+        try:
+            self.task.row_losses(y, labels)
+        except Exception as e:
+            shapes = f"outputs of shape {list(y.shape)} and labels of shape {list(labels.shape)}"
+            raise ModelError(
+                f"model: {self.task!r} cannot score {shapes} ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); "
+                "choose another task, or give labels as it wants them"
+            ) from e
 
     def _refuse_empty(self) -> None:
         """Raise DataError for clients that should train and hold nothing to train on."""

@@ -89,6 +89,10 @@ def asked_columns(data: Mapping[str, Any]) -> list[str]:
 def worded(request: Request, data: Mapping[str, Any], number: int = 1) -> str | Sequence[str]:
     """A request as the model read its rows in training. number: of the request, for errors. Raises DataError."""
     columns = asked_columns(data)
+    if not isinstance(request, str | Mapping) and not (
+        isinstance(request, Sequence) and request and all(isinstance(x, str) for x in request)
+    ):
+        raise DataError(f"predict: request {number} is {request!r}, expected a text, two texts, or a dict by column")
     if isinstance(request, Mapping):
         lost = [c for c in columns if not isinstance(request.get(c), str)]
         if lost:

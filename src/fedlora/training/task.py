@@ -114,8 +114,8 @@ class Task(Checked, ABC):
         return None
 
     def unfit(self, labels: np.ndarray | None) -> str | None:
-        """Why these labels [n ...] are none of this task's, and what to do; None where they are. Tokens have no array of labels."""
-        return None
+        """Why these labels [n ...] of a user's own arrays are none of this task's, and what to do; None where they are."""
+        return None if labels is not None else 'there are none, expected a column "labels"; give one'
 
     # evaluation ---------------------------------------------------------------------------------------------------
     def answers(self, output: Tensor, labels: Tensor) -> Tensor | None:

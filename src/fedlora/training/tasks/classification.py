@@ -53,7 +53,12 @@ class Classification(Task):
             return 'there are none, expected a column "labels" with a class for each row; give one'
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
             shape = f"{labels.dtype.name} of shape {list(labels.shape)}"
-            return f"{shape}, expected whole numbers, one for each row; labels.astype(np.int64) makes them, or use fl.Regression()"
+            how = (
+                "labels.argmax(1) makes them of one-hot rows"
+                if labels.ndim == 2
+                else "labels.astype(np.int64) makes them"
+            )
+            return f"{shape}, expected whole numbers, one for each row; {how}, or choose another task"
         if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:
             found = f"numbers from {int(labels.min())} to {int(labels.max())}"
             most = max(int(labels.max()) + 1, 2)
