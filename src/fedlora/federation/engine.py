@@ -36,8 +36,8 @@ class Schedule(Checked):
     warmup: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.warmup < 1:
-            raise ConfigError([Problem("Schedule.warmup", self.warmup, "a share of the run from 0 to below 1")])
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError([Problem("Schedule.warmup", self.warmup, "a share of the run from 0 to 1")])
 
     def __call__(self, info: RoundInfo, step: int, steps: int) -> float:
         return schedule(self.kind, self.warmup, (info.round + (step + 0.5) / steps) / max(info.rounds, 1))
