@@ -542,6 +542,10 @@ MUTANTS = (
     Mutant("chats without answers are left out in silence", "data/load.py", "if lost := chats - sum(len(e.source) for e in encoded):", "if lost := 0:", "tests/test_chats.py -k cut_away"),
     Mutant("chats are asked without their template", "serving/predict.py", "    if data.get(\"messages\"):\n", "    if False:\n", "tests/test_chats.py -k asked"),
     Mutant("a web address becomes a path", "data/addresses.py", "    if kind in WEB:\n", "    if False:\n", "tests/test_files.py -k addresses"),
+    # tables of comparisons
+    Mutant("a client that is worse counts as better", "report/tables.py", "sum(g > 0 for g in gaps), sum(g == 0", "sum(g < 0 for g in gaps), sum(g == 0", "tests/test_report.py -k first_setting"),
+    Mutant("LaTeX reads a name's underscore", "report/formats.py", '"&%$#_{}"', '"&%$#{}"', "tests/test_report.py -k latex"),
+    Mutant("a table says other rows than were scored", "report/tables.py", 'return sum(s["n"] for s in line.clients.values())', 'return len(line.clients) + 1', "tests/test_report.py -k latex"),
     # sweeps with a search
     Mutant("the worst trial is taken", "recipe/search.py", "(-s if lower else s, -i)", "(s if lower else -s, -i)", "tests/test_search.py -k by_hand"),
     Mutant("the last of equal trials is taken", "recipe/search.py", "(-s if lower else s, -i)", "(-s if lower else s, i)", "tests/test_search.py -k by_hand"),

@@ -12,7 +12,7 @@ from urllib.parse import urljoin
 
 import pytest
 import tiny
-from cli import write_recipe
+from cli import fedlora, write_recipe
 
 import fedlora as fl
 from fedlora import report
@@ -399,6 +399,49 @@ def test_pairs_by_hand(tmp_path: Path) -> None:
     assert pair.verdict == "3 seeds cannot tell"
     other = records(fake(tmp_path / "z", 7, "z", [[0.1, 0.2], [0.3, 0.4]]))
     assert paired(grouped([runs[0], other])) == []  # another seed is another partition
+
+
+def test_clients_against_the_first_setting_by_hand(tmp_path: Path) -> None:
+    """Two seeds of three clients: y is better for one, equal for two and worse for three of six."""
+    from fedlora.report.tables import against, grouped
+
+    scores = {"x": ([0.5, 0.5, 0.5], [0.2, 0.4, 0.6]), "y": ([0.6, 0.5, 0.4], [0.1, 0.4, 0.5])}
+    runs = [
+        records(fake(tmp_path / f"{m}{i}", i, m, [[0.0] * 3, s]))
+        for m, each in scores.items()
+        for i, s in enumerate(each)
+    ]
+    groups = grouped(runs)
+    [found] = against(groups)
+    assert (found.name, found.won, found.tied, found.lost, found.seeds) == ("y", 1, 2, 3, 2)
+    [other] = against(groups, "y")
+    assert (other.name, other.won, other.tied, other.lost) == ("x", 3, 2, 1)
+
+
+def test_a_comparison_as_csv_markdown_and_latex(tmp_path: Path) -> None:
+    """CSV holds the exact numbers; the other two what the page shows, with signs that LaTeX knows."""
+    import csv as csv_
+
+    runs = [
+        fake(tmp_path / f"{m}{i}", i, m, [[0, 0], [0.5, a + i / 10]])
+        for i in (0, 1)
+        for m, a in (("a_b", 0.2), ("50%", 0.4))
+    ]
+    rows = {r["method"]: r for r in report.compare_rows(runs)}
+    for r in runs:
+        (r / "recipe.yaml").write_text("name: by hand\n", encoding="utf-8")
+    read = {r["method"]: r for r in csv_.DictReader(fedlora("compare", *runs, "--to", "csv").stdout.splitlines())}
+    assert read.keys() == rows.keys() and all(float(read[m]["test"]) == rows[m]["test"] for m in rows)
+    marked = fedlora("compare", *runs, "--to", "markdown").stdout.splitlines()
+    cells = [[c.strip() for c in x.strip("|").split("|")] for x in marked if x.startswith("|")]
+    assert [c[0] for c in cells[2:]] == list(rows) and len({len(c) for c in cells}) == 1
+    assert f"{rows['a_b']['test']:.3f} ± {rows['a_b']['test_std']:.3f}" in cells[2 + list(rows).index("a_b")]
+    assert "on 2 test rows" in marked[-1] and "standard deviation over seeds" in marked[-1]
+    fedlora("compare", *runs, "--to", "latex", "-o", tmp_path / "t.tex")
+    text = (tmp_path / "t.tex").read_text(encoding="utf-8")
+    body = text[text.index(r"\midrule") : text.index(r"\bottomrule")].splitlines()[1:]
+    assert {x.split(" & ")[0] for x in body} == {r"a\_b", r"50\%"} and all(x.endswith(r" \\") for x in body)
+    assert "±" not in text and r"$\pm$" in text and text.count(r"\begin") == text.count(r"\end")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..federation.run import Federation
     from ..federation.store import Which
     from ..recipe import Recipe
+    from ..report.formats import Format
     from ..serving.export import Served
     from ..serving.serve import Server
 
@@ -299,6 +300,22 @@ def _scored(folders: Sequence[Path]) -> list[Path]:
         said = f"left out, no score yet: {len(left)} of {len(folders)} runs ({names})"
         err.print(said, soft_wrap=True, highlight=False, markup=False)
     return have
+
+
+def table(folders: Sequence[Path], output: Path | None, format: Format) -> None:
+    """Write the comparison's table to a file, or to standard output."""
+    from ..report.comparison import reading, side_by_side
+    from ..report.formats import written
+    from ..report.tables import compare_rows
+
+    rows = compare_rows(_scored(run_folders(folders)))
+    text = written(format, rows, side_by_side(rows), reading(rows))
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+        out.print(str(output), soft_wrap=True, highlight=False, markup=False)
 
 
 def compare(folders: Sequence[Path], output: Path | None, json: bool, sweep: Path | None = None) -> None:

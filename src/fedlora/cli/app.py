@@ -229,12 +229,19 @@ def report(folder: Folder, output: Output = None) -> None:
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders of run folders.", show_default=False)],
     output: Output = None,
+    to: Annotated[
+        Literal["csv", "markdown", "latex"] | None,
+        typer.Option("--to", help="Write the table alone, here or to --output.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compare runs: a table here, and an HTML page."""
     from . import actions
 
-    actions.compare(folders, output, json)
+    if to is not None:
+        actions.table(folders, output, to)
+    else:
+        actions.compare(folders, output, json)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from .page import Block, about, short, source
 from .read import Records
 from .statistics import LEAST
 from .tables import (
+    against,
     choice,
     constant,
     flat,
@@ -46,7 +47,7 @@ def comparison_page(
     alike = len({str(r.partition.get("histogram")) for r in runs}) == 1
     whose = "" if alike else f"; of {first.name}"
     blocks = [
-        Block("Side by side", table=_side_by_side(rows), wide=True),
+        Block("Side by side", reading(rows), table=side_by_side(rows), wide=True),
         Block(f"{m}, personal models".capitalize(), "Mean over clients, each on its own test data; the band is the range of seeds.", races.race(groups)),
         Block(f"{m} against bytes".capitalize(), "The same, against what was sent.", races.race(groups, "bytes")),
         Block(f"{m}, global model".capitalize(), "The shared part alone, for a client that keeps nothing.", races.race(groups, view="global")),
@@ -54,7 +55,12 @@ def comparison_page(
         Block("Who holds what", figures.holding(first, whose), figures.partition(first)),
     ]  # fmt: skip
     differing = "Fields of the recipes in which the settings differ, defaults included."
-    blocks += [Block("Settings that differ", differing, table=settings(groups)), _to_target(rows, m), _pairs(groups)]
+    blocks += [
+        Block("Settings that differ", differing, table=settings(groups)),
+        _to_target(rows, m),
+        _clients(groups),
+        _pairs(groups),
+    ]
     blocks += [] if search is None else [_search(search)]
     blocks = [b for b in blocks if b.figure is not None or b.table]
     blocks += about(first)
@@ -86,7 +92,8 @@ def _differing(groups: Mapping[str, Sequence[Records]]) -> str:
     return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else "".join(shown) or "runs of their own"
 
 
-def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+def side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The table of all settings as it is read, under its head."""
     unseen = any(r["unseen"] is not None for r in rows)
     view, globe = heading(rows), has_global(rows)
     head = (
@@ -117,6 +124,16 @@ def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         row += [size(r["bytes_total"]), count(r["tokens"]), seconds(r["seconds"]), size(r["peak_memory_bytes"])]
         out.append((*row, f"{r['seeds']}{unfinished}"))
     return out
+
+
+def reading(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How to read the table: what is scored, on how many rows, and what stands behind the signs."""
+    n = [r["test_rows"] for r in rows if r["test_rows"]]
+    many = f" on {min(n):,.0f}" + (f" to {max(n):,.0f}" if max(n) - min(n) >= 1 else "") + " test rows" if n else ""
+    text = f"{figures.words(rows[0]['metric']).capitalize()}{many}, mean over clients, at the round chosen on {choice(rows)}"
+    if any(r["test_std"] is not None for r in rows):
+        text += "; ± is the standard deviation over seeds, 95 % a bootstrap interval over seeds and their clients"
+    return text + "."
 
 
 def _search(facts: Mapping[str, Any]) -> Block:
@@ -171,6 +188,21 @@ def _to_target(rows: Sequence[Mapping[str, Any]], metric: str) -> Block:
         f"To reach {metric} {number(target)}",
         "On validation. Simulated: clients work at the same time at this machine's speed, over the recipe's bandwidth.",
         table=[head, *body],
+    )
+
+
+def _clients(groups: Mapping[str, Sequence[Records]]) -> Block:
+    """Every client of every setting against the same client of the first one."""
+    found = against(groups)
+    if not found:
+        return Block("")
+    first = next(iter(groups))
+    body = [(x.name, f"{x.won:,}", f"{x.tied:,}", f"{x.lost:,}", f"{x.seeds}") for x in found]
+    return Block(
+        f"Client by client, against {first}",
+        "Test scores at the chosen round: for how many clients, over all seeds, a setting is better, equal or worse. The clients of "
+        "one run are not independent, so no test rests on these counts.",
+        table=[("setting", "better", "equal", "worse", "seeds"), *body],
     )
 
 

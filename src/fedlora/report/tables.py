@@ -170,6 +170,42 @@ def scores(runs: Sequence[Records]) -> dict[Seed, dict[str, float]]:
     return out
 
 
+@dataclass(frozen=True)
+class Against:
+    """Clients of a setting beside the same clients of another, over the seeds that both have."""
+
+    name: str
+    won: int
+    tied: int
+    lost: int
+    seeds: int
+
+
+def against(groups: Mapping[str, Sequence[Records]], baseline: str | None = None) -> list[Against]:
+    """Every other setting against `baseline`, the first one by default; those without a seed and partition in common are left out."""
+    first = baseline or next(iter(groups), "")
+    known = {label: scores(runs) for label, runs in groups.items()}
+    out = []
+    for label, own in known.items():
+        both = sorted(own.keys() & known[first].keys()) if label != first else []
+        gaps = [
+            (own[s][c] - known[first][s][c]) * (-1 if groups[label][0].lower_is_better else 1)
+            for s in both
+            for c in own[s].keys() & known[first][s].keys()
+        ]
+        if gaps:
+            out.append(
+                Against(label, sum(g > 0 for g in gaps), sum(g == 0 for g in gaps), sum(g < 0 for g in gaps), len(both))
+            )
+    return out
+
+
+def _test_rows(r: Records) -> float | None:
+    """Rows behind the test scores at the chosen round."""
+    line = r.at(r.main, "test", r.chosen) if r.chosen is not None else None
+    return sum(s["n"] for s in line.clients.values()) if line else None
+
+
 def partition_of(r: Records) -> str:
     """The same for two runs where the same client has the same rows; of a deployment, whose rows nobody knows, the same counts."""
     return str([r.partition.get(k) for k in ("ids", "rows" if "rows" in r.partition else "histogram", "sizes")])
@@ -223,6 +259,7 @@ def _row(label: str, runs: Sequence[Records]) -> Row:
         "metric": runs[0].metric,
         "view": view,  # whose score "test", "weighted" and "worst_decile" are
         "test": _mean(tests),
+        "test_rows": _mean(_known([_test_rows(r) for r in runs])),
         "test_std": statistics.stdev(tests) if len(tests) > 1 else None,
         "test_interval": interval(scores(runs)),
         "global": _mean(_known([_view(s, "global", "mean") for s in done])),
