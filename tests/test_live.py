@@ -127,6 +127,8 @@ def test_a_run_that_cannot_be_read_keeps_its_page(live: Live) -> None:
 def test_wrong_folders_and_addresses(halted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(StateError, match=r"no run folder"):
         Live(tmp_path)
+    with pytest.raises(StateError, match=r"no such folder; give a run folder"):
+        Live(halted / "recipe.json")
     with Live(halted) as taken, pytest.raises(ConfigError, match=r"--listen: got .*, expected a free address"):
         Live(halted, "127.0.0.1", taken.server_address[1])
     assert main(["watch", str(halted), "--listen", "nowhere"]) == 2

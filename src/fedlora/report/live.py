@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from ..errors import ConfigError, FedloraError, Problem, printable
+from ..errors import ConfigError, FedloraError, Problem, StateError, printable
 from ..files import sealed
 from ..units import seconds
 from . import html_of, need_plotly
@@ -66,6 +66,8 @@ class Live(ThreadingHTTPServer):
 
     def __init__(self, folder: Path, host: str = "127.0.0.1", port: int = 0):
         need_plotly()
+        if not folder.is_dir():
+            raise StateError(f"{folder}: no such folder; give a run folder, as `fedlora ls` lists them")
         records(folder)
         from plotly.offline import get_plotlyjs
 
