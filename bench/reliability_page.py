@@ -63,14 +63,20 @@ def tables(found: Mapping[str, Any]) -> str:
         ] + [""]
     if (p := found.get("soak")) and p["rounds"]:
         first, last, slope = p["first"], p["last"], p["slope_second_half"]
-        out += ["## A long run", "", _said(
-            f"{p['minutes']:g} minutes of a deployment in one process: 10,000 clients at 100 sites, 200 clients a round; {p['lost']:,} of "
-            f"{p['orders']:,} orders to sites were never answered. {p['rounds']:,} rounds, {p['minutes'] * 60 / p['rounds']:.1f} s each. FedSA-LoRA, whose clients keep leaves of their own "
-            "on disk. The machine did other work as well, so its times say little.", _made(p)), "", "| | after the first round | at the end | growth a round in the second half |", "|---|---|---|---|",
+        said = (
+            f"{p['minutes']:g} minutes of a deployment in one process: 10,000 clients at 100 sites, 200 clients a round; "
+            f"{p['lost']:,} of {p['orders']:,} orders to sites were never answered. {p['rounds']:,} rounds, "
+            f"{p['minutes'] * 60 / p['rounds']:.1f} s each. FedSA-LoRA, whose clients keep leaves of their own on disk. The machine did "
+            "other work as well, so its times say little."
+        )
+        files = ", ".join(f"{r:.0f}: {n:,.0f}" for r, n in p["files"])
+        out += [
+            "## A long run", "", _said(said, _made(p)), "",
+            "| | after the first round | at the end | growth a round in the second half |", "|---|---|---|---|",
             f"| memory | {size(first['rss'])} | {size(last['rss'])} | {_signed(slope.get('rss', 0.0))} |",
-            f"| open descriptors | {first['fds']:.0f} | {last['fds']:.0f} | {slope.get('fds', 0.0):+.3f} |", "", _said(
-            "Files on disk, by round: " + ", ".join(f"{r:.0f}: {n:,.0f}" for r, n in p["files"]) + ". They grow until every client has trained, "
-            "since each has a state of its own."), ""]  # fmt: skip
+            f"| open descriptors | {first['fds']:.0f} | {last['fds']:.0f} | {slope.get('fds', 0.0):+.3f} |", "",
+            _said(f"Files on disk, by round: {files}. They grow until every client has trained, since each has a state of its own."), "",
+        ]  # fmt: skip
     if p := found.get("connections"):
         out += ["## Strangers at the door", "", _said(
             f"{p['strangers']} connections from one address, 244 with half a request and the others silent, while another address asked "
