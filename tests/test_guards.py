@@ -94,7 +94,7 @@ class TestContract:
             assert x.keys() == y.keys()
             for k in x:
                 near = torch.isclose(x[k].double(), y[k].double(), rtol=2e-4, atol=2e-5).double().mean()
-                assert near >= (0.9 if loose else 1.0), k
+                assert near >= (0.8 if loose else 1.0), k
 
     def test_crash_and_resume_is_bit_exact(self, method: str, guard: str, tmp_path: Path) -> None:
         whole = federation(method, guard, tmp_path / "a")

@@ -37,7 +37,8 @@ def drawn(
     g = np.random.default_rng(seed)
     group = np.concatenate([np.arange(groups), g.integers(0, groups, n - groups)])
     site = (np.arange(groups) % 5)[group]  # inside one client or domain
-    labels = (group + g.integers(0, 2, n)) % 4
+    # A group counts as its most frequent class, and "classes" needs groups of all four.
+    labels = (group + (0 if kind == "classes" else g.integers(0, 2, n))) % 4
     labels[:4] = range(4)
     options = {"column": {"by": site}, "domain": {"by": site, "domains": 5}, "classes": {"classes": 4}}.get(kind, {})
     if kind != "column":
