@@ -379,3 +379,60 @@ def test_guards_that_compare_clients_cannot_stand_beside_it(other: str, tmp_path
 def test_bad_fields_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         GUARDS["dp"](**bad)
+
+
+# a deployment -------------------------------------------------------------------------------------------------------
+def deployed_run(folder: Path, model: Path, sites: dict[str, Path], *sets: str) -> Federation:
+    """A run over sites in this process, by packets."""
+    from test_deploy import Loop
+
+    from fedlora.deploy.audit import digest
+    from fedlora.deploy.coordinator import coordinator, told_to_sites
+    from fedlora.deploy.policy import Policy
+    from fedlora.deploy.site import Holding, guarded
+    from fedlora.recipe import Recipe
+
+    raw = {
+        "model": {"name": str(model), "device": "cpu"},
+        "data": {"source": "(of the site)", "text": "text", "label": "label", "classes": ["food", "sea", "sport"], "max_length": 16},
+        "method": {"name": "ffa"}, "train": {"steps": 4, "batch_size": 4, "dropout": False},
+        "federation": {"rounds": 2, "guards": [{"dp": {"noise": 1.0, "delta": 1e-3}}]},
+        "deployment": {"clients": 2}, "run": {"threads": 1, "block": 1},
+    }  # fmt: skip
+    recipe = Recipe.from_dict(raw, list(sets))
+    told = told_to_sites(recipe)
+    own = Policy().with_columns({}, str(model))
+    there = {
+        n: guarded(
+            Holding(id, str(data), {}, model=str(model), threads=1, policy=own), folder / id, accept=[digest(told)]
+        )
+        for n, (id, data) in enumerate(sites.items())
+    }
+    fed = coordinator(recipe, folder / "server", lambda: Loop(there), lambda text: None)
+    fed.run()
+    return fed
+
+
+def test_a_deployment_draws_noise_that_is_never_the_same_and_claims_nothing_for_sampling(tmp_path: Path) -> None:
+    """Two servers with the same recipe and the same sites end elsewhere; both tell what they have spent and no client's losses."""
+    from cli import model_folder, rows, write_csv
+
+    model_folder(tmp_path / "model")
+    for i, id in enumerate("ab"):
+        write_csv(tmp_path / f"{id}.csv", [r[:2] for r in rows(90, i)], ("text", "label"))
+    sites = {id: tmp_path / f"{id}.csv" for id in "ab"}
+    one, two = (deployed_run(tmp_path / n, tmp_path / "model", sites) for n in ("one", "two"))
+    a, b = one.store.load_server(), two.store.load_server()
+    assert a is not None and b is not None
+    trained = [k for k in a[1] if k.part == "B"]
+    assert trained and not any(torch.equal(a[1][k], b[1][k]) for k in trained)
+    r = records(one.store.root)
+    assert r.summary is not None
+    p = r.summary["privacy"]
+    assert (p["cohort"], p["expected"], p["rounds"]) == ("everybody", 2.0, 2)
+    assert p["epsilon"] == pytest.approx(exact(1 / math.sqrt(2), 1e-3), rel=1e-3)
+    assert all(not t.losses for t in r.trains) and not r.evals()
+    with pytest.raises(ConfigError, match=r"federation\.cohort"):
+        deployed_run(tmp_path / "three", tmp_path / "model", sites, "federation.cohort=poisson")
+    with pytest.raises(ConfigError, match="no secure aggregation in a deployment"):
+        deployed_run(tmp_path / "four", tmp_path / "model", sites, "federation.guards=[secagg]")
