@@ -493,6 +493,8 @@ MUTANTS = (
     Mutant("an export loses the base's revision", "checkpoints/peft.py", 'held.peft_config["default"].revision = revision', 'held.peft_config["default"].revision = None', "tests/test_card.py -k revision"),
     Mutant("the card's lines load another revision", "serving/card.py", '        extra["revision"] = revision\n', '        pass\n', "tests/test_card.py -k revision"),
     Mutant("the card of the global model has personal scores", "serving/card.py", 'view = "global" if client is None else "personal"', 'view = "personal"', "tests/test_card.py -k very_model"),
+    Mutant("rows of unseen clients count as trained on", "serving/card.py", "train[: fed.training].sum()", "train.sum()", "tests/test_card.py -k trained_on"),
+    Mutant("tables that have parted are tied again", "checkpoints/merge.py", "config.tie_word_embeddings = False", "pass", "tests/test_export.py -k tied_tables"),
     # data
     Mutant("a client sees everybody's labels unpermuted", "data/batches.py", 'batch["labels"] = torch.from_numpy(data.label_maps[owners, batch["labels"].numpy()])', "pass", "tests/test_federation.py"),
     Mutant("prompts carry loss", "data/examples.py", "scored = inside & (at >= np.maximum(skip, 1)[:, None])", "scored = inside & (at >= 1)", "tests/test_federation.py"),

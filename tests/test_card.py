@@ -129,6 +129,20 @@ def test_the_card_tells_the_scores_of_this_very_model(tmp_path: Path) -> None:
     assert "round 2, the last" in text
 
 
+def test_the_card_counts_rows_that_were_trained_on(tmp_path: Path) -> None:
+    """Those of clients that have trained: an unseen client's rows are not among them."""
+    run, _ = made("classification", tmp_path, "partition.unseen=1")
+    facts = json.loads((tmp_path / "run/partition.json").read_text(encoding="utf-8"))
+    sizes = facts["sizes"]["train"]
+    assert facts["unseen"] == 1 and sizes[-1] > 0
+    [folder] = run.export(tmp_path / "out", [facts["ids"][0]])
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert (
+        f"| trained on | {sum(sizes[:-1]):,} rows of {len(sizes) - 1} clients; {sizes[0]:,} rows are this client's |"
+        in text
+    )
+
+
 def test_an_export_names_the_bases_revision(tmp_path: Path) -> None:
     """In PEFT's own file, and in the card's lines; a base without one has none."""
     import tiny

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from test_contract import TABLE
 
 from fedlora.adapters import at_layers, form_of
@@ -92,8 +93,15 @@ def test_conv1d_and_tied_tables(tmp_path: Path) -> None:
         batch = tiny.tokens(labels=False).collate(np.arange(4))
         with torch.no_grad():
             want = f.model.forward(stack([deltas]), {n: v[None] for n, v in batch.items()})[0]
-            got = merge(base(), deltas).eval()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            merged = merge(base(), deltas).eval()
+            got = merged(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            merged.save_pretrained(tmp_path / name / "merged")  # tables that were tied and no longer are stay apart
+            back = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / name / "merged", attn_implementation="eager")
+            again = back.eval()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5)
+        torch.testing.assert_close(again, want, rtol=2e-4, atol=2e-5)
+        # Other readers of the folder, such as vLLM, tie tables by this word alone.
+        assert back.config.tie_word_embeddings == (name != "fft")
 
 
 def test_what_cannot_be_held_is_refused(tmp_path: Path) -> None:
