@@ -183,8 +183,10 @@ MUTANTS = (
     # the channel and its guards
     Mutant("a reply to the strategy is checked against itself", "flower/strategy.py", "declared(down, self._client(node)))", "wire.expect(params_of(arrays)))", "tests/test_flower.py -k strategy_refuses"),
     Mutant("the rest of a compressed message is forgotten", "federation/guards/feedback.py", "return up | {k: v + _like(k, state[k], v) for", "return up | {k: v for", "tests/test_guards.py -k loses_nothing"),
-    Mutant("rounding is not part of the rest", "federation/channel.py", "arrived = self.opened(message, down)", "arrived = self.opened(wire.pack(self.encoded(p, down)), down) if self.precision == 'fp32' else p", "tests/test_guards.py -k loses_nothing"),
-    Mutant("int4 rounds down", "federation/guards/feedback.py", ".nan_to_num().round().to(torch.int16)", ".nan_to_num().to(torch.int16)", "tests/test_guards.py -k nearest"),
+    Mutant("rounding is not part of the rest", "federation/channel.py", "arrived = self.opened(message, down)", "arrived = self.opened(wire.pack(self.encoded(p, down, info, client)), down) if self.precision == 'fp32' else p", "tests/test_guards.py -k loses_nothing"),
+    Mutant("int4 rounds down", "federation/guards/feedback.py", "exact.round() if draw is None", "exact.floor() if draw is None", "tests/test_guards.py -k nearest"),
+    Mutant("random entries are the same in every round", "federation/guards/feedback.py", "self.seed, info.round, client.id", "self.seed, client.id", "tests/test_guards.py -k another_draw"),
+    Mutant("stochastic rounding goes down", "federation/guards/feedback.py", "(exact + torch.rand(exact.shape, generator=draw)).floor()", "(exact + 0 * torch.rand(exact.shape, generator=draw)).floor()", "tests/test_guards.py -k in_the_mean"),
     Mutant("a compressed leaf writes where it likes", "federation/guards/feedback.py", "int(at[-1]) < like.numel()", "int(at[-1]) < 2**31", "tests/test_guards.py -k is_none"),
     Mutant("a client may skip the compression", "federation/guards/feedback.py", "if whole := sorted(map(str, values(out, down))):", "if whole := []:", "tests/test_guards.py -k as_large_as"),
     Mutant("clipping forgets what was received", "federation/guards/clip.py", "d = change(up, down)", "d = change(up, {k: v * 0 for k, v in down.items()})", "tests/test_guards.py -k clip"),

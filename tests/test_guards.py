@@ -33,6 +33,8 @@ ROWS: dict[str, Guard] = {
     "trimmed": GUARDS["trimmed"](share=0.25),
     "feedback-topk": GUARDS["feedback"](form="topk", share=0.2),
     "feedback-int4": GUARDS["feedback"](form="int4"),
+    "feedback-randk": GUARDS["feedback"](form="randk", share=0.2),
+    "feedback-stochastic": GUARDS["feedback"](form="int4", rounding="stochastic"),
     "median": GUARDS["median"](),
     "krum": GUARDS["krum"](select=2),
     "geomedian": GUARDS["geomedian"](),
@@ -225,7 +227,7 @@ def test_one_attacker_cannot_move_a_trimmed_mean_beyond_the_honest() -> None:
     assert all(float(u.params[A].max()) <= 3 and float(u.params[A].min()) >= 0 for u in seen)
 
 
-@pytest.mark.parametrize("form", ["topk", "int4"])
+@pytest.mark.parametrize("form", ["topk", "randk", "int4"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_feedback_loses_nothing(form: Any, precision: Any) -> None:
     """Seide's invariant: what arrived in all rounds together, plus what is kept, is what was meant in all rounds together."""
@@ -259,6 +261,36 @@ def test_topk_sends_the_largest_and_int4_the_nearest() -> None:
         step = (up[k] - down[k]).abs().amax(-1, keepdim=True) / 7
         assert bool(((sent.params[k] - up[k]).abs() <= step / 2 + 1e-5).all())
     assert sum(v.nbytes for v in sent.message.values()) < 0.4 * sum(v.nbytes for v in up.values())
+
+
+def test_random_entries_are_another_draw_each_time() -> None:
+    """A share of the entries, whatever their size; the same for the same round and client alone; every entry in turn."""
+    channel = Channel("fp32", None, (GUARDS["feedback"](form="randk", share=0.25),))
+    down = leaves(0)
+    up = {k: v + 1 for k, v in down.items()}
+
+    def places(round: int, client: str) -> set[int]:
+        sent = channel.up(up, down, {}, RoundInfo(round, 99), Client(client, 1))
+        return set((sent.params[A] - down[A]).flatten().nonzero().flatten().tolist())
+
+    n = down[A].numel()
+    assert len(places(0, "a")) == -(-n // 4) and places(0, "a") == places(0, "a")
+    assert places(0, "a") != places(1, "a") and places(0, "a") != places(0, "b")
+    assert set().union(*(places(t, "a") for t in range(40))) == set(range(n))
+
+
+def test_stochastic_rounding_is_right_in_the_mean() -> None:
+    """QSGD's claim, over 400 rounds: the mean error is within five deviations of zero, where rounding to the nearest is biased."""
+    down = {A: torch.zeros(1, 7)}
+    up = {A: torch.tensor([[7.0, 0.3, 0.3, -0.3, 1.4, -2.6, 0.0]])}  # the step is 1
+    found = {}
+    for rounding in ("nearest", "stochastic"):
+        channel = Channel("fp32", None, (GUARDS["feedback"](form="int4", rounding=rounding),))
+        sent = [channel.up(up, down, {}, RoundInfo(t, 999), Client("a", 1)).params[A] for t in range(400)]
+        found[rounding] = torch.stack(sent)
+    assert bool(((found["stochastic"] - up[A]).abs() < 1 + 1e-5).all())
+    assert bool(((found["stochastic"].mean(0) - up[A]).abs() <= 5 * 0.5 / 20 + 1e-5).all())
+    assert bool((found["nearest"].mean(0) - up[A]).abs().max() > 0.25)
 
 
 def test_feedback_follows_a_client_that_prunes() -> None:

@@ -76,7 +76,7 @@ class Channel:
         meant: dict[str, Params] = {}
         for g in self.guards:
             p = meant[g.name] = g.leave(p, down, before[g.name], info, client)
-        message = wire.pack(self.encoded(p, down), self.precision)
+        message = wire.pack(self.encoded(p, down, info, client), self.precision)
         arrived = self.opened(message, down)
         after = {
             k._replace(adapter=f"{k.adapter}{GUARD}{g.name}"): v
@@ -86,11 +86,11 @@ class Channel:
         }
         return Sent(message, arrived, {"round": info.round, "examples": client.examples}, after)
 
-    def encoded(self, p: Params, down: Params) -> Params:
+    def encoded(self, p: Params, down: Params, info: RoundInfo, client: Client) -> Params:
         """Leaves in the form in which the guards let them travel."""
         for g in self.guards:
             if g.encodes:
-                p = g.encode(p, down)
+                p = g.encode(p, down, info, client)
         return p
 
     def opened(self, message: Params, down: Params) -> Params:

@@ -85,8 +85,8 @@ class Guard(Checked, ABC):
         """
         return up
 
-    def encode(self, up: Params, down: Params) -> Params:
-        """The leaves of the message that carries `up`."""
+    def encode(self, up: Params, down: Params, info: RoundInfo, client: Client) -> Params:
+        """The leaves of the message that carries `up`; what is drawn is a function of the round and the client."""
         return up
 
     def remember(self, meant: Params, arrived: Params, down: Params, state: Params) -> Params:
