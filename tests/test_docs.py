@@ -49,7 +49,7 @@ MEASURED = "methods --cost"  # every method on a whole base: minutes
 def commands() -> list[list[str]]:
     """The arguments of the README's commands, line by line."""
     lines = [shlex.split(x, comments=True) for x in block(README, "test: commands").splitlines() if x.strip()]
-    assert len(lines) == 11
+    assert len(lines) == 12
     assert {x[0] for x in lines} == {"fedlora"}
     return [x[1:] for x in lines]
 
@@ -155,7 +155,7 @@ def passes_with_example(folder: Path, examples: dict[str, str], tests: list[str]
 
     examples: the example's name in CONTRIBUTING -> "" for a new file of that name, or "FILE: TEXT", after which it stands.
     """
-    for name in ("src", "tests", "docs"):
+    for name in ("src", "tests", "docs", "examples"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, folder)

@@ -176,7 +176,7 @@ def test_decay_pulls_a_form_to_the_base(tmp_path: Path) -> None:
 
 # the registry -----------------------------------------------------------------------------------------------------
 def test_an_unknown_form_is_refused_with_the_near_misses() -> None:
-    with pytest.raises(ConfigError, match=r"method.adapter: got 'pisa', expected a delta form.*pissa"):
+    with pytest.raises(ConfigError, match=r"method.adapter: got 'pisa', expected one of .*pissa"):
         METHODS["homlora"](adapter="pisa")
 
 

@@ -175,7 +175,7 @@ def test_priming_with_rank_patterns_keeps_every_logit(tmp_path: Path) -> None:
             "it is of dora, lora, rslora, lora-xs, lora-xs-random and pissa",
         ),
         (lambda: HomLoRA(rank_pattern=(("query", 0),)), "ranks from 1"),
-        (lambda: HomLoRA(rank_pattern=(("query", 0.5),)), "ranks from 1"),
+        (lambda: HomLoRA(rank_pattern=(("query", 0.5),)), r"a pair \(a text, an integer\)"),
         (lambda: HomLoRA(rank_pattern=(("quer[y", 2),)), r"rank_pattern: got 'quer\[y'.*unterminated character set"),
         (lambda: PF2LoRA(rank_pattern_personal=(("query", 0),)), "rank_pattern_personal: .*ranks from 1"),
         (lambda: METHODS["sft"](density_pattern=(("(?i)query", 0.1),)), "density_pattern: .*global flags not at"),

@@ -44,7 +44,7 @@ def test_the_commit_is_gits_own(tmp_path: Path) -> None:
     ("given", "said"),
     [
         (["/usr/bin/fedlora", "run", "a.yaml", "--set", "train.lr=1e-3"], "fedlora run a.yaml --set train.lr=1e-3"),
-        (["fedlora", "run", "/home/somebody/work/a.yaml"], "fedlora run work/a.yaml"),
+        (["fedlora", "run", "/home/thesis/work/a.yaml"], "fedlora run work/a.yaml"),
         (["fedlora", "run", "a.yaml", "--set", "data.source=/srv/patients/x.csv"], "fedlora run a.yaml --set data.source=patients/x.csv"),
         (["fedlora", "run", "--set", "data.source=postgresql://me:secret@db/x"], "fedlora run --set 'data.source=postgresql://me:***@db/x'"),
         (["fedlora", "run", "C:\\Users\\me\\a.yaml"], "fedlora run me/a.yaml"),

@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "hetlora": {"rank_min": 2},
     "fedavg-ft": {"optimizer": AdamW(0.15)},  # more, and its tuning multiplies the last bits of a sum
     "local": {"head": "personal"},
-    "slora": {"density": 0.2, "sparse_rounds": 3, "split": "reset"},
+    "slora": {"density": 0.2, "sparse_rounds": 3, "base": "reset"},
 }
 
 

@@ -107,7 +107,8 @@ def _check(of: Any, section: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 def _signature(of: Any) -> tuple[list[str], dict[str, Any], list[str]]:
     """Names of arguments by position, every argument's type, and those that must be given. A type that cannot be resolved, as of a
     class that stands inside a function, is not looked at."""
-    function = vars(of).get("__init__", of) if isinstance(of, type) else of
+    inherited = isinstance(of, type) and of.__init__ is not object.__init__  # type: ignore[misc]
+    function = of.__init__ if inherited else of
     parameters = inspect.signature(function).parameters
     try:
         types_ = typing.get_type_hints(of)

@@ -75,6 +75,8 @@ def padded_mean(
             plain[k] = v.clone() if k not in plain else plain[k] + v
     new = {k: v / total[k] if total[k] > 0 else plain[k] / n for k, v in weighted.items()}
     for k, (w, number) in mass.items():
+        if bool((number == n).all()):
+            continue  # all clients hold all components: the plain mean, to the last bit
         across = lambda x, k=k, v=new[k]: x.clamp_min(1e-300).view(-1, 1) if k.part == "A" else x.clamp_min(1e-300)  # noqa: E731
         new[k] = (weighted[k] / across(w) if total[k] > 0 else plain[k] / across(number)).to(plain[k].dtype)
     if guard:
