@@ -83,6 +83,7 @@ def test_pfl_agrees(folder: Path) -> None:
         assert m.difference is not None and m.difference < 2e-6
 
 
+@pytest.mark.slow
 def test_systems_agree_on_a_language_model(tmp_path: Path) -> None:
     work = Work(
         str(model_folder(tmp_path / "m", causal=True)),

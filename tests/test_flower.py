@@ -239,7 +239,7 @@ def alone(place: Place, tmp_path: Path) -> Place:
 
 @needs_text
 @pytest.mark.parametrize(
-    "trouble", ["nan", "half", *(pytest.param(t, marks=pytest.mark.slow) for t in ("die", "slow"))]
+    "trouble", ["nan", *(pytest.param(t, marks=pytest.mark.slow) for t in ("half", "die", "slow"))]
 )
 def test_a_site_in_trouble_does_not_stop_the_others(trouble: str, alone: Place) -> None:
     """The round goes on without it, and says why."""

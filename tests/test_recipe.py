@@ -630,7 +630,7 @@ def test_guards_of_a_recipe() -> None:
     assert [g.name for g in a.guard_objects()] == ["clip", "feedback"]
     assert a.resolved()["federation"]["guards"] == [
         {"clip": {"norm": 1.0}},
-        {"feedback": {"form": "int4", "share": 0.1}},
+        {"feedback": {"form": "int4", "share": 0.1, "rounding": "nearest", "seed": 0}},
     ]
     assert Recipe.from_dict(a.resolved()).hash == a.hash
     assert recipe(federation={"guards": [{"clip": {"norm": 1.0}}, {"feedback": {"form": "int4"}}]}).hash == a.hash

@@ -272,7 +272,7 @@ with s.lock():
 """
 
 
-@pytest.mark.parametrize("first, step", [(2, 9), pytest.param(1, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first, step", [(2, 18), pytest.param(1, 1, marks=pytest.mark.slow)])
 def test_killed_at_every_system_call(first: int, step: int, tmp_path: Path) -> None:
     """kill -9 before the n-th write, sync or rename; a second process finishes, with the same files.
 
