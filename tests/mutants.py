@@ -557,6 +557,7 @@ MUTANTS = (
     Mutant("trials have a seed of the runs", "recipe/search.py", "default=int(_field(p.base, \"run\", \"seed\", 0))) + 1", "default=0)", "tests/test_search.py -k same_number"),
     Mutant("trials are as long as runs", "recipe/search.py", '*([("federation.rounds", rounds)] if rounds else [])', "", "tests/test_search.py -k same_number"),
     Mutant("what was chosen is not run", "recipe/search.py", "[*s.pairs, *pick, *seed], [*s.pairs, *seed]", "[*s.pairs, *seed], [*s.pairs, *seed]", "tests/test_search.py -k have_what"),
+    Mutant("a name that was given is lost", "recipe/sweep.py", 'not any(path == "name" for path, _ in [*pairs, *self.fixed])', "True", "tests/test_search.py -k given_stays"),
     Mutant("expand passes over a search", "recipe/sweep.py", "    if p.search is not None:\n", "    if False:\n", "tests/test_search.py -k at_once"),
     # recipes, the hub, the example by hand
     Mutant("a copied recipe overwrites a file", "recipe/shipped.py", 'target.open("x", encoding="utf-8")', 'target.open("w", encoding="utf-8")', "tests/test_recipes_shipped.py -k overwrites"),

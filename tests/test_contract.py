@@ -186,9 +186,12 @@ class TestEveryMethod:
         one.run()
         all_.run()
         (a, kept_a, _), (b, kept_b, _) = state(one), state(all_)
-        tiny.close(a, b, 5e-5)
+        near = (
+            5e-5 if name == "ditto" else 2e-5
+        )  # Ditto takes twice the steps, and AdamW carries rounding from each to the next
+        tiny.close(a, b, near)
         for id in kept_a:
-            tiny.close(kept_a[id], kept_b[id], 5e-5)
+            tiny.close(kept_a[id], kept_b[id], near)
 
     def test_crash_and_resume_is_bit_exact(self, name: str, tmp_path: Path) -> None:
         """Crash in the middle of round 2, after some client files are written; resume == never crashed."""

@@ -94,6 +94,21 @@ def test_all_problems_of_a_search_at_once(tmp_path: Path) -> None:
         expand(made(tmp_path, {"fields": LISTS}))
 
 
+def test_no_search_is_a_plain_sweep(tmp_path: Path) -> None:
+    """`search:` without a value is none, as null is elsewhere."""
+    recipe = made(tmp_path, None)
+    assert plan(reading.read(recipe)) is None
+    assert [r.name for r in expand(recipe)][:2] == ["small-homlora-seed0", "small-homlora-seed1"]
+    assert "4 runs are valid" in fedlora("check", recipe, "--no-measure").stdout
+
+
+def test_a_name_that_was_given_stays(tmp_path: Path) -> None:
+    p = plan(reading.read(made(tmp_path, {"fields": LISTS})), ["name=mine"])
+    assert p is not None
+    names = {r.name for r in p.runs([s.trials[0].choice for s in p.settings])}
+    assert names | {t.recipe.name for s in p.settings for t in s.trials} == {"mine"}
+
+
 def test_the_best_by_hand() -> None:
     assert best([0.2, 0.5, 0.5, None], lower=False) == 1
     assert best([0.2, 0.5, math.nan, 0.1], lower=True) == 3
@@ -152,6 +167,9 @@ def test_jobs_change_nothing_but_the_time(tmp_path: Path) -> None:
     assert len(names) == 10
     for n in names:
         assert (tmp_path / "one" / n).read_bytes() == (tmp_path / "three" / n).read_bytes()
+    for name in ("one", "three"):  # the pages of a sweep share one copy of the plotting library
+        pages = list((tmp_path / name).rglob("report.html"))
+        assert len(pages) == 10 and max(p.stat().st_size for p in pages) < 1_000_000
 
 
 @pytest.mark.slow

@@ -23,12 +23,7 @@ def shared(n: int, size: int, neighbours: int | None = None, threshold: int = 3)
     """A round up to where every client has its neighbours' shares."""
     near = graph(n, neighbours, 5)
     hub, members = Hub(near, threshold, size), [Member(i, near[i], threshold) for i in range(n)]
-    hub.publics = {m.id: m.publics() for m in members}
-    for m in members:
-        for j, box in m.shares({j: hub.publics[j] for j in m.neighbours}).items():
-            hub.boxes.setdefault(j, {})[m.id] = box
-    for m in members:
-        m.receive(hub.boxes[m.id])
+    hub.introduce(members)
     return hub, members
 
 

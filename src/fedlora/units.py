@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 NOTHING = "–"
@@ -37,6 +38,14 @@ def seconds(s: float | None) -> str:
     if 0 < s < 0.95:
         return f"{s:.1g} s"
     return f"{s:.0f} s" if s < 120 else f"{s / 60:.1f} min" if s < 5400 else f"{s / 3600:.1f} h"
+
+
+def fields(choice: Mapping[str, Any]) -> str:
+    """Fields of a recipe and their values: "lr 0.001, rank 4"."""
+    return ", ".join(
+        f"{path.rpartition('.')[2]} {v:g}" if isinstance(v, float) else f"{path.rpartition('.')[2]} {v}"
+        for path, v in choice.items()
+    )
 
 
 def counted(c: float | None, n: int) -> int:

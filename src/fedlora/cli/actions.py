@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..federation.run import Federation
     from ..federation.store import Which
     from ..recipe import Recipe
+    from ..recipe.search import Plan
     from ..report.formats import Format
     from ..serving.export import Served
     from ..serving.serve import Server
@@ -97,15 +98,17 @@ def _report(folder: Path, quiet: bool, sweep: Path | None = None) -> None:
 
 def run(recipe: Path, sets: Sequence[str], output: Path | None, quiet: bool, json: bool, jobs: int = 1) -> None:
     from ..recipe import expand_dict, folders, reading
+    from ..recipe.search import plan
     from ..recipe.sweep import begun, root
 
     raw = reading.read(recipe)
-    if _searches(raw):
-        _searched({"raw": raw, "sets": list(sets), "name": recipe.stem}, output, quiet, json, jobs)
+    if (made := plan(raw, sets)) is not None:
+        given = {"raw": raw, "sets": list(sets), "name": recipe.stem, "output": output and str(output)}
+        _searched(made, given, quiet, json, jobs)
         return
     recipes = expand_dict(raw, list(sets))
     if len(recipes) == 1:
-        folder = _execute(recipes[0], output, quiet, json)
+        folder = _execute(recipes[0], output, quiet, json, processes.sweep())
         if not json:
             tables.result(out, folder)
         return
@@ -115,27 +118,19 @@ def run(recipe: Path, sets: Sequence[str], output: Path | None, quiet: bool, jso
     _sweep(recipes, where, sweep, quiet, json, jobs)
 
 
-def _searches(raw: Any) -> bool:
-    """Whether a recipe's mapping has a search."""
-    return isinstance(raw, Mapping) and isinstance(raw.get("sweep"), Mapping) and "search" in raw["sweep"]
-
-
 def _searched(
-    given: Mapping[str, Any], output: Path | None, quiet: bool, json: bool, jobs: int, sweep: Path | None = None
+    made: Plan, given: Mapping[str, Any], quiet: bool, json: bool, jobs: int, sweep: Path | None = None
 ) -> None:
-    """A sweep that begins with a search. given: what makes its plan; sweep: its folder, where it is gone on with."""
+    """A sweep that begins with a search. given: what makes its plan again; sweep: its folder, where it is gone on with."""
     from ..recipe import folders
-    from ..recipe.search import plan
     from ..recipe.sweep import begun
     from ..recipe.sweep import root as common
 
-    made = plan(given["raw"], given["sets"])
-    assert made is not None
-    root = Path("runs") / given["name"]
+    root, output = Path("runs") / given["name"], Path(given["output"]) if given["output"] else None
     where = folders(made.runs([s.trials[0].choice for s in made.settings]), root, output)
     sweep = sweep or common(where)
     if not sweeps.is_sweep(sweep):
-        begun(sweep, [], [], {**given, "output": output and str(output)})
+        begun(sweep, [], [], given)
     console = _console(quiet, json)
 
     def trials(todo: searches.Todo) -> Mapping[Path, str]:
@@ -145,7 +140,7 @@ def _searched(
     chosen = searches.search(made, sweep, trials, lambda text: console.print(text, soft_wrap=True, highlight=False))
     recipes = made.runs(chosen)
     where = folders(recipes, root, output)
-    begun(sweep, recipes, where, {**given, "output": output and str(output)})
+    begun(sweep, recipes, where, given)
     _sweep(recipes, where, sweep, quiet, json, jobs)
 
 
@@ -156,7 +151,7 @@ def _runs(
     failed: dict[Path, str] = {}
     try:
         if jobs > 1:
-            return processes.run(todo, jobs, say)
+            return processes.run(todo, jobs, sweep, say)
         for (r, folder), said in zip(todo, sweeps.headings([r.name for r, _ in todo]), strict=True):
             say(said)
             try:
@@ -204,9 +199,13 @@ def run_from(
 
 
 def resume(folder: Path, quiet: bool, json: bool, jobs: int = 1) -> None:
+    from ..recipe.search import plan
+
     if sweeps.is_sweep(folder) and not listing.is_run(folder):
         if (given := sweeps.searched(folder)) is not None and not sweeps.runs(folder):
-            _searched(given, Path(given["output"]) if given["output"] else None, quiet, json, jobs, folder)
+            made = plan(given["raw"], given["sets"])
+            assert made is not None, "it was planned when the sweep began"
+            _searched(made, given, quiet, json, jobs, folder)
             return
         _sweep(*sweeps.recipes(folder), folder, quiet, json, jobs)
         return
@@ -243,11 +242,9 @@ def check(recipe: Path, sets: Sequence[str], json: bool, measure: bool) -> None:
     from . import checks
 
     raw = reading.read(recipe)
-    if not _searches(raw):
-        checks.check(expand_dict(raw, list(sets)), json, measure, out, err)
+    if (made := plan(raw, sets)) is None:
+        checks.check(expand_dict(raw, sets), json, measure, out, err)
         return
-    made = plan(raw, list(sets))
-    assert made is not None
     trials = {t.recipe.hash: t.recipe for s in made.settings for t in s.trials}
     runs = made.runs([s.trials[0].choice for s in made.settings])
     checks.check([*trials.values(), *runs], json, measure, out, err)

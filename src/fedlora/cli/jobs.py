@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
 
 PARENT = "FEDLORA_PARENT"  # number of the process whose end ends this one
+SWEEP = "FEDLORA_SWEEP"  # folder of the sweep whose pages share one plotting library
+
+
+def sweep() -> Path | None:
+    """The folder of the sweep of which this process is one of several jobs; None for any other."""
+    folder = os.environ.get(SWEEP)
+    return Path(folder) if folder else None
 
 
 def orphaned() -> bool:
@@ -28,13 +35,13 @@ def orphaned() -> bool:
     return parent is not None and os.getppid() != int(parent)
 
 
-def run(todo: Todo, jobs: int, say: Callable[[str], None]) -> Mapping[Path, str]:
+def run(todo: Todo, jobs: int, sweep: Path, say: Callable[[str], None]) -> Mapping[Path, str]:
     """Bring the runs to their end, `jobs` at once; folder -> what a run that failed has said. Raises KeyboardInterrupt.
 
     The cores are shared out: each process has its part of the threads, unless the recipe says how many.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    own = os.environ | {PARENT: str(os.getpid())}
+    own = os.environ | {PARENT: str(os.getpid()), SWEEP: str(sweep)}
     own.setdefault("OMP_NUM_THREADS", str(threads))
     failed: dict[Path, str] = {}
     open_: set[subprocess.Popen[str]] = set()

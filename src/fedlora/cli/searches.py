@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import StateError
 from ..files import sealed
 from ..report import SEARCH as FILE
-from ..units import count, number, seconds
+from ..units import count, fields, number, seconds
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -29,7 +29,7 @@ def search(
     no trial has a score.
     """
     from ..recipe.search import best, edges
-    from ..report.read import records
+    from ..training.tasks import lower_is_better
 
     where = {
         t.recipe.hash: (t.recipe, sweep / ROOM / f"{t.recipe.name}-{t.recipe.hash}")
@@ -44,8 +44,8 @@ def search(
     chosen: list[Pairs] = []
     for s in plan.settings:
         tried = [_tried(t.choice, where[t.recipe.hash][1], sweep, failed) for t in s.trials]
-        lower = any(records(sweep / t["folder"]).lower_is_better for t in tried if t["validation"] is not None)
-        at = best([t["validation"] for t in tried], lower)
+        metric = next((t["metric"] for t in tried if t["validation"] is not None), "loss")
+        at = best([t["validation"] for t in tried], lower_is_better(metric))
         if at is None:
             raise StateError(f"search: no trial of {s.name} has a score on validation; {_why(s, tried)}")
         told.append(
@@ -87,10 +87,6 @@ def lines(facts: Mapping[str, Any]) -> list[str]:
     out = []
     for s in facts["settings"]:
         t = s["trials"][s["chosen"]]
-        picked = ", ".join(
-            f"{k.rpartition('.')[2]} {v:g}" if isinstance(v, float) else f"{k.rpartition('.')[2]} {v}"
-            for k, v in t["fields"].items()
-        )
         edge = (
             f"; {', '.join(k.rpartition('.')[2] for k in s['edges'])} at the edge of what was tried"
             if s["edges"]
@@ -98,7 +94,7 @@ def lines(facts: Mapping[str, Any]) -> list[str]:
         )
         lost = sum("failed" in x for x in s["trials"])
         out.append(
-            f"{s['setting']}: {picked}, {t['metric']} {number(t['validation'])} on validation, best of {len(s['trials'])}"
+            f"{s['setting']}: {fields(t['fields'])}, {t['metric']} {number(t['validation'])} on validation, best of {len(s['trials'])}"
             + (f", {lost} of which failed" if lost else "")
             + edge
         )

@@ -174,6 +174,15 @@ class Hub:
     sent: list[int] = field(default_factory=list)
     total: Vector = field(default_factory=lambda: np.zeros(0, np.uint32))  # of masked vectors
 
+    def introduce(self, members: Sequence[Member]) -> None:
+        """Pass on everybody's public keys, and to each member the sealed shares that are for it."""
+        self.publics = {m.id: m.publics() for m in members}
+        for m in members:
+            for j, box in m.shares({j: self.publics[j] for j in m.neighbours}).items():
+                self.boxes.setdefault(j, {})[m.id] = box
+        for m in members:
+            m.receive(self.boxes[m.id])
+
     def add(self, i: int, y: Vector) -> None:
         """Add a masked vector to the sum; it is not kept."""
         self.total = y.copy() if not self.sent else self.total + y

@@ -43,12 +43,7 @@ class Round(Guard):
         self.hub = hub = Hub(near, threshold, size)
         start = time.perf_counter()
         members = [Member(i, near[i], threshold) for i in range(n)]
-        hub.publics = {m.id: m.publics() for m in members}
-        for m in members:
-            for j, box in m.shares({j: hub.publics[j] for j in m.neighbours}).items():
-                hub.boxes.setdefault(j, {})[m.id] = box
-        for m in members:
-            m.receive(hub.boxes[m.id])
+        hub.introduce(members)
         gone = set(np_rng("secagg", server.round).permutation(n)[: int(self.rule.vanish * n)].tolist())
         for m, u, w in zip(members, seen, weights, strict=True):
             if m.id not in gone:

@@ -27,8 +27,8 @@ def facts(m: type[Method]) -> dict[str, Any]:
     clients' uploads become is the mean of their products; None where that is not defined.
     """
     method: Any = m()
-    shared, personal = leaves(method)
-    context, down, _, up, trained = _first(method, WIDTH)
+    context, down, kept, up, trained = _first(method, WIDTH)
+    shared, personal = _sides(method, down, kept, up)
     return {
         "name": m.name,
         "title": m.title,
@@ -50,6 +50,10 @@ def facts(m: type[Method]) -> dict[str, Any]:
 def leaves(method: Any) -> tuple[list[str], list[str]]:
     """What a method sends, either way, and what it keeps in its first round, as parts of an adapter and "head"."""
     _, down, kept, up, _ = _first(method)
+    return _sides(method, down, kept, up)
+
+
+def _sides(method: Any, down: Params, kept: Params, up: Params) -> tuple[list[str], list[str]]:
     return _label([k for k in down if not method.frozen(k)] + list(up)), _label(kept)
 
 

@@ -27,7 +27,7 @@ from ..errors import ConfigError, Problem
 from ..seeds import np_rng
 from . import problems
 from .core import Recipe
-from .overrides import assign, check
+from .overrides import check
 from .sections import Count, Natural, Section, Text
 from .sweep import Pairs, Parts, labelled, read, unique
 
@@ -84,7 +84,7 @@ class Plan:
         for s, pick in zip(self.settings, chosen, strict=True):
             for seed in self.parts.seeds:
                 try:
-                    out.append(_made(self.parts, [*s.pairs, *pick, *seed], [*s.pairs, *seed]))
+                    out.append(self.parts.recipe([*s.pairs, *pick, *seed], [*s.pairs, *seed]))
                 except ConfigError as e:
                     bad += e.problems
         if bad:
@@ -194,7 +194,7 @@ def _odd(search: Search) -> list[Problem]:
 
 def _setting(p: Parts, search: Search, pairs: Pairs, seed: int, rounds: int | None) -> Setting:
     """A setting with all its candidates as trials."""
-    plain = _made(p, pairs, pairs)
+    plain = p.recipe(pairs, pairs)
     method = plain.method.name
     lists = {**search.fields, **search.methods.get(method, {})}
     trials: list[Trial] = []
@@ -203,21 +203,12 @@ def _setting(p: Parts, search: Search, pairs: Pairs, seed: int, rounds: int | No
     for values in itertools.product(*lists.values()):
         choice = list(zip(lists, values, strict=True))
         try:
-            trials.append(Trial(choice, _made(p, [*pairs, *choice, *short], [*pairs, *choice])))
+            trials.append(Trial(choice, p.recipe([*pairs, *choice, *short], [*pairs, *choice])))
         except ConfigError as e:
             bad += e.problems
     if bad:
         raise ConfigError(bad)
     return Setting("-".join(labelled(pairs)) or plain.name, method, pairs, tuple(trials))
-
-
-def _made(p: Parts, pairs: Pairs, named: Pairs) -> Recipe:
-    """The recipe with these pairs, called after `named`. Raises ConfigError."""
-    changed, bad = assign(p.base, [*pairs, *p.fixed])
-    changed["name"] = "-".join([str(p.base.get("name", "run")), *labelled(named)])
-    if bad:
-        raise ConfigError(bad)
-    return Recipe.from_dict(changed)
 
 
 def _drawn(trials: tuple[Trial, ...], n: int, seed: int) -> tuple[Trial, ...]:

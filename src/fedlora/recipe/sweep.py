@@ -39,22 +39,16 @@ def expand(path: str | Path, sets: Sequence[str] = ()) -> list[Recipe]:
 def expand_dict(raw: Mapping[str, Any], sets: Sequence[str] = ()) -> list[Recipe]:
     """`expand` for a mapping such as a YAML file holds."""
     p = read(raw, sets)
-    problems, base, fixed = list(p.problems), p.base, p.fixed
+    problems = list(p.problems)
     if p.search is not None:
         expected = "a sweep whose fields are all chosen"
         problems.append(Problem("sweep.search", p.search, expected, "fedlora sweep and fedlora.recipe.search make it"))
     recipes: list[Recipe] = []
     for chosen in p.combinations:
-        changed, bad_path = assign(base, [*chosen, *fixed])
-        if p.axes and not any(path == "name" for path, _ in [*chosen, *fixed]):
-            changed["name"] = "-".join([str(base.get("name", "run")), *labelled(chosen)])
         try:
-            recipe = Recipe.from_dict(changed)
+            recipes.append(p.recipe(chosen, chosen))
         except ConfigError as e:
-            problems += [*bad_path, *e.problems]
-            continue
-        problems += bad_path
-        recipes.append(recipe)
+            problems += e.problems
     problems += _twins(recipes)
     if problems:
         raise ConfigError(unique(problems))
@@ -86,6 +80,19 @@ class Parts:
     def seeds(self) -> list[Pairs]:
         """The alternatives of the axis of seeds; a single empty one without it."""
         return _product([a for a in self.axes if _of_seeds(a)])
+
+    def recipe(self, pairs: Pairs, named: Pairs) -> Recipe:
+        """The recipe with these pairs, called after `named` where the file has a sweep and nobody has given a name. Raises ConfigError."""
+        changed, problems = assign(self.base, [*pairs, *self.fixed])
+        if (self.axes or named) and not any(path == "name" for path, _ in [*pairs, *self.fixed]):
+            changed["name"] = "-".join([str(self.base.get("name", "run")), *labelled(named)])
+        try:
+            recipe = Recipe.from_dict(changed)
+        except ConfigError as e:
+            problems += e.problems
+        if problems:
+            raise ConfigError(problems)
+        return recipe
 
 
 def read(raw: Mapping[str, Any], sets: Sequence[str] = ()) -> Parts:

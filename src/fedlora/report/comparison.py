@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..units import NOTHING, count, number, seconds, size
+from ..units import NOTHING, count, fields, number, seconds, size
 from . import figures, races
 from .page import Block, about, short, source
 from .read import Records
@@ -14,6 +14,7 @@ from .tables import (
     against,
     choice,
     constant,
+    differing,
     flat,
     grouped,
     has_epsilon,
@@ -34,7 +35,7 @@ def comparison_page(
     groups = grouped(runs)
     metric = runs[0].metric
     m = figures.words(metric)
-    odd = sorted({k for r in runs for k, v in flat(r.recipe).items() if any(flat(o.recipe).get(k) != v for o in runs)})
+    odd = sorted(differing([flat(r.recipe) for r in runs]))
     odd = [k for k in odd if k != "name" and not k.startswith("method.") and k not in ("run.output",)]
     note = f"Test scores at the round chosen on {choice(rows)}. The runs differ in the method{''.join(f', {k}' for k in odd)}."
     if (bar := constant(rows)) is not None:
@@ -54,9 +55,9 @@ def comparison_page(
         Block("Spread over clients", "One point per client at the chosen round.", races.client_boxes(groups)),
         Block("Who holds what", figures.holding(first, whose), figures.partition(first)),
     ]  # fmt: skip
-    differing = "Fields of the recipes in which the settings differ, defaults included."
+    told = "Fields of the recipes in which the settings differ, defaults included."
     blocks += [
-        Block("Settings that differ", differing, table=settings(groups)),
+        Block("Settings that differ", told, table=settings(groups)),
         _to_target(rows, m),
         _clients(groups),
         _pairs(groups),
@@ -84,9 +85,8 @@ def _differing(groups: Mapping[str, Sequence[Records]]) -> str:
     plain = [flat(g[0].recipe) for g in groups.values()]
     methods = len({g[0].title for g in groups.values()}) > 1
     skip = ("name", "method.name", "method.title")
-    fields = [k for k in dict.fromkeys(k for p in plain for k in p) if k not in skip and not k.startswith("run.")]
     # A field that only some methods have follows from the method.
-    odd = [k for k in fields if all(k in p for p in plain) and len({str(p[k]) for p in plain}) > 1]
+    odd = [k for k in differing(plain) if k not in skip and not k.startswith("run.") and all(k in p for p in plain)]
     names = ["method"] * methods + [k.rpartition(".")[2] for k in odd]
     shown = names[:3] + ([f"{len(names) - 3} more"] if len(names) > 3 else [])
     return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else "".join(shown) or "runs of their own"
@@ -95,14 +95,14 @@ def _differing(groups: Mapping[str, Sequence[Records]]) -> str:
 def side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The table of all settings as it is read, under its head."""
     unseen = any(r["unseen"] is not None for r in rows)
-    view, globe = heading(rows), has_global(rows)
+    view, globe, private = heading(rows), has_global(rows), has_epsilon(rows)
     head = (
         "method",
         view,
         "95 %",
         *(["global"] if globe else []),
         *(["unseen"] if unseen else []),
-        *(["epsilon"] if has_epsilon(rows) else []),
+        *(["epsilon"] if private else []),
         "worst tenth",
         f"last {max(r['last_rounds'] for r in rows)}",
         "trained",
@@ -119,7 +119,7 @@ def side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         unfinished = f" ({r['unfinished']} unfinished)" if r["unfinished"] else ""
         row = [r["method"], score(r, view), spread(r)]
         row += [number(r[k]) for k, there in (("global", globe), ("unseen", unseen)) if there]
-        row += [r["epsilon"] or NOTHING] if has_epsilon(rows) else []
+        row += [r["epsilon"] or NOTHING] if private else []
         row += [number(r["worst_decile"]), number(r["test_last10"]), exact(r["trainable"]), exact(r["shared"])]
         row += [size(r["bytes_total"]), count(r["tokens"]), seconds(r["seconds"]), size(r["peak_memory_bytes"])]
         out.append((*row, f"{r['seeds']}{unfinished}"))
@@ -142,17 +142,13 @@ def _search(facts: Mapping[str, Any]) -> Block:
     body = []
     for s in facts["settings"]:
         for i, t in enumerate(s["trials"]):
-            fields = ", ".join(
-                f"{k.rpartition('.')[2]} {v:g}" if isinstance(v, float) else f"{k.rpartition('.')[2]} {v}"
-                for k, v in t["fields"].items()
-            )
             note = "failed" if "failed" in t else ""
             if i == s["chosen"]:
                 note = "taken" + (", at the edge" if s["edges"] else "")
             body.append(
                 (
                     s["setting"] if i == 0 else "",
-                    fields,
+                    fields(t["fields"]),
                     number(t["validation"]),
                     note,
                     count(t["tokens"]),

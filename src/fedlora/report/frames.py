@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import StateError, near
 from ..federation.outcome import pandas_
 from .read import Records, records, runs_in
-from .tables import compare_rows, flat
+from .tables import compare_rows, differing, flat
 
 if TYPE_CHECKING:
     import pandas
@@ -26,8 +25,7 @@ def results(folders: Sequence[str | Path]) -> pandas.DataFrame:
     table = pandas_()
     runs = [records(f) for f in found(folders)]
     plain = [flat(r.recipe) for r in runs]
-    paths = dict.fromkeys(k for p in plain for k in p if k not in ("name", "run.seed", "run.output", "method.name"))
-    differ = [k for k in paths if len({json.dumps(p.get(k)) for p in plain}) > 1]
+    differ = [k for k in differing(plain) if k not in ("name", "run.seed", "run.output", "method.name")]
     rows = [row | {k: p.get(k) for k in differ} for r, p in zip(runs, plain, strict=True) for row in _rows(r)]
     return table.DataFrame(rows)
 

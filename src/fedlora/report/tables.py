@@ -241,6 +241,11 @@ def _setting(r: Records) -> str:
     return json.dumps({k: v for k, v in r.recipe.items() if k not in ("name", "run")}, sort_keys=True)
 
 
+def differing(plain: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The paths at which recipes differ, in their order; what only some of them have counts as null elsewhere."""
+    return [k for k in dict.fromkeys(k for p in plain for k in p) if len({json.dumps(p.get(k)) for p in plain}) > 1]
+
+
 def flat(x: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Nested mappings as dotted paths."""
     out: dict[str, Any] = {}

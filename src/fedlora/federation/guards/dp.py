@@ -28,7 +28,7 @@ from typing import ClassVar, Literal
 from ...errors import Problem, TrainingError
 from ...methods.contract import Method, ServerState, Upload
 from ...tree import Params
-from .guard import Guard, Place, no_change
+from .guard import Guard, Place, no_mean
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,9 @@ class DP(Guard):
         return bad
 
     def cannot(self, method: Method) -> str | None:
-        if not method.sends or method.pooled:
-            return f"{method.title} has no clients whose uploads are summed"
-        if not method.averages:
-            return (
-                f"the server of {method.title} is no mean of its clients' leaves: what one client sends decides how others' "
-                "count or are cut, and nobody has bounded by how much"
-            )
-        return no_change(method)
+        return no_mean(
+            method, "what one client sends decides how others' count or are cut, and nobody has bounded by how much"
+        )
 
     def beside(self, other: Guard) -> str | None:
         if type(other).arrive is not Guard.arrive:

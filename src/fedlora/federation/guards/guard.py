@@ -107,6 +107,16 @@ class Guard(Checked, ABC):
         return new, state
 
 
+def no_mean(method: Method, why: str) -> str | None:
+    """Why a guard that hands the method one mean of all uploads cannot serve it; None where it can. why: what is lost where the
+    server is no mean of its clients' leaves."""
+    if not method.sends or method.pooled:
+        return f"{method.title} has no clients whose uploads are summed"
+    if not method.averages:
+        return f"the server of {method.title} is no mean of its clients' leaves: {why}"
+    return no_change(method)
+
+
 def no_change(method: Method) -> str | None:
     """Why a guard that looks at changes cannot serve `method`; None where it can."""
     if method.anew:

@@ -21,7 +21,7 @@ from typing import ClassVar
 from ...errors import Problem
 from ...methods.contract import Method, ServerState, Upload
 from ...tree import Params
-from .guard import Guard, no_change
+from .guard import Guard, no_mean
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,7 @@ class SecAgg(Guard):
         return bad
 
     def cannot(self, method: Method) -> str | None:
-        if not method.sends or method.pooled:
-            return f"{method.title} has no clients whose uploads are summed"
-        if not method.averages:
-            return f"the server of {method.title} is no weighted mean of its clients' leaves, and a sum is all that it would get"
-        return no_change(method)
+        return no_mean(method, "a sum is all that it would get")
 
     def beside(self, other: Guard) -> str | None:
         if type(other).arrive is not Guard.arrive or other.withholds:
