@@ -34,7 +34,7 @@ def place(tmp_path: Path) -> Path:
         write_csv(tmp_path / f"{id}.csv", data[60 * i : 60 * (i + 1)], ("text", "label"))
     recipe = {
         "name": "app",
-        "model": {"name": "./model"},
+        "model": {"name": "./model", "dtype": "fp32"},  # what `auto` chooses decides what a site is asked to accept
         "data": {
             "source": "(of the site)",
             "text": "text",
