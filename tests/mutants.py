@@ -39,6 +39,11 @@ GENERATION = "tests/test_generation.py"
 PACKETS = "tests/test_packets.py -m 'not slow'"
 MUTANTS = (
     # the command
+    Mutant("a chat's question ends before the prompt to answer", "data/encode.py", "return int(starts[number]), held[number]", "return int(starts[number]) - 1, held[number]", "tests/test_chats.py"),
+    Mutant("the first answer of a chat is the reference", "data/encode.py", "return int(starts[number]), held[number]", "return int(starts[number]), held[0]", "tests/test_chats.py"),
+    Mutant("an empty input leaves its empty line", "data/columns.py", "p for p in parts if p.strip()", "p for p in parts", "tests/test_chats.py"),
+    Mutant("a question is asked without the chat template", "serving/predict.py", 'if data.get("messages") or data.get("chat"):', 'if data.get("messages"):', "tests/test_chats.py"),
+    Mutant("check shows the prompt as scored", "data/shown.py", '(batch["labels"][0] != -100)', '(batch["labels"][0] == -100)', "tests/test_chats.py"),
     Mutant("a gated model is said to be out of reach", "hub.py", "isinstance(x, errors.GatedRepoError) for x in chain", "False for x in chain", "tests/test_hub.py -k reason"),
     Mutant("a gated data set says nothing of logging in", "data/sources.py", "            return own\n", "            return e\n", "tests/test_hub.py -k data.source"),
     Mutant("a resolver that hangs holds a command up", "hub.py", "    asking.join(SECONDS)", "    asking.join(5)\n    assert not asking.is_alive()", "tests/test_hub.py -k resolved"),
@@ -543,8 +548,8 @@ MUTANTS = (
     Mutant("turns out of order are a chat", "data/chats.py", "        if m[\"role\"] != due:", "        if False:", "tests/test_chats.py -k are_none"),
     Mutant("a chat without an answer is one", "data/chats.py", "if not any(m[\"role\"] == \"assistant\" for m in out):", "if False:", "tests/test_chats.py -k are_none"),
     Mutant("a template that writes turns anew is believed", "data/chats.py", "if not (text.startswith(through) and", "if False and not (text.startswith(through) and", "tests/test_chats.py -k that_fail"),
-    Mutant("chats without answers are left out in silence", "data/load.py", "if lost := chats - sum(len(e.source) for e in encoded):", "if lost := 0:", "tests/test_chats.py -k cut_away"),
-    Mutant("chats are asked without their template", "serving/predict.py", "    if data.get(\"messages\"):\n", "    if False:\n", "tests/test_chats.py -k asked"),
+    Mutant("chats without answers are left out in silence", "data/load.py", "if lost := every - sum(len(e.source) for e in encoded):", "if lost := 0:", "tests/test_chats.py -k cut_away"),
+    Mutant("chats are asked without their template", "serving/predict.py", "    if data.get(\"messages\") or data.get(\"chat\"):\n", "    if False:\n", "tests/test_chats.py -k asked"),
     Mutant("a web address becomes a path", "data/addresses.py", "    if kind in WEB:\n", "    if False:\n", "tests/test_files.py -k addresses"),
     # tables of comparisons
     Mutant("a client that is worse counts as better", "report/tables.py", "sum(g > 0 for g in gaps), sum(g == 0", "sum(g < 0 for g in gaps), sum(g == 0", "tests/test_report.py -k first_setting"),

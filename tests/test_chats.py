@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli import fedlora
 
 import fedlora as fl
 from fedlora.checkpoints import pretrained
 from fedlora.data import chats
 from fedlora.data.load import load
 from fedlora.errors import ConfigError, DataError
+from fedlora.federation.records import SamplesLine
+from fedlora.report.read import records
 from fedlora.training.tasks.causal_lm import CausalLM
 
 PLAIN = (
@@ -169,15 +172,27 @@ def test_templates_that_fail(tmp_path: Path) -> None:
         load(own, section(path), CausalLM(), 0, cache=tmp_path / "c")
 
 
-def test_a_chat_model_is_trained_and_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole: from a recipe, with the answers learned and a question put through the template."""
+def small_llama(own: Any, folder: Path) -> None:
+    """A base for a tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(own),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=512,
+        )
+    ).save_pretrained(folder)
+    own.save_pretrained(folder)
+
+
+def test_a_chat_model_is_trained_and_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole: from a recipe, with the answers learned and a question put through the template."""
     own = bytewise()
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(own), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                                         num_attention_heads=2, max_position_embeddings=512))  # fmt: skip
-    model.save_pretrained(tmp_path / "base")
-    own.save_pretrained(tmp_path / "base")
+    small_llama(own, tmp_path / "base")
     path = written(tmp_path, [chat(f"{i}?", "yes") for i in range(40)])
     recipe = {
         "name": "chat", "model": {"name": str(tmp_path / "base"), "task": "causal-lm", "dtype": "fp32"},
@@ -193,3 +208,120 @@ def test_a_chat_model_is_trained_and_asked(tmp_path: Path, monkeypatch: pytest.M
     (said,) = fl.load(tmp_path / "run").predict(["1?"], new_tokens=4)
     assert asked == [own.apply_chat_template(chat("1?"), tokenize=False, add_generation_prompt=True)]
     assert said.text == "1?"
+
+
+# questions and answers in columns ------------------------------------------------------------------------------------
+
+
+def columns(path: Path, rows: list[tuple[str, str | None, str]], **more: Any) -> dict[str, Any]:
+    names = ("instruction", "input", "output")
+    path.write_text("".join(json.dumps(dict(zip(names, r, strict=True))) + "\n" for r in rows), encoding="utf-8")
+    return {"source": str(path), "prompt": ["instruction", "input"], "completion": "output", "chat": True, "max_length": 400,
+            **more}  # fmt: skip
+
+
+ALPACA = [("Add.", "1 2", "3"), ("Say hi.", "", "hi"), ("Say ho.", None, "ho\n"), ("Sort.", "b\na", "a\nb")]
+ASKED = ["Add.\n\n1 2", "Say hi.", "Say ho.", "Sort.\n\nb\na"]
+
+
+def test_columns_are_chats_of_one_turn(tmp_path: Path) -> None:
+    """Oracle: the same chats, written out as messages."""
+    own = bytewise()
+    one = load(own, columns(tmp_path / "a.jsonl", ALPACA), CausalLM(), 0, cache=tmp_path / "c")
+    whole = [chat(q, a) for q, (_, _, a) in zip(ASKED, ALPACA, strict=True)]
+    two = load(own, section(written(tmp_path, whole)), CausalLM(), 0, cache=tmp_path / "c")
+    for name in ("flat", "offsets", "tags", "prompt"):
+        assert np.array_equal(getattr(one.examples, name), getattr(two.examples, name)), name
+    assert one.references == two.references == [(a,) for _, _, a in ALPACA]
+
+
+def test_without_chat_the_columns_are_plain(tmp_path: Path) -> None:
+    own = bytewise()
+    found = load(own, columns(tmp_path / "a.jsonl", ALPACA, chat=False), CausalLM(), 0, cache=tmp_path / "c").examples
+    said = [own.decode(found.flat[a:b]) for a, b in zip(found.offsets, found.offsets[1:], strict=False)]
+    assert said == [f"{q}{a}<|im_end|>" for q, (_, _, a) in zip(ASKED, ALPACA, strict=True)]
+    with pytest.raises(DataError, match=r"data.prompt: column 'instruction' has no value in .*a.jsonl, line 2"):
+        bad: Any = [ALPACA[0], (None, "x", "y")]
+        load(own, columns(tmp_path / "a.jsonl", bad), CausalLM(), 0, cache=tmp_path / "c")
+
+
+def test_the_question_of_a_chat_is_all_before_its_last_answer(tmp_path: Path) -> None:
+    """What generation asks: the chat with the prompt to answer, as the template writes it; what it compares with: the answer."""
+    from fedlora.data.federated import FederatedData
+    from fedlora.data.partition import Rows
+    from fedlora.federation.generation import questions
+
+    own = bytewise()
+    several = [*CHATS[:2], chat("Hi", "Hello", "more", "x" * 300)]
+    with pytest.warns(UserWarning, match="1 of 3 rows are longer than 300 tokens"):
+        found = load(own, section(written(tmp_path, several), max_length=300), CausalLM(), 0, cache=tmp_path / "c")
+    data = FederatedData(found.examples, ("a",), {"train": Rows(np.array([0, 3]), np.arange(3))}, (), None,
+                         references=found.references)  # fmt: skip
+    for q, c in zip(questions(data, np.arange(3)), several, strict=True):
+        assert own.decode(q.prompt) == own.apply_chat_template(c[:-1], tokenize=False, add_generation_prompt=True)
+        assert q.references == (c[-1]["content"],)
+    late = section(written(tmp_path, [chat("Hi", "Hello", "q" * 300, "gone")]), max_length=120)
+    with pytest.warns(UserWarning, match="1 of 1 rows are longer than 120 tokens"):
+        cut = load(own, late, CausalLM(), 0, cache=tmp_path / "c")
+    assert cut.references == [("Hello",)]  # the last answer of which something is left
+    assert own.decode(cut.examples.flat[: cut.examples.prompt[0]]).endswith("Hi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_an_answer_without_characters_has_its_place(tmp_path: Path) -> None:
+    own = bytewise()
+    own.chat_template = MARKED.replace("{{ m['content'] + '<|im_end|>' }}{% endgeneration %}",
+                                       "{{ m['content'] }}{% endgeneration %}<|im_end|>")  # fmt: skip
+    rows = [chat("a", "", "b", "second"), chat("a", "first", "b", "")]
+    assert load(own, section(written(tmp_path, rows)), CausalLM(), 0, cache=tmp_path / "c").references == [
+        ("second",),
+        ("first",),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"messages": "m", "chat": True}, "data.chat: got True, expected false beside data.messages"),
+        ({"text": "t", "chat": True}, "data.chat: got True, expected data.prompt and data.completion beside it"),
+        (
+            {"prompt": ["a", "b"], "completion": "c", "template": "{a}"},
+            "expected one column or null beside data.template",
+        ),
+        ({"prompt": ["a"], "completion": "c"}, "data.prompt"),
+    ],
+)
+def test_columns_that_do_not_fit(data: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        fl.Recipe.from_dict({"name": "x", "model": {"name": "m", "task": "causal-lm"}, "data": {"source": "s", **data}})
+    assert says in str(e.value)
+
+
+def test_instructions_are_trained_scored_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole: `check` shows what is scored, a run scores answers, and a question by its columns is asked as in training."""
+    own = bytewise()
+    small_llama(own, tmp_path / "base")
+    data = columns(tmp_path / "a.jsonl", [(f"Say {i}.", ("", "now")[i % 2], f"word {i}") for i in range(40)])
+    recipe = {
+        "name": "chat", "model": {"name": str(tmp_path / "base"), "task": "causal-lm", "dtype": "fp32"}, "data": data,
+        "partition": {"clients": 2}, "method": "fedsa", "federation": {"rounds": 1}, "train": {"steps": 2, "lr": 0.01},
+        "generation": {"scores": ["exact-match"], "new_tokens": 4, "samples": 1}, "run": {"output": str(tmp_path / "run")},
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    said = fedlora("check", tmp_path / "r.yaml", "--no-measure").stdout
+    assert "what is scored stands between >> and <<" in said
+    assert any(f"  >>word {i}<|im_end|><<" in said for i in range(40)), said
+    fl.run(recipe)
+    run = fl.load(tmp_path / "run")
+    heard: list[str] = []
+    answer = CausalLM.answer
+    monkeypatch.setattr(
+        CausalLM, "answer", lambda self, s, requests: heard.extend(requests) or answer(self, s, requests)
+    )
+    run.predict([{"instruction": "Say 1.", "input": "now"}, {"instruction": "Say 2."}, "Say 1.\n\nnow"], new_tokens=4)
+    through = [
+        own.apply_chat_template(chat(q), tokenize=False, add_generation_prompt=True)
+        for q in ("Say 1.\n\nnow", "Say 2.")
+    ]
+    assert heard == [*through, through[0]]
+    (line,) = [x for x in records(tmp_path / "run").lines if isinstance(x, SamplesLine)]
+    assert all(q["prompt"].startswith("<|im_start|>") is False and "assistant" in q["prompt"] for q in line.questions)

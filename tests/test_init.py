@@ -42,7 +42,9 @@ FILES: dict[str, tuple[str, list[str], Any, dict[str, Any]]] = {
     "prompts": ("a.csv", ["question", "answer"], lambda i: [f"{TEXT} {i}?", f"{TEXT} {i}"],
                 {"task": "causal-lm", "prompt": "question", "completion": "answer", "text": None}),
     "instructions": ("a.jsonl", ["instruction", "input", "output"], lambda i: [f"{TEXT} {i}", f"{i}", f"{TEXT} {i}"],
-                     {"task": "causal-lm", "template": "{instruction}\n{input}\n", "completion": "output"}),
+                     {"task": "causal-lm", "prompt": ("instruction", "input"), "completion": "output"}),
+    "chats": ("a.jsonl", ["messages", "who"], lambda i: [[{"role": "user", "content": TEXT}, {"role": "assistant", "content": "x"}], "ab"[i % 2]],
+              {"task": "causal-lm", "messages": "messages", "text": None, "completion": None}),
     "tags": ("a.jsonl", ["tokens", "ner_tags"], lambda i: [["a", "b"], ["O", "PER"]], {"task": "token-classification", "text": "tokens", "label": "ner_tags"}),
     "labels": ("a.jsonl", ["text", "labels"], lambda i: [f"{TEXT} {i}", ["x", "y"][: i % 3]], {"task": "multi-label", "text": "text", "label": "labels"}),
     "plain": ("a.jsonl", ["text"], lambda i: [f"{TEXT} {i}"], {"task": "causal-lm", "text": "text", "label": None}),
@@ -58,9 +60,8 @@ def test_columns_are_found_and_the_recipe_loads(case: str, tmp_path: Path) -> No
     path.write_text(recipe_text(found, "mine"), encoding="utf-8")
     recipe = Recipe.load(path)
     data = recipe.data
-    assert (data.text, data.label, data.prompt, data.completion, data.client, data.template) == tuple(
-        getattr(found.guess, k) for k in ("text", "label", "prompt", "completion", "client", "template")
-    )
+    fields = ("text", "label", "prompt", "completion", "messages", "client")
+    assert [getattr(data, k) for k in fields] == [getattr(found.guess, k) for k in fields]
     assert recipe.model.task == wanted["task"]
 
 

@@ -457,7 +457,7 @@ SAME_RESULT = {
     "deployment.histograms",
 }
 NOT_ALONE = {  # need other fields beside them
-    "data.prompt", "data.completion", "data.references", "data.query", "data.messages",
+    "data.prompt", "data.completion", "data.references", "data.query", "data.messages", "data.chat",
     "train.momentum", "model.threshold", "generation.scores", "generation.top_p",
     "generation.top_k",
 }  # fmt: skip

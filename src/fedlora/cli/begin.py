@@ -42,7 +42,13 @@ def init(
         )
         return
     found = start.look(source, given)
-    if ask and sys.stdin.isatty() and not found.guess.completion and not isinstance(found.guess.text, tuple):
+    if (
+        ask
+        and sys.stdin.isatty()
+        and not found.guess.completion
+        and not found.guess.messages
+        and not isinstance(found.guess.text, tuple)
+    ):
         found = start.look(source, {**given, **_asked(found, given)})
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).stem).strip("-._") or "mine"
     target = output or Path(f"{stem}.yaml")
@@ -55,7 +61,7 @@ def init(
         "text": g.text,
         "label": g.label,
         "prompt": g.prompt,
-        "template": g.template,
+        "messages": g.messages,
         "completion": g.completion,
         "client": g.client,
     }

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import printable
 from ..units import count, seconds, size
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ MOST_CLIENTS = 16  # rows of the table of clients and classes; more clients are 
 MOST_CLASSES = 12  # its columns
 BARS = 8  # of a histogram
 SHOWN = 6  # items of a list before it is cut
+PIECE = 600  # characters of a row's piece
 
 
 def check(recipes: Sequence[Recipe], json: bool, measure: bool, out: Console, err: Console) -> None:
@@ -82,7 +85,28 @@ def one(out: Console, c: Check) -> None:
         _clients(out, c)
         if run.label_names:
             _classes(out, c)
+    _example(out, c)
     _findings(out, c)
+
+
+def _example(out: Console, c: Check) -> None:
+    """A row as a language model reads it. What is scored is coloured, or stands between >> and << where there are no colours."""
+    if not c.data.example:
+        return
+    colours = out.is_terminal and not out.no_color
+    how = "what is scored is green" if colours else "what is scored stands between >> and <<"
+    out.print(Text(f"the first training row; {how}", style="bold"))
+    shown = Text()
+    for text, scored in c.data.example:
+        said = "\n".join(printable(line, PIECE) for line in _middle(text, PIECE).splitlines() or [""])
+        said += "\n" * text.endswith("\n")
+        shown.append(said if colours or not scored else f">>{said}<<", style="green" if scored else "dim")
+    out.print(Padding(shown, (0, 0, 1, 2)), soft_wrap=False)
+
+
+def _middle(text: str, most: int) -> str:
+    """A long text without its middle."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def _findings(out: Console, c: Check) -> None:

@@ -209,8 +209,9 @@ def client(
         if not (len(a) == 64 and set(a) <= set("0123456789abcdef"))
     ]
     said = {k: v for k, v in columns.items() if v}
-    if "text" in said:
-        said["text"] = said["text"][0] if len(said["text"]) == 1 else list(said["text"])
+    for field in ("text", "prompt"):
+        if field in said:
+            said[field] = said[field][0] if len(said[field]) == 1 else list(said[field])
     rules = None
     try:
         rules = None if trust_server else _policy(policy, said, model, share_histogram, share_scores)

@@ -85,7 +85,10 @@ def client(
     ] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label.", show_default=False)] = None,
     template: Annotated[str | None, typer.Option(help="Text made of columns.", show_default=False)] = None,
-    prompt: Annotated[str | None, typer.Option(help="Column of the prompt.", show_default=False)] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of the prompt; twice for instruction and input.", show_default=False),
+    ] = None,
     completion: Annotated[str | None, typer.Option(help="Column of the completion.", show_default=False)] = None,
     encoding: Annotated[
         str | None, typer.Option(help="Of the files, if not the recipe's: utf-8, cp1252, ...", show_default=False)

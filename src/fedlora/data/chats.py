@@ -47,14 +47,25 @@ def checked(chat: Any, place: str, field: str = "data.messages") -> list[dict[st
     return out
 
 
-def usable(tokenizer: Any) -> None:
+def turn(question: str, answer: str) -> list[dict[str, str]]:
+    """A chat of one question and its answer."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def answers(chat: Chat) -> list[str]:
+    """What the assistant says in a chat, in its order."""
+    return [m["content"] for m in chat if m["role"] == "assistant"]
+
+
+def usable(tokenizer: Any, field: str = "data.messages") -> None:
     """Raise ConfigError for a tokenizer that has no chat template, or cannot say where its tokens lie in a text."""
+    got, usual = ("a column", "null") if field == "data.messages" else (True, "false")
     if not getattr(tokenizer, "chat_template", None):
-        expected = "null, since the model has no chat template"
-        raise ConfigError([Problem("data.messages", "a column", expected, "choose an instruction-tuned model")])
+        expected = f"{usual}, since the model has no chat template"
+        raise ConfigError([Problem(field, got, expected, "choose an instruction-tuned model")])
     if not getattr(tokenizer, "is_fast", False):
-        expected = "null for a tokenizer written in Python"
-        raise ConfigError([Problem("data.messages", "a column", expected, "choose a model that has tokenizer.json")])
+        expected = f"{usual} for a tokenizer written in Python"
+        raise ConfigError([Problem(field, got, expected, "choose a model that has tokenizer.json")])
 
 
 def tokens(tokenizer: Any, chat: list[dict[str, str]]) -> tuple[list[int], np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,16 +45,32 @@ def full(table: pa.Table, name: str, field: str) -> pa.ChunkedArray:
 
 def strings(table: pa.Table, name: str, field: str) -> list[str]:
     """The column as text [n]; numbers and booleans are written out. Raises DataError for missing values and nested types."""
+    out: list[str] = _texts(full(table, name, field), name, field).to_pylist()
+    return out
+
+
+def _texts(values: pa.ChunkedArray, name: str, field: str) -> pa.ChunkedArray:
+    """A column as text. Raises DataError for nested types and bytes."""
     import pyarrow as pa
 
-    values = full(table, name, field)
     kind = values.type
     if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         raise DataError(f"{field}: column {name!r} holds {kind}, expected text; choose another column")
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        values = values.cast(pa.string())
-    out: list[str] = values.to_pylist()
-    return out
+    return values if pa.types.is_string(kind) or pa.types.is_large_string(kind) else values.cast(pa.string())
+
+
+def under(table: pa.Table, names: str | Sequence[str], field: str) -> list[str]:
+    """The columns of each row under each other, as instruction and input are. Raises DataError as `strings` does; only the first
+    column needs a value in every row."""
+    first, *more = [names] if isinstance(names, str) else names
+    parts = [strings(table, first, field)]
+    parts += [["" if v is None else v for v in _texts(column(table, n, field), n, field).to_pylist()] for n in more]
+    return [below(row) for row in zip(*parts, strict=True)]
+
+
+def below(parts: Sequence[str]) -> str:
+    """Texts with an empty line between, without those that are blank; a single one stays as it is."""
+    return parts[0] if len(parts) == 1 else "\n\n".join(p for p in parts if p.strip())
 
 
 def lists(table: pa.Table, name: str, field: str) -> list[list[str]]:

@@ -17,6 +17,7 @@ from . import chats
 from .encode import Encoded
 from .federated import FederatedData
 from .lines import place
+from .shown import example
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,11 +70,13 @@ class Lengths:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """rows: of each file, by the field that names it. tokens: None where rows have no tokens."""
+    """rows: of each file, by the field that names it. tokens: None where rows have no tokens. example: a row in pieces, each
+    with whether it is scored, where a model learns a part of its row alone."""
 
     rows: Mapping[str, int]
     tokens: Lengths | None
     findings: tuple[Finding, ...]
+    example: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass
@@ -97,7 +100,8 @@ class Doctor:
         odd = list(_no_label(seen, data))
         found += odd or [*_torn(seen), *_alike(fed), *_few(fed)]  # of what is no label nothing else needs to be said
         rows = {names[o]: t.num_rows for o, t in self.tables.items()}
-        return DataFacts(rows, _lengths(tokenizer, self, int(data["max_length"])), tuple(found))
+        lengths = _lengths(tokenizer, self, int(data["max_length"]))
+        return DataFacts(rows, lengths, tuple(found), example(tokenizer, fed))
 
 
 class _Seen:
@@ -128,6 +132,9 @@ def _texts(seen: _Seen) -> list[tuple[Any, ...]]:
     """The inputs of every row: (text,) or (first, second)."""
     out: list[tuple[Any, ...]] = []
     for x in seen.inputs:
+        if x.field == "data.chat":
+            out += ((question["content"], answer["content"]) for question, answer in x.first)
+            continue
         first = [tuple(words) for words in x.first] if x.how == "words" else x.first
         first = [json.dumps(chat) for chat in x.first] if x.how == "conversations" else first
         out += zip(first, x.second, strict=True) if x.second is not None else ((t,) for t in first)
@@ -137,7 +144,7 @@ def _texts(seen: _Seen) -> list[tuple[Any, ...]]:
 def _empty(seen: _Seen, data: Mapping[str, Any]) -> Iterator[Finding]:
     """Texts without a character, and texts of spaces alone."""
     texts = _texts(seen)
-    what = ("prompt", "completion") if seen.inputs[0].how == "continuations" else ("first text", "second text")
+    what = ("prompt", "completion") if data.get("completion") else ("first text", "second text")
     sides = len(texts[0]) if texts else 0
     for side in range(sides):
         name = what[side] if sides > 1 else "text"

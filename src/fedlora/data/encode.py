@@ -30,6 +30,7 @@ class Encoded:
     chars: np.ndarray | None = None
     scored: np.ndarray | None = None  # bool [total tokens]: which tokens carry loss (chats)
     word: np.ndarray | None = None  # int32 [total tokens]: the word that begins with this token, -1 for none
+    turn: np.ndarray | None = None  # int32 [n]: which of a chat's answers `prompt` leads to, counted from 0
 
 
 def texts(tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, max_length: int) -> Encoded:
@@ -174,36 +175,53 @@ def running(tokenizer: Any, documents: Sequence[str], max_length: int) -> Encode
     return Encoded(flat, _offsets(lengths), np.array(source, np.int64), 0, None, None, np.array(chars, np.int32))
 
 
-def conversations(tokenizer: Any, rows: Sequence[Any], places: Sequence[str], max_length: int) -> Encoded:
+def conversations(
+    tokenizer: Any, rows: Sequence[Any], places: Sequence[str], max_length: int, field: str = "data.messages"
+) -> Encoded:
     """One example for each chat (lists of messages), `scored` where the assistant speaks. Too long: the chat loses its end.
 
-    A chat that has no token of an answer left is left out; `source` tells which ones are there. places: where each chat stands.
+    A chat that has no token of an answer left is left out; `source` tells which ones are there. prompt: the tokens before the last
+    answer of which something is left, and `turn` its number among the chat's answers. places: where each chat stands; field: of
+    the recipe that names them.
     Raises DataError for what is no chat, for a template that fails, and if no chat is left.
     """
-    chats.usable(tokenizer)
+    chats.usable(tokenizer, field)
     room(tokenizer, max_length)
     ids: list[list[int]] = []
     scored: list[np.ndarray] = []
     source: list[int] = []
+    asked: list[tuple[int, int]] = []
     truncated = 0
     for i, row in enumerate(rows):
-        chat = chats.checked(row, places[i])
+        chat = chats.checked(row, places[i], field)
         try:
             own, said = chats.tokens(tokenizer, chat)
         except ValueError as e:
-            raise DataError(f"data.messages: {places[i]}: the model's chat template fails: {e}; correct the row, or choose "
+            raise DataError(f"{field}: {places[i]}: the model's chat template fails: {e}; correct the row, or choose "
                             "another model") from e  # fmt: skip
         if said[1:max_length].any():  # nothing stands before the first token, so it cannot be predicted
             ids.append(own[:max_length])
             scored.append(said[:max_length])
             source.append(i)
+            asked.append(_last_answer(said, max_length, chats.answers(chat)))
             truncated += len(own) > max_length
     if not ids:
         raise DataError(
             f"data.max_length: none of {len(rows)} chats has an answer within {max_length} tokens; raise it"
         )
     flat, lengths = flatten(ids)
-    return Encoded(flat, _offsets(lengths), np.array(source, np.int64), truncated, scored=np.concatenate(scored))
+    prompt, turn = np.array(asked, np.int32).T
+    return Encoded(flat, _offsets(lengths), np.array(source, np.int64), truncated, prompt=prompt,
+                   scored=np.concatenate(scored), turn=turn)  # fmt: skip
+
+
+def _last_answer(said: np.ndarray, length: int, answers: Sequence[str]) -> tuple[int, int]:
+    """Where the last answer begins that lies within `length` tokens, in part at least, and its number among all answers."""
+    starts = np.flatnonzero(np.diff(said.astype(np.int8), prepend=0) == 1)
+    number = int((starts < length).sum()) - 1
+    # A template that does not score the end of an answer scores nothing of an empty one.
+    held = [i for i, a in enumerate(answers) if a or len(starts) == len(answers)]
+    return int(starts[number]), held[number]
 
 
 # shared ---------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ MOST_CLASSES = 200
 
 @dataclass(frozen=True)
 class Column:
-    """What is seen of a column. kind: text, list, whole, real, date or other; values: different ones; words: mean of a text."""
+    """What is seen of a column. kind: text, list, chat, whole, real, date or other; values: different ones; words: mean of a text."""
 
     name: str
     kind: str
@@ -53,15 +53,15 @@ class Column:
 
 @dataclass(frozen=True)
 class Guess:
-    """A recipe's columns. Empty where nothing fits; task and text, or prompt and completion, are needed."""
+    """A recipe's columns. Empty where nothing fits; task and text, or prompt and completion, or messages, are needed."""
 
     task: str = ""
     text: str | tuple[str, str] | None = None
     label: str | None = None
-    prompt: str | None = None
+    prompt: str | tuple[str, ...] | None = None
     completion: str | None = None
     client: str | None = None
-    template: str | None = None
+    messages: str | None = None
 
 
 def columns(table: pa.Table) -> list[Column]:
@@ -82,7 +82,7 @@ def _column(name: str, values: pa.ChunkedArray) -> Column:
     elif pa.types.is_temporal(kind):
         what = "date"
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        what = "list" if not pa.types.is_nested(kind.value_type) else "other"
+        what = "list" if not pa.types.is_nested(kind.value_type) else "chat" if _chat(kind.value_type) else "other"
     elif pa.types.is_integer(kind) or pa.types.is_boolean(kind):
         what = "whole"
     elif pa.types.is_floating(kind):
@@ -92,6 +92,13 @@ def _column(name: str, values: pa.ChunkedArray) -> Column:
     return Column(name, what, different, words, len(values) - len(items), str(items[0])[:40] if items else "")
 
 
+def _chat(message: pa.DataType) -> bool:
+    """Whether a list of these is a chat: messages with a role and a content."""
+    import pyarrow as pa
+
+    return pa.types.is_struct(message) and {"role", "content"} <= {field.name for field in message}
+
+
 def guess(seen: Sequence[Column], rows: int) -> Guess:
     """The columns that fit best. rows: looked at."""
     by = {_plain(c.name): c for c in reversed(seen)}
@@ -99,6 +106,8 @@ def guess(seen: Sequence[Column], rows: int) -> Guess:
     for a, b in PAIRS:
         if a in by and b in by and (label := _label(seen, rows, {by[a].name, by[b].name, client})):
             return Guess(_task(by[a], label), (by[a].name, by[b].name), label.name, client=client)
+    if chat := next((c for c in seen if c.kind == "chat"), None):
+        return Guess("causal-lm", messages=chat.name, client=client)
     text = _text(seen, by, {client})
     label = _label(seen, rows, {client, text.name if text else None})
     prompt, completion = (
@@ -113,8 +122,8 @@ def guess(seen: Sequence[Column], rows: int) -> Guess:
         if (
             _plain(prompt.name) == "instruction" and "input" in by
         ):  # the usual names of instruction sets: what to do, and to what
-            both = f"{{{prompt.name}}}\n{{{by['input'].name}}}\n"
-            return Guess("causal-lm", completion=completion.name, client=client, template=both)
+            both = (prompt.name, by["input"].name)
+            return Guess("causal-lm", prompt=both, completion=completion.name, client=client)
         return Guess("causal-lm", prompt=prompt.name, completion=completion.name, client=client)
     if text is None:
         return Guess(client=client)

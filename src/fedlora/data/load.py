@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..files import cache as user_cache
-from . import encode, template
+from . import chats, encode, template
 from .addresses import scheme
 from .columns import codes, column, full, strings
 from .encode import Encoded
@@ -74,7 +74,8 @@ class Texts:
     """The inputs of a table's rows. how: one of "texts" (first, or pairs), "words", "running", "continuations"
     and "conversations".
 
-    places: where each chat of conversations stands. references: texts that answer each row's prompt, where they are others than `second`.
+    places: where each chat of conversations stands. field: of the recipe, from which they come. references: texts that answer
+    each row's prompt, where they are others than `second` or the assistant's own.
     """
 
     how: str
@@ -82,13 +83,18 @@ class Texts:
     second: Sequence[str] | None = None
     references: Sequence[Sequence[str]] | None = None
     places: Sequence[str] = ()
+    field: str = "data.messages"
 
-    @property
-    def answers(self) -> Sequence[Sequence[str]] | None:
-        """The references of every row; None where rows are no prompts with answers."""
-        if self.references is not None or self.how != "continuations" or self.second is None:
-            return self.references
-        return [(s,) for s in self.second]
+    def answers(self, encoded: Encoded) -> list[Sequence[str]] | None:
+        """The references of every example; None where rows are no prompts with answers."""
+        rows = encoded.source.tolist()
+        if self.references is not None:
+            return [self.references[i] for i in rows]
+        if self.how == "continuations" and self.second is not None:
+            return [(self.second[i],) for i in rows]
+        if encoded.turn is None:
+            return None
+        return [(chats.answers(self.first[i])[n],) for i, n in zip(rows, encoded.turn.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -165,24 +171,22 @@ def load(
         labels["tags"] = np.concatenate(
             [np.where(np.asarray(e.scored), e.flat, -100).astype(np.int64) for e in encoded]
         )
-        chats = sum(len(x.first) for x in inputs)
-        if lost := chats - sum(len(e.source) for e in encoded):
+        every = sum(len(x.first) for x in inputs)
+        if lost := every - sum(len(e.source) for e in encoded):
             warnings.warn(
-                f"data.max_length: {lost} of {chats} chats have no answer within {data['max_length']} tokens; they are left out",
+                f"data.max_length: {lost} of {every} chats have no answer within {data['max_length']} tokens; they are left out",
                 stacklevel=2,
             )
     tokens = joined(encoded, pad_id=tokenizer.pad_token_id or 0, **labels)
     return Loaded(tokens, origin, take(targets.groups), targets.names, _column(tables, by, source),
-                  sum(e.truncated for e in encoded), targets.outputs, _references(inputs, source),
+                  sum(e.truncated for e in encoded), targets.outputs, _references(inputs, encoded),
                   _column(tables, together, source, "partition.group"))  # fmt: skip
 
 
-def _references(inputs: Sequence[Texts], source: Sequence[np.ndarray]) -> list[Sequence[str]] | None:
+def _references(inputs: Sequence[Texts], encoded: Sequence[Encoded]) -> list[Sequence[str]] | None:
     """The references of every example, over all tables."""
-    parts = [x.answers for x in inputs]
-    if any(p is None for p in parts):
-        return None
-    return [p[row] for p, rows in zip(parts, source, strict=True) for row in rows.tolist() if p is not None]
+    parts = [x.answers(e) for x, e in zip(inputs, encoded, strict=True)]
+    return None if any(p is None for p in parts) else [r for p in parts if p is not None for r in p]
 
 
 def _tables(data: Mapping[str, Any], seed: int, more: Sequence[str | None]) -> dict[int, pa.Table]:
@@ -262,7 +266,7 @@ def _tokens(tokenizer: Any, texts: Texts, length: int, cache: Path | None) -> En
         "continuations": lambda: encode.continuations(tokenizer, first, second or [], length),
         "texts": lambda: encode.texts(tokenizer, first, second, length),
         "words": lambda: encode.words(tokenizer, first, length),
-        "conversations": lambda: encode.conversations(tokenizer, first, texts.places, length),
+        "conversations": lambda: encode.conversations(tokenizer, first, texts.places, length, texts.field),
     }[how]
     encode.room(tokenizer, length, pair=how == "texts" and second is not None)
     plain = [json.dumps(x, default=repr) for x in first] if how in ("words", "conversations") else first
@@ -311,7 +315,7 @@ def _fingerprint(tokenizer: Any, kind: str, length: int, first: Sequence[str], s
     else:
         vocabulary = repr(sorted(tokenizer.get_vocab().items()))
     facts = (
-        1,
+        2,
         kind,
         length,
         type(tokenizer).__name__,

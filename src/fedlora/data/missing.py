@@ -59,7 +59,9 @@ def _needed(data: Mapping[str, Any], more: Sequence[str | None]) -> Iterator[tup
         except ValueError:
             named = []  # which the template's own error says
         yield from ((data[n] if isinstance(data.get(n), str) else n, False) for n in sorted(named))
-    yield from ((n, False) for n in (data.get("prompt"), data.get("messages"), *more) if n)
+    prompt = data.get("prompt")  # of several columns only the first must have a value
+    first = prompt if isinstance(prompt, str | None) else prompt[0]
+    yield from ((n, False) for n in (first, data.get("messages"), *more) if n)
     text = data.get("text")
     yield from ((n, True) for n in ([text] if isinstance(text, str) else text or ()))
     yield from ((n, True) for n in (data.get("completion"), data.get("label")) if n)

@@ -119,7 +119,7 @@ class Gate:
         d, t, send = r.data, r.train, self.policy.send
         columns = [
             *((d.text,) if isinstance(d.text, str) else d.text or ()),
-            d.prompt,
+            *((d.prompt,) if isinstance(d.prompt, str) else d.prompt or ()),
             d.completion,
             d.messages,
             d.template,

@@ -51,7 +51,7 @@ class Rows(Section):
 
     text: Text | tuple[Text, Text] = "text"
     label: Text = "label"
-    prompt: Text = "prompt"
+    prompt: Text | Annotated[tuple[Text, ...], Field(min_length=2)] = "prompt"
     completion: Text = "completion"
     messages: Text = "messages"
     template: Text | None = None
@@ -193,7 +193,7 @@ class Policy(BaseModel):
         d = self.data
         out: dict[str, Any] = {k: given.get(k) for k in ("classes", "max_length")} | {k: getattr(d, k) for k in SHAPE}
         used = [k for k in ("text", "label", "prompt", "completion", "messages") if given.get(k) is not None]
-        out |= {k: getattr(d, k) for k in used}
+        out |= {k: getattr(d, k) for k in used} | {"chat": given.get("chat") or False}
         if isinstance(given.get("text"), (list, tuple)) != isinstance(d.text, tuple) and "text" in used:
             both = (
                 f"the recipe reads {'pairs' if isinstance(d.text, str) else 'single texts'}, this site has {d.text!r}"

@@ -62,7 +62,7 @@ class Written:
 def check(data: FederatedData) -> None:
     """Raise ConfigError where the data have no references, so that no text could be scored."""
     if data.references is None:
-        what = "name data.prompt and data.completion, or leave generation.scores out"
+        what = "name data.prompt and data.completion, or data.messages, or leave generation.scores out"
         raise ConfigError([Problem("generation.scores", "texts without prompts", "prompts with completions", what)])
 
 

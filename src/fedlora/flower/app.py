@@ -68,8 +68,9 @@ def site(node_config: tuple[tuple[str, Any], ...]) -> Site:
             [Problem(f"node config: {k}", None, "given", '--node-config \'id="a" data="a.csv"\'') for k in lacking]
         )
     columns = {k: said[k] for k in COLUMNS if k in said}
-    if "," in str(columns.get("text", "")):
-        columns["text"] = [c.strip() for c in str(columns["text"]).split(",")]
+    for field in ("text", "prompt"):
+        if "," in str(columns.get(field, "")):
+            columns[field] = [c.strip() for c in str(columns[field]).split(",")]
     policy = None
     if not said.get("trust-server", False):
         policy = Policy.load(str(said["policy"])) if "policy" in said else Policy()

@@ -106,8 +106,8 @@ def generation(model: Model, data: Data, generation: Generation) -> Iterator[Pro
     g = generation
     if g.scores and not _task(model).over_vocabulary:
         yield Problem("generation.scores", list(g.scores), f"none for {model.task}", "set model.task to causal-lm")
-    elif g.scores and data.completion is None:
-        what = "name data.prompt and data.completion, or leave it out"
+    elif g.scores and data.completion is None and data.messages is None:
+        what = "name data.prompt and data.completion, or data.messages, or leave it out"
         yield Problem("generation.scores", list(g.scores), "none for texts without prompts", what)
     if len(set(g.scores)) < len(g.scores):
         yield Problem("generation.scores", list(g.scores), "each score once", "drop the repetition")

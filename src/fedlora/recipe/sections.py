@@ -92,9 +92,12 @@ class Data(Section):
     label: Text | None = None
     classes: Annotated[tuple[Text, ...], Field(min_length=2)] | None = None
     """Names of the classes in their order; null takes those that the data hold. Sites of a deployment cannot know each other's."""
-    prompt: Text | None = None
-    """Column that a causal language model reads without loss, before `completion`."""
+    prompt: Text | Annotated[tuple[Text, ...], Field(min_length=2)] | None = None
+    """Column that a causal language model reads without loss, before `completion`; several, such as instruction and input, are put
+    under each other with an empty line between, and those that are empty in a row are left out."""
     completion: Text | None = None
+    chat: bool = False
+    """Write prompt and completion as a user's question and the assistant's answer, by the model's chat template."""
     messages: Text | None = None
     """Column of chats for a causal language model: lists of messages with role and content, written by the model's chat template."""
     references: Text | None = None
@@ -166,9 +169,9 @@ class Train(Section):
     warmup: Share = 0.0
     """Share of the whole run."""
     clip: Positive | None = None
+    """Largest norm of a client's gradient."""
     class_weights: Literal["balanced"] | Annotated[tuple[Positive, ...], Field(min_length=2)] | None = None
     """Weight of each class in the loss, in the order of the classes; "balanced" is rows / (classes * rows of the class)."""
-    """Largest norm of a client's gradient."""
     accumulation: Count = 1
     """Parts a batch is computed in; the result is the same, the memory smaller."""
     dropout: bool = True

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.guess import LOOKED_AT, Column, Guess, columns, guess
 from ..data.sources import read
-from ..data.template import parts
 from ..errors import ConfigError, Problem, near
 from ..training.tasks import NAMES, TASKS
 from . import reading
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 SIZES = (32, 64, 128, 256, 512)  # of max_length
 TOKENS_PER_WORD = 1.4  # of English text, about
 LANGUAGE_MODEL = "HuggingFaceTB/SmolLM2-135M"  # for tasks over a vocabulary; minilm for all others
+CHAT_MODEL = "smollm2"  # for chats, which need a model with a chat template
 CLIENTS = 8  # where no column names them
 
 
@@ -64,17 +64,15 @@ def _with(g: Guess, given: Mapping[str, Any], seen: Sequence[Column]) -> Guess:
     free: dict[str, Any] = {f.name: None for f in fields(g) if f.name != "task" and getattr(g, f.name) in taken}
     g = replace(g, **free)
     g = replace(g, **given)
-    if "prompt" in given:
-        g = replace(g, template=None)
     if "completion" in given or "prompt" in given:
-        g = replace(g, text=None, label=None if "label" not in given else g.label)
+        g = replace(g, text=None, messages=None, label=None if "label" not in given else g.label)
     elif "text" in given or "label" in given:
-        g = replace(g, prompt=None, completion=None, template=None)
+        g = replace(g, prompt=None, completion=None, messages=None)
     if "task" in given:
         return g
     kinds = {c.name: c.kind for c in seen}
     first = g.text if isinstance(g.text, str) else g.text[0] if g.text else ""
-    if g.completion:
+    if g.completion or g.messages:
         return replace(g, task="causal-lm")
     if g.label:
         kind = kinds[g.label]
@@ -85,12 +83,11 @@ def _with(g: Guess, given: Mapping[str, Any], seen: Sequence[Column]) -> Guess:
 
 def settled(source: str, table: pa.Table, seen: Sequence[Column], g: Guess) -> Start:
     """What is known of a file whose columns are settled. Raises ConfigError where a text is missing."""
-    if not g.text and not g.completion:
+    if not g.text and not g.completion and not g.messages:
         shown = ", ".join(f"{c.name} ({c.kind})" for c in seen)
         raise ConfigError([Problem("init", source, f"a column of texts among {shown}", "name it with --text, and the labels with --label")])  # fmt: skip
-    inside = [n for _, n in parts(g.template or "") if n]
-    texts = [g.text] if isinstance(g.text, str) else list(g.text or ())
-    named = [n for n in (*inside, g.prompt, g.completion, *texts) if n]
+    texts = [c for v in (g.text, g.prompt) for c in ([v] if isinstance(v, str) else v or ())]
+    named = [n for n in (*texts, g.completion, g.messages) if n]
     looked_at = range(min(table.num_rows, LOOKED_AT))
     words = sorted(sum(_words(table.column(n)[i].as_py()) for n in named) for i in looked_at)
     most = int(words[int(0.95 * (len(words) - 1))] * TOKENS_PER_WORD) + 3
@@ -99,6 +96,10 @@ def settled(source: str, table: pa.Table, seen: Sequence[Column], g: Guess) -> S
 
 
 def _words(value: Any) -> int:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return sum(
+            3 + len(str(m.get("content")).split()) for m in value
+        )  # a template writes some tokens around each message
     return 0 if value is None else len(value) if isinstance(value, list) else len(str(value).split())
 
 
@@ -111,12 +112,12 @@ def recipe_text(s: Start, name: str, model: str | None = None, base: Mapping[str
     base = base or {}
     kind = TASKS[g.task]
     task = f"{s.values:,} different labels" if kind.permutes else "fedlora init --task takes another"
-    usual = LANGUAGE_MODEL if kind.over_vocabulary else "minilm"
+    usual = CHAT_MODEL if g.messages else LANGUAGE_MODEL if kind.over_vocabulary else "minilm"
     text = {
         "text": list(g.text) if isinstance(g.text, tuple) else g.text,
         "label": g.label,
-        "prompt": g.prompt,
-        "template": g.template,
+        "prompt": list(g.prompt) if isinstance(g.prompt, tuple) else g.prompt,
+        "messages": g.messages,
         "completion": g.completion,
     }
     length = next((n for n in SIZES if n >= s.most), SIZES[-1])

@@ -84,7 +84,13 @@ def _input(recipe: Recipe) -> str:
         what = "pairs of texts: " + " and ".join(f"`{c}`" for c in d.text)
     else:
         what = f"texts: `{d.prompt or d.text or 'text'}`"
+    if isinstance(d.prompt, tuple):
+        what = "questions, one part under the other: " + ", ".join(f"`{c}`" for c in d.prompt)
+    if d.messages is not None:
+        what = f"chats: `{d.messages}`"
     answer = f", then `{d.completion}`" if d.completion else ""
+    if d.messages or d.chat:
+        answer += ", through the model's chat template"
     return f"{what}{answer}; at most {d.max_length} tokens"
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..data import chats, template
+from ..data.columns import below
 from ..data.examples import Arrays
 from ..errors import DataError, near
 from ..federation.run import Federation
@@ -37,7 +38,7 @@ def predict_texts(
     if not requests:
         raise DataError("predict: got no text, expected at least one; give it as an argument or with --file")
     inputs = [worded(r, data, i + 1) for i, r in enumerate(requests)]
-    if data.get("messages"):
+    if data.get("messages") or data.get("chat"):
         inputs = [chats.prompt(tokenizer, x if isinstance(x, str) else " ".join(x)) for x in inputs]
     there = {k: v.to(f.model.device) for k, v in stack([deltas]).items()}
     serving = Serving(f.model, there, tokenizer, f.task.names(f.data), data["max_length"], new_tokens)
@@ -86,6 +87,12 @@ def asked_columns(data: Mapping[str, Any]) -> list[str]:
     return [text] if isinstance(text, str) else list(text or ["text"])
 
 
+def _optional(data: Mapping[str, Any]) -> list[str]:
+    """Those of them that a request may leave out or empty: the prompt's columns after the first."""
+    prompt = data.get("prompt")
+    return [] if isinstance(prompt, str | None) or data.get("template") else list(prompt[1:])
+
+
 def worded(request: Request, data: Mapping[str, Any], number: int = 1) -> str | Sequence[str]:
     """A request as the model read its rows in training. number: of the request, for errors. Raises DataError."""
     columns = asked_columns(data)
@@ -94,6 +101,7 @@ def worded(request: Request, data: Mapping[str, Any], number: int = 1) -> str | 
     ):
         raise DataError(f"predict: request {number} is {request!r}, expected a text, two texts, or a dict by column")
     if isinstance(request, Mapping):
+        request = {c: "" for c in _optional(data)} | {k: v for k, v in request.items() if v is not None}
         lost = [c for c in columns if not isinstance(request.get(c), str)]
         if lost:
             raise DataError(
@@ -108,8 +116,12 @@ def worded(request: Request, data: Mapping[str, Any], number: int = 1) -> str | 
                 "data.template names; give each request as a JSON object with these keys"
             )
         row = {columns[0]: request}
+    elif data.get("completion") and not isinstance(request, str):
+        return below(request)
     else:
         return request
+    if data.get("completion") and not data.get("template"):
+        return below([*row.values()])
     if not data.get("template"):
         return row[columns[0]] if len(columns) == 1 else [row[c] for c in columns]
     cut = template.parts(data["template"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import sources
-from ..data.columns import column, lists, strings
+from ..data.columns import column, lists, strings, under
 from ..data.files import format_of, is_data_file, missing
 from ..errors import DataError
 from .predict import Request, asked_columns, worded
@@ -28,6 +28,8 @@ def of_lines(lines: Sequence[str], data: Mapping[str, Any]) -> list[Request]:
     if data.get("template") and len(columns) > 1:
         return [_object(t, i + 1, columns) for i, t in enumerate(lines)]
     if data.get("template") or isinstance(data.get("text"), str) or data.get("text") is None:
+        return list(lines)
+    if data.get("completion"):  # a line is a whole question, however many columns its parts had in training
         return list(lines)
     pairs = [tuple(t.split(PAIR, 1)) for t in lines]
     if any(len(p) != 2 for p in pairs):
@@ -67,6 +69,8 @@ def of_file(path: Path, data: Mapping[str, Any]) -> list[Request]:
     if data.get("template"):
         values = [strings(table, c, "predict") for c in columns]
         return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
+    if data.get("completion"):
+        return list(under(table, columns, "predict"))
     if len(columns) > 1:
         return list(zip(*(strings(table, c, "predict") for c in columns), strict=True))
     return list(

@@ -173,7 +173,7 @@ class Task(Checked, ABC):
             return Texts("texts", filled(table, data))
         text = data.get("text")
         columns = [strings(table, c, "data.text") for c in ([text] if isinstance(text, str) else text or ())]
-        return Texts("texts", *columns)
+        return Texts("texts", columns[0], columns[1] if len(columns) > 1 else None)
 
     @classmethod
     def targets(cls, tables: Mapping[int, pa.Table], data: Mapping[str, Any]) -> Targets:
@@ -231,6 +231,8 @@ def labelled(kind: str, data: Any, pairs: bool = True, template: bool = True) ->
         yield Problem("data.text", None, f"{many} for {kind}", "name the column of the texts")
     if data.label is None:
         yield Problem("data.label", None, f"a column for {kind}", "name the column of the labels")
+    if data.chat:
+        yield Problem("data.chat", True, f"false for {kind}", "set model.task to causal-lm")
     for field in ("prompt", "completion", "references"):
         value = getattr(data, field)
         if value is not None:

@@ -12,9 +12,9 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...data import encode
+from ...data import chats, encode
 from ...data.columns import full as full_column
-from ...data.columns import lists, strings
+from ...data.columns import lists, strings, under
 from ...data.labels import classes
 from ...data.lines import place
 from ...data.load import Targets, Texts, field_of, filled
@@ -64,6 +64,8 @@ class CausalLM(Task):
             for field in ("text", "prompt", "completion", "template", "references"):
                 if (value := getattr(data, field)) is not None:
                     yield Problem(f"data.{field}", value, "null beside data.messages", "drop one of the two")
+            if data.chat:
+                yield Problem("data.chat", True, "false beside data.messages, which are chats already", "leave it out")
             return
         if isinstance(data.text, tuple):
             what = "use data.prompt and data.completion"
@@ -74,6 +76,12 @@ class CausalLM(Task):
             yield Problem("data.completion", None, "a column beside data.prompt", "name the column of the answers")
         if data.completion is not None and data.prompt is None and data.template is None:
             yield Problem("data.prompt", None, "a column beside data.completion", "name the column of the questions")
+        if data.chat and data.completion is None:
+            what = "name the columns of questions and answers, or data.messages"
+            yield Problem("data.chat", True, "data.prompt and data.completion beside it", what)
+        if isinstance(data.prompt, tuple) and data.template is not None:
+            what = "name them in the template, or drop it"
+            yield Problem("data.prompt", list(data.prompt), "one column or null beside data.template", what)
         if data.references is not None and data.completion is None:
             what = "name the column of the answers that are trained"
             yield Problem("data.completion", None, "a column beside data.references", what)
@@ -87,16 +95,21 @@ class CausalLM(Task):
 
     @classmethod
     def texts(cls, table: pa.Table, data: Mapping[str, Any]) -> Texts:
-        if chats := data.get("messages"):
-            rows = full_column(table, chats, "data.messages").to_pylist()
+        if messages := data.get("messages"):
+            rows = full_column(table, messages, "data.messages").to_pylist()
             return Texts("conversations", rows, places=[place(table, i) for i in range(table.num_rows)])
         completion, template = data.get("completion"), data.get("template")
         first = filled(table, data) if template else None
         if completion:
             answers = strings(table, completion, "data.completion")
-            prompts = first or strings(table, data["prompt"], "data.prompt")
+            prompts = first or under(table, data["prompt"], "data.prompt")
             more = data.get("references")
-            return Texts("continuations", prompts, answers, lists(table, more, "data.references") if more else None)
+            references = lists(table, more, "data.references") if more else None
+            if data.get("chat"):
+                turns = [chats.turn(p, a) for p, a in zip(prompts, answers, strict=True)]
+                places = [place(table, i) for i in range(table.num_rows)]
+                return Texts("conversations", turns, references=references, places=places, field="data.chat")
+            return Texts("continuations", prompts, answers, references)
         return Texts("running", first or strings(table, data["text"], "data.text"))
 
     @classmethod
