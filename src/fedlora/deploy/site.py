@@ -119,7 +119,11 @@ class Holding:
         ):  # the head, of which there might be something to say, is no part of a fingerprint
             warnings.simplefilter("ignore")
             loaded = pretrained.load(
-                r.model.name, r.model.task, dtype=r.numbers.dtype, revision=r.model.revision, seed=r.run.seed
+                r.model.name,
+                r.model.task,
+                dtype="fp32" if r.numbers.dtype == "int8" else r.numbers.dtype,
+                revision=r.model.revision,
+                seed=r.run.seed,
             )
         found = fingerprint(loaded.base, loaded.head)
         if found != wanted:

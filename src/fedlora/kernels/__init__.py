@@ -11,11 +11,24 @@ import torch
 from .attention import MOST
 from .fused import Fused, Now
 from .hooks import Compiled
+from .int8 import to_int8
 from .library import first, serving, unavailable
 from .packing import Packing
 from .words import WordLosses
 
-__all__ = ["MOST", "Compiled", "Fused", "Now", "Packing", "WordLosses", "missing", "serving", "unavailable", "useful"]
+__all__ = [
+    "MOST",
+    "Compiled",
+    "Fused",
+    "Now",
+    "Packing",
+    "WordLosses",
+    "missing",
+    "serving",
+    "to_int8",
+    "unavailable",
+    "useful",
+]
 
 
 def useful(device: torch.device, dtype: torch.dtype) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .attention import MOST
 from .deltas import fit
 from .fused import Now
+from .int8 import Int8Linear
 from .library import fits
 from .linear import LowRank
 
@@ -44,6 +45,11 @@ def stack_of(base: nn.Module) -> tuple[list[nn.Module], bool]:
     return list(inner.get_submodule(path)), kind in CAUSAL
 
 
+def _plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer's product is F.linear of its weight, to which deltas can be handed."""
+    return isinstance(layer, nn.Linear) and not isinstance(layer, Int8Linear)
+
+
 class Compiled:
     """A base's hooks. packs: whether its rows may do without padding; whole: whether all of what the base puts out is read, and not what
     its own head makes of it alone."""
@@ -72,11 +78,11 @@ class Compiled:
 
     def flows(self, layer: nn.Module) -> bool:
         """Whether a layer's low-rank deltas can be added where the clients' tokens follow each other."""
-        return isinstance(layer, nn.Linear) and fits(layer.weight) and fit(layer.weight)
+        return _plain(layer) and fits(layer.weight) and fit(layer.weight)
 
     def hand(self, layer: nn.Module, bound: Sequence[Mapping[str, Tensor]]) -> None:
         """Before a layer: its deltas, all low-rank (A [K r i], B [K o r]), which its own product adds."""
-        if isinstance(layer, nn.Linear):
+        if _plain(layer):
             packing = self.now.packing if self.now.inside else None
             ends = packing.ends if packing is not None and packing.flat else None
             dtype = layer.weight.dtype if ends is None else torch.float32

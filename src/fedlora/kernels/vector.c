@@ -437,3 +437,65 @@ int deltas_backward(const void *x, const void *g, void *dx, const float *h, cons
   }
   return failed;
 }
+
+/* ---- int8: rows of numbers as bytes with a scale each, and products of them back in fp32 ---------------------------------- */
+
+typedef int8_t B __attribute__((vector_size(16), aligned(1), may_alias));
+
+/* codes = round(x fold 127 / m), scale = m / 127 with m the largest |x fold| of a row; fold: of each column, or NULL. A row that is not
+   finite has the scale NaN. Products are rounded before they are added to anything, so that every build gives the same codes. */
+__attribute__((optimize("fp-contract=off"))) void quantise(const float *x, const float *fold, int8_t *codes, float *scale, int64_t n,
+                                                           int64_t d, int threads) {
+  const V one = all(1.0f), round = all(12582912.0f);
+  const I magnitude = (I)all(0) + 0x7fffffff;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < n; i++) {
+    const float *row = x + i * d;
+    V m = all(0), odd = all(0);
+    int64_t j = 0;
+    for (; j + LANES <= d; j += LANES) {
+      V v = *(const V *)(row + j) * (fold ? *(const V *)(fold + j) : one);
+      V size = (V)((I)v & magnitude);
+      m = choose(size > m, size, m);
+      odd += v * 0;
+    }
+    float high = most(m), wrong = sum(odd);
+    for (int64_t k = j; k < d; k++) {
+      float v = row[k] * (fold ? fold[k] : 1.0f), size = fabsf(v);
+      high = size > high ? size : high;
+      wrong += v * 0;
+    }
+    int8_t *out = codes + i * d;
+    if (wrong != 0 || high == 0) { /* NaN differs from 0 too */
+      memset(out, 0, (size_t)d);
+      scale[i] = high == 0 && wrong == 0 ? 0.0f : NAN;
+      continue;
+    }
+    scale[i] = high / 127.0f;
+    float factor = 127.0f / high;
+    for (j = 0; j + LANES <= d; j += LANES) {
+      V v = *(const V *)(row + j) * (fold ? *(const V *)(fold + j) : one);
+      v = v * factor;
+      v = (v + round) - round;
+      *(B *)(out + j) = __builtin_convertvector(__builtin_convertvector(v, I), B);
+    }
+    for (; j < d; j++) out[j] = (int8_t)nearbyintf(row[j] * (fold ? fold[j] : 1.0f) * factor);
+  }
+}
+
+/* out = y row column + bias; column and bias: of each column, or NULL. */
+__attribute__((optimize("fp-contract=off"))) void rescale(const int32_t *y, const float *row, const float *column, const float *bias,
+                                                          float *out, int64_t n, int64_t d, int threads) {
+  const V one = all(1.0f), nothing = all(0);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < n; i++) {
+    const int32_t *from = y + i * d;
+    float *to = out + i * d;
+    int64_t j = 0;
+    for (; j + LANES <= d; j += LANES) {
+      V v = __builtin_convertvector(*(const I *)(from + j), V) * row[i] * (column ? *(const V *)(column + j) : one);
+      *(V *)(to + j) = v + (bias ? *(const V *)(bias + j) : nothing);
+    }
+    for (; j < d; j++) to[j] = (float)from[j] * row[i] * (column ? column[j] : 1.0f) + (bias ? bias[j] : 0.0f);
+  }
+}

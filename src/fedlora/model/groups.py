@@ -70,8 +70,9 @@ def group(name: str, base: nn.Module, model_type: str, targets: Sequence[str], h
         return found
     if name == "all":
         every = [n for n in layers if n in linear or not isinstance(layers[n][0], nn.Linear)]
-        first = {id(layers[n][0].weight): n for n in reversed(every)}  # one parameter under several names has one delta
-        every = [n for n in every if first[id(layers[n][0].weight)] == n]
+        own = {n: id(next(layers[n][0].parameters(recurse=False))) for n in every}
+        first = {own[n]: n for n in reversed(every)}  # one parameter under several names has one delta
+        every = [n for n in every if first[own[n]] == n]
         held = {id(p) for n in [*every, *head] for p in base.get_submodule(n).parameters()}
         lost = [n for n, p in base.named_parameters() if id(p) not in held]
         if lost:

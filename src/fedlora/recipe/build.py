@@ -88,6 +88,24 @@ def attention_of(r: Recipe, method: Method) -> str | None:
     return "eager" if method.second_order or r.train.dropout or device.type == "cpu" else None
 
 
+def int8_fits(r: Recipe, method: Method) -> None:
+    """Raise ConfigError where the base cannot be in int8: its products are made on CPUs, and are differentiated once."""
+    bad = []
+    if (device := device_of(r.model.device)) != "cpu":
+        bad.append(
+            Problem(
+                "model.dtype", "int8", f"fp32 or bf16 on {device}", "set model.device to cpu, or model.dtype to auto"
+            )
+        )
+    if method.second_order:
+        what = f"fp32 or bf16, because {method.title} differentiates the model twice and a rounded product has no second derivative"
+        bad.append(
+            Problem("model.dtype", "int8", what, "set model.dtype to auto, or take the method's first-order form")
+        )
+    if bad:
+        raise ConfigError(bad)
+
+
 def adapted_of(
     r: Recipe, loaded: pretrained.Pretrained, method: Method, adapter: start.Adapter | None = None
 ) -> Adapted:
@@ -189,6 +207,8 @@ def federation(
     if r.generation.scores:
         attempt("generation.scores", lambda: texts.check("generation.scores", r.generation.scores))
     attention = attempt("model.attention", lambda: attention_of(r, method)) if method else None
+    if method and r.numbers.dtype == "int8":
+        attempt("model.dtype", lambda: int8_fits(r, method))
     tokenizer = attempt("model", lambda: tokenizer_of(r))
     data = attempt("data", lambda: source(r, tokenizer)) if tokenizer is not None else None
     names = TASKS[r.model.task].names(data) if data is not None else ()

@@ -17,7 +17,7 @@ SLOWER = "3 to 6 times"  # a round in bf16 beside fp32, on a CPU with AVX-512 an
 
 
 class Numbers(NamedTuple):
-    """dtype: fp32 or bf16; why: the reason, as a phrase; warning: what it costs here, "" for nothing that one should know."""
+    """dtype: fp32, bf16 or int8; why: the reason, as a phrase; warning: what it costs here, "" for nothing that one should know."""
 
     dtype: str
     why: str

@@ -59,8 +59,9 @@ class Model(Section):
     targets: Text | Annotated[tuple[Text, ...], Field(min_length=1)] = "auto"
     """Layers with a delta: "auto" (PEFT's table, or queries and values), "all-linear", name endings, or one regular expression."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the frozen base; adapters are always fp32. "auto": bf16 where the device has bf16 products, else fp32; the run keeps what it chose."""
+    dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Of the frozen base; adapters are always fp32. "auto": bf16 where the device has bf16 products, else fp32; the run keeps what it
+    chose. "int8": linear layers in a byte a weight with int8 products, on CPUs, for methods that differentiate once."""
     kernels: Literal["auto", "none"] = "auto"
     """Compiled operators, made by the system's C compiler: most for a bf16 base on CPUs with AMX, dropout on all with AVX-512."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
