@@ -3,7 +3,7 @@
     python bench/paired.py SOURCE K B [ROUNDS [MODEL [TASK]]]
 
 SOURCE is a file of texts, e.g. ../shared/data/huffpost/train.parquet, or demo; K clients do a step of B rows each. The fp32 PyTorch + PEFT
-loop is the reference; blocks in fp32 and bf16 come with PyTorch's operators ("plain") and with compiled ones. Other work is not counted,
+loop is the reference; blocks in fp32 and bf16 come with PyTorch's operators ("plain") and with compiled ones, and on an int8 base. Other work is not counted,
 but it empties the caches, so ratios on a busy machine are a little low.
 """
 
@@ -37,6 +37,7 @@ def main(
         "blocks, fp32": Fedlora(work, None, "fp32"),
         "blocks, bf16, plain": Fedlora(work, None, "bf16", compiled=False),
         "blocks, bf16": Fedlora(work, None, "bf16"),
+        "blocks, int8": Fedlora(work, None, "int8"),
     }
     take_turns(work, systems, 1, int(rounds), time.process_time, "CPU second")
 

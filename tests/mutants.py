@@ -39,6 +39,14 @@ GENERATION = "tests/test_generation.py"
 PACKETS = "tests/test_packets.py -m 'not slow'"
 MUTANTS = (
     # the command
+    Mutant("int8 without padding: another gradient", "kernels/deltas.py", "int8.back(g, weight, ctx.scale)", "int8.back(g, weight, ctx.scale.abs().mean().expand_as(ctx.scale))", "tests/test_int8.py -k without_padding"),
+    Mutant("int8 codes are cut, not rounded", "kernels/int8.py", "* (MOST / safe)[:, None]).round()", "* (MOST / safe)[:, None]).trunc()", "tests/test_int8.py"),
+    Mutant("an int8 row that is not finite is zero", "kernels/int8.py", "most / MOST, torch.nan)", "most / MOST, 0.0)", "tests/test_int8.py"),
+    Mutant("the int8 gradient forgets the channels' scales", "kernels/int8.py", "rows, c = quantise(g.reshape(-1, g.shape[-1]).float(), scale)", "rows, c = quantise(g.reshape(-1, g.shape[-1]).float())", "tests/test_int8.py"),
+    Mutant("the head is quantised too", "checkpoints/pretrained.py", "not to_int8(base, head)", "not to_int8(base)", "tests/test_int8.py"),
+    Mutant("a tied output layer parts from its table", "kernels/int8.py", " and owners[id(m.weight)] == 1", "", "tests/test_int8.py"),
+    Mutant("int8 serves methods that differentiate twice", "recipe/build.py", "if method.second_order:\n        what = f\"fp32", "if False:\n        what = f\"fp32", "tests/test_int8.py"),
+    Mutant("int8 forgets the bias", "kernels/int8.py", "scaled(_product(rows, codes.t()), a, scale, bias).view", "scaled(_product(rows, codes.t()), a, scale, None).view", "tests/test_int8.py"),
     Mutant("a chat's question ends before the prompt to answer", "data/encode.py", "return int(starts[number]), held[number]", "return int(starts[number]) - 1, held[number]", "tests/test_chats.py"),
     Mutant("the first answer of a chat is the reference", "data/encode.py", "return int(starts[number]), held[number]", "return int(starts[number]), held[0]", "tests/test_chats.py"),
     Mutant("an empty input leaves its empty line", "data/columns.py", "p for p in parts if p.strip()", "p for p in parts", "tests/test_chats.py"),

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 import fedlora as fl
 from fedlora.checkpoints import pretrained
 from fedlora.errors import ConfigError
-from fedlora.kernels import int8
+from fedlora.kernels import deltas, int8
 from fedlora.kernels.int8 import Int8Linear, quantise, scaled, to_int8
 from fedlora.kernels.library import unavailable
 from fedlora.tree import Params
@@ -120,8 +120,8 @@ def test_which_layers_and_what_they_hold(tmp_path: Path) -> None:
     assert to_int8(tied) == 0
 
 
-def trained(base: nn.Module, folder: Path, block: int) -> Params:
-    fed = tiny.federation(fl.HomLoRA(rank=2, optimizer=fl.SGD(0.05)), folder, base, block=block)
+def trained(base: nn.Module | None, folder: Path, block: int, **more: Any) -> Params:
+    fed = tiny.federation(fl.HomLoRA(rank=2, optimizer=fl.SGD(0.05)), folder, base, block=block, **more)
     fed.run()
     found = fed.store.load_server()
     assert found is not None
@@ -146,6 +146,29 @@ def test_a_block_is_its_clients_one_by_one(family: str, tmp_path: Path) -> None:
     assert rounding < 0.05 * size, (rounding, size)
 
 
+def test_without_padding_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients' tokens after each other, deltas in the product, against padded rows and deltas by hooks."""
+    if unavailable("vector") and unavailable("vector2"):
+        pytest.skip("needs compiled operators")
+
+    def model(compiled: bool) -> Any:
+        base: Any = tiny.bert()
+        base.set_attn_implementation("sdpa")
+        to_int8(base, ("classifier",))
+        return tiny.adapt(base, compiled=compiled)
+
+    seen: list[bool] = []
+    inner = deltas.FlatLowRank.forward
+    monkeypatch.setattr(
+        deltas.FlatLowRank, "forward", staticmethod(lambda ctx, *a: seen.append(a[6] is not None) or inner(ctx, *a))
+    )
+    found = [trained(None, tmp_path / str(c), 4, model=model(c)) for c in (True, False)]
+    assert seen and all(seen)
+    plain = trained(tiny.bert(), tmp_path / "fp32", 4)
+    gap, rounding = (torch.cat([(found[0][k] - x[k]).flatten() for k in plain]).norm() for x in (found[1], plain))
+    assert gap < 0.05 * rounding, (gap, rounding)
+
+
 def test_an_export_folds_into_the_original_weights(tmp_path: Path) -> None:
     """Whole: from a recipe; the numbers are said, and the merged folder is the base in fp32 with the trained products."""
     model_folder(tmp_path / "m")
@@ -160,11 +183,11 @@ def test_an_export_folds_into_the_original_weights(tmp_path: Path) -> None:
     fedlora("export", tmp_path / "run", "-o", tmp_path / "out", "--merged")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
     whole = pretrained.load(str(tmp_path / "m"), classes=3).base.state_dict()
-    deltas = fl.load(tmp_path / "run").deltas()
-    for layer in {k.layer for k in deltas if k.part == "A"}:
-        b, a = (next(v for k, v in deltas.items() if (k.layer, k.part) == (layer, part)) for part in "BA")
+    found = fl.load(tmp_path / "run").deltas()
+    for layer in {k.layer for k in found if k.part == "A"}:
+        b, a = (next(v for k, v in found.items() if (k.layer, k.part) == (layer, part)) for part in "BA")
         assert torch.allclose(merged[f"{layer}.weight"], whole[f"{layer}.weight"] + b @ a, atol=1e-6)
-    same = {k.layer for k in deltas}
+    same = {k.layer for k in found}
     assert all(torch.equal(merged[n], v) for n, v in whole.items() if n.rpartition(".")[0] not in same)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from . import int8
 from .library import at, first, library
 from .linear import back, product
 
@@ -43,12 +44,23 @@ def _done(failed: int) -> None:
 
 class FlatLowRank(Function):
     """x W' + b0 + (x A_k') B_k' of the tokens of client k, those from ends[k] to ends[k + 1]. x [1 T i] or [T i], A [K r i] and
-    B [K o r] in fp32; T may have more tokens, which belong to nobody."""
+    B [K o r] in fp32; T may have more tokens, which belong to nobody. scale: [o], where weight is int8 codes, and no second
+    derivative is to be had."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        ends: Tensor,
+        scale: Tensor | None = None,
+    ) -> Tensor:
         x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
-        y = product(x, weight, bias).contiguous()
+        y = (product(x, weight, bias) if scale is None else int8.product(x, weight, scale, bias)).contiguous()
+        ctx.scale = scale
         h = x.new_zeros(x.numel() // x.shape[-1], -(-a.shape[1] // LANES) * LANES, dtype=torch.float32)
         _done(_library().deltas_forward(*map(at, (x, y, h, a, b, ends)), _sizes(x, a, b)))
         ctx.save_for_backward(x, weight, a, b, h, ends)
@@ -59,11 +71,15 @@ class FlatLowRank(Function):
         x, weight, a, b, h, ends = ctx.saved_tensors
         g = gs[0].contiguous()
         if torch.is_grad_enabled():
-            return (*_plainly(x, weight, a, b, g, ends), None)
-        dx = back(g, weight).contiguous() if ctx.needs_input_grad[0] else None
+            if ctx.scale is not None:
+                raise RuntimeError("a product of int8 codes has no second derivative")
+            return (*_plainly(x, weight, a, b, g, ends), None, None)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (back(g, weight) if ctx.scale is None else int8.back(g, weight, ctx.scale)).contiguous()
         da, db = torch.empty_like(a), torch.empty_like(b)
         _done(_library().deltas_backward(*map(at, (x, g, dx, h, a, b, da, db, ends)), _sizes(x, a, b)))
-        return dx, None, None, da, db, None
+        return dx, None, None, da, db, None, None
 
 
 def _plainly(

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from .activations import gelu, silu
 from .attention import attention
 from .deltas import FlatLowRank
+from .int8 import int8_linear
 from .linear import LowRank, LowRankLinear, able, linear
 from .packing import Packing
 
@@ -56,4 +57,8 @@ class Fused(TorchFunctionMode):
                 bias = args[2] if args[2:] else kwargs.get("bias")
                 return FlatLowRank.apply(*args[:2], bias, delta.a, delta.b, delta.ends)
             return LowRankLinear.apply(*args[:2], args[2] if args[2:] else kwargs.get("bias"), delta.a, delta.b)
+        if func is int8_linear and delta is not None and delta.ends is not None and args[1] is delta.weight:
+            self.now.delta = None
+            x, codes, scale, bias = args
+            return FlatLowRank.apply(x, codes, bias, delta.a, delta.b, delta.ends, scale)
         return ANSWERS.get(func, func)(*args, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +45,6 @@ def stack_of(base: nn.Module) -> tuple[list[nn.Module], bool]:
     return list(inner.get_submodule(path)), kind in CAUSAL
 
 
-def _plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer's product is F.linear of its weight, to which deltas can be handed."""
-    return isinstance(layer, nn.Linear) and not isinstance(layer, Int8Linear)
-
-
 class Compiled:
     """A base's hooks. packs: whether its rows may do without padding; whole: whether all of what the base puts out is read, and not what
     its own head makes of it alone."""
@@ -78,16 +73,19 @@ class Compiled:
 
     def flows(self, layer: nn.Module) -> bool:
         """Whether a layer's low-rank deltas can be added where the clients' tokens follow each other."""
-        return _plain(layer) and fits(layer.weight) and fit(layer.weight)
+        if isinstance(layer, Int8Linear):
+            return fit(layer.codes)
+        return isinstance(layer, nn.Linear) and fits(layer.weight) and fit(layer.weight)
 
     def hand(self, layer: nn.Module, bound: Sequence[Mapping[str, Tensor]]) -> None:
         """Before a layer: its deltas, all low-rank (A [K r i], B [K o r]), which its own product adds."""
-        if _plain(layer):
+        if isinstance(layer, nn.Linear):
             packing = self.now.packing if self.now.inside else None
             ends = packing.ends if packing is not None and packing.flat else None
-            dtype = layer.weight.dtype if ends is None else torch.float32
+            weight = layer.codes if isinstance(layer, Int8Linear) else layer.weight
+            dtype = weight.dtype if ends is None and weight.is_floating_point() else torch.float32
             a, b = (torch.cat([p[n].to(dtype) for p in bound], axis) for n, axis in (("A", 1), ("B", 2)))
-            self._handed, self.now.delta = True, LowRank(layer.weight, a, b, ends)
+            self._handed, self.now.delta = True, LowRank(weight, a, b, ends)
 
     def added(self) -> bool:
         """After a layer: whether it has added the deltas that it was handed."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .library import at, first, library
 
@@ -44,26 +45,43 @@ class Int8Linear(nn.Linear):
         return self.codes.float() * scale[:, None]
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = input.reshape(-1, self.in_features)
-        y: Tensor = Int8Product.apply(rows.float(), self.codes, self.scale, self.bias)
-        return y.view(*input.shape[:-1], self.out_features).to(input.dtype)
+        scale: Any = self.scale
+        return int8_linear(input, self.codes, scale, self.bias)
+
+
+def int8_linear(input: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear for a weight of codes int8 [o i] by scale fp32 [o]. Modes see it, as they see PyTorch's functions."""
+    if has_torch_function((input,)):
+        found: Tensor = handle_torch_function(int8_linear, (input,), input, codes, scale, bias)
+        return found
+    y: Tensor = Int8Product.apply(input, codes, scale, bias)
+    return y
 
 
 class Int8Product(Function):
-    """x W' + b for rows x [n i], W = codes [o i] by scale [o]; differentiable once, by x alone."""
+    """x W' + b for x [... i], W = codes [o i] by scale [o]; differentiable once, by x alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(codes, scale)
-        rows, a = quantise(x)
-        return scaled(_product(rows, codes.t()), a, scale, bias)
+        return product(x, codes, scale, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scale = ctx.saved_tensors
-        rows, c = quantise(g, scale)
-        return scaled(_product(rows, codes), c, None, None), None, None, None
+        return back(g, *ctx.saved_tensors), None, None, None
+
+
+def product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x W' + b, [... o], in the dtype of x."""
+    rows, a = quantise(x.reshape(-1, x.shape[-1]).float())
+    return scaled(_product(rows, codes.t()), a, scale, bias).view(*x.shape[:-1], len(codes)).to(x.dtype)
+
+
+def back(g: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """g W, [... i], in the dtype of g."""
+    rows, c = quantise(g.reshape(-1, g.shape[-1]).float(), scale)
+    return scaled(_product(rows, codes), c, None, None).view(*g.shape[:-1], codes.shape[1]).to(g.dtype)
 
 
 def _product(x: Tensor, w: Tensor) -> Tensor:

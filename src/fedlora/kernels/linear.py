@@ -54,7 +54,7 @@ class LowRank(NamedTuple):
     """Deltas of the clients of a block at one layer: A [K r i], B [K o r], scaled, of the layer's dtype; where the clients' tokens
     follow each other in fp32, with the token where each client's begin, and the last one's end."""
 
-    weight: Tensor  # of the layer, [o i]
+    weight: Tensor  # of the layer, [o i]; int8 codes where the base is quantised
     a: Tensor
     b: Tensor
     ends: Tensor | None = None
