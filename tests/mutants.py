@@ -173,7 +173,7 @@ MUTANTS = (
     Mutant("a second derivative is lost", "kernels/activations.py", "        (x,) = ctx.saved_tensors\n        if torch.is_grad_enabled():", "        (x,) = ctx.saved_tensors\n        if False:", "tests/test_kernels.py"),
     Mutant("a trained layer is taken for a frozen one", "kernels/linear.py", "fits(input, weight, bias) and frozen and", "fits(input, weight, bias) and", "tests/test_kernels.py"),
     Mutant("packed rows are taken for the first", "kernels/amx.c", "return p.row * s.row + p.start * s.token;", "return p.row * s.row;", "tests/test_kernels.py"),
-    Mutant("a delta is added by the layer and by its hook", "kernels/fused.py", "            self.now.delta = None\n", "", "tests/test_kernels.py"),
+    Mutant("a delta is added by the layer and by its hook", "kernels/fused.py", "            self.now.delta = None\n            if delta.ends", "            if delta.ends", "tests/test_kernels.py"),
     Mutant("what a delta gives to lower layers is lost", "kernels/linear.py", "else dx.baddbmm_(dh, a)).view(x.shape)", "else dx).view(x.shape)", "tests/test_kernels.py"),
     Mutant("what attention drops gets a gradient", "kernels/amx.c", "d[j] = _mm512_mul_ps(_mm512_loadu_ps(dP + 16 * j), stays);", "d[j] = _mm512_loadu_ps(dP + 16 * j);", "tests/test_kernels.py"),
     Mutant("packed tokens drop what others drop", "kernels/dropout.py", "drop.starts[packing.row] + (packing.token + 1) * GOLDEN", "drop.starts[packing.row] + GOLDEN", "tests/test_kernels.py"),

@@ -57,7 +57,7 @@ FIELDS = [
     ("model", "targets", [], "text or a list of at least 1", "name endings"),
     ("model", "targets", ["query", 3], "text or a list of text", "auto"),
     ("model", "device", "gpu", "cuda:1 and so on", "the default is \"auto\""),
-    ("model", "dtype", 16, "'fp32' or 'bf16'", "fp32"),
+    ("model", "dtype", 16, "'fp32', 'bf16' or 'int8'", "fp32"),
     ("model", "gradient_checkpointing", "yes", "true or false", "without quotes"),
     ("data", "source", None, "text or a list", "a glob"),
     ("data", "max_length", "64", "an integer", "without quotes"),

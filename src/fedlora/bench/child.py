@@ -58,6 +58,7 @@ SYSTEMS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "blocks": ("fedlora blocks, fp32", _fedlora(None, "fp32")),
     "one-bf16": ("fedlora singly, bf16", _fedlora(1, "bf16")),
     "blocks-bf16": ("fedlora blocks, bf16", _fedlora(None, "bf16")),
+    "blocks-int8": ("fedlora blocks, int8", _fedlora(None, "int8")),
 }
 
 

@@ -115,7 +115,7 @@ def bench(
     except ConfigError as e:
         odd += e.problems
     peers = ("one", "blocks") if method != "homlora" else ("one", "blocks", "peft") if device != "cpu" else ("",)
-    can = [x for x in SYSTEMS if x.startswith(peers)]
+    can = [x for x in SYSTEMS if x.startswith(peers) and (device == "cpu" or not x.endswith("int8"))]
     odd += [Problem("--regime", r, "a regime", near(r, REGIMES)) for r in regimes if r not in REGIMES]
     odd += [
         Problem("--system", x, f"a system that does {method} on {device}", near(x, can))
