@@ -21,6 +21,7 @@ COPIES: dict[tuple[str, str | None], dict[str, str]] = {  # (data.source, data.s
         "prompt": "mr",
         "completion": "ref",
     },
+    ("vicgalle/alpaca-gpt4", None): {"source": "gsm8k/train.parquet", "prompt": "question", "completion": "answer"},
 }
 MODELS = {"Maykeye/TinyLLama-v0": "babyllama-tok361"}
 

@@ -83,6 +83,26 @@ def test_the_page_on_privacy(notes: Path) -> None:
     assert "of 8" in said[-1].stdout
 
 
+def test_the_page_on_flowertune(tmp_path: Path) -> None:
+    """With a small model that has a chat template, and a few instructions, in place of what the recipe names."""
+    import json
+
+    from test_chats import bytewise, small_llama
+
+    small_llama(bytewise(), tmp_path / "model")
+    rows = [{"instruction": f"Say {i}.", "input": ("", "now")[i % 2], "output": f"word {i}"} for i in range(400)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    small = ["model.name=./model", "data.source=rows.jsonl", "federation.rounds=2", "train.steps=2", "evaluation.every=2",
+             "data.max_length=100", "method.rank=8"]  # fmt: skip
+    page = (ROOT / "docs/flowertune.md").read_text(encoding="utf-8")
+    for line in block(page, "test: commands").splitlines():
+        words = line.split()[1:]
+        more = [x for s in small for x in ("--set", s)] if words[0] in ("check", "run") else []
+        said = fedlora(*words, *more, cwd=tmp_path).stdout
+        assert words[0] != "check" or ("20 train" in said and "2 a round" in said and "bytes a round" in said)
+    assert (tmp_path / "entry/adapter_model.safetensors").exists()
+
+
 def test_readme_python(notes: Path) -> None:
     code = block(README, "test: python")
     assert len([x for x in code.split("\n\n")[1].splitlines() if x]) <= 15

@@ -46,7 +46,7 @@ def test_a_recipe_names_what_its_reader_can_get(recipe: Shipped) -> None:
         assert not [p for p in paths if p and re.search(r"^[./~]|\.(parquet|csv|jsonl?)$", p)]
         known = (r.data.source, r.data.subset) in local.COPIES
         assert known or r.data.source == "demo"
-        assert r.model.name in ("minilm", "mpnet") or r.model.name in local.MODELS
+        assert r.model.name in ("minilm", "mpnet", "smollm2") or r.model.name in local.MODELS
         assert r.name.startswith(recipe.name)
     assert recipe.shows.endswith(".")
     runs = re.match(r"(one|\d+) runs? of (\d+) rounds", recipe.size)
@@ -87,8 +87,8 @@ def test_recipe_runs(recipe: Shipped, shared: Path, tmp_path: Path, monkeypatch:
     sets = local.overrides(read(recipe.path), shared, tmp_path)
     # A CPU without bf16 instructions takes a hundred times as long with them; bf16 itself is tested on tiny models.
     chosen = runs_of(recipe.path, [*SHORT, limit, "partition.min_size=2", "model.dtype=fp32", *sets])[-1]
-    if chosen.model.name == "mpnet" and not Path(pretrained.locate("mpnet")).is_dir():
-        pytest.skip("the base mpnet is not on this machine")
+    if (base := chosen.model.name) in ("mpnet", "smollm2") and not Path(pretrained.locate(base)).is_dir():
+        pytest.skip(f"the base {base} is not on this machine")
     summary = fl.run(chosen, output=tmp_path / "run")
     assert summary["rounds"] == 2
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
