@@ -39,6 +39,10 @@ GENERATION = "tests/test_generation.py"
 PACKETS = "tests/test_packets.py -m 'not slow'"
 MUTANTS = (
     # the command
+    Mutant("the unlikeliest choice is the answer", "federation/choices.py", "scores.argmax(1)", "scores.argmin(1)", "tests/test_choices.py"),
+    Mutant("a mean likelihood is a sum", "federation/choices.py", "-x.losses / x.counts for", "-x.losses for", "tests/test_choices.py"),
+    Mutant("a choice has no end", "federation/choices.py", "input_ids\"], *end]", "input_ids\"]]", "tests/test_choices.py"),
+    Mutant("a prompt is part of its choice's likelihood", "federation/choices.py", "before += [len(kept)] * len(choices)", "before += [0] * len(choices)", "tests/test_choices.py"),
     Mutant("int8 without padding: another gradient", "kernels/deltas.py", "int8.back(g, weight, ctx.scale)", "int8.back(g, weight, ctx.scale.abs().mean().expand_as(ctx.scale))", "tests/test_int8.py -k without_padding"),
     Mutant("int8 codes are cut, not rounded", "kernels/int8.py", "* (MOST / safe)[:, None]).round()", "* (MOST / safe)[:, None]).trunc()", "tests/test_int8.py"),
     Mutant("an int8 row that is not finite is zero", "kernels/int8.py", "most / MOST, torch.nan)", "most / MOST, 0.0)", "tests/test_int8.py"),

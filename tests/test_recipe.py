@@ -459,7 +459,7 @@ SAME_RESULT = {
 NOT_ALONE = {  # need other fields beside them
     "data.prompt", "data.completion", "data.references", "data.query", "data.messages", "data.chat",
     "train.momentum", "model.threshold", "generation.scores", "generation.top_p",
-    "generation.top_k",
+    "generation.top_k", "generation.choices", "generation.per",
 }  # fmt: skip
 
 

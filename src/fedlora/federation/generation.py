@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from ..training import texts
 from ..training.metrics import Scores
 from ..training.tasks.causal_lm import ends
 from ..tree import Params
+from . import choices
 
 if TYPE_CHECKING:
     from ..data.federated import FederatedData
@@ -36,6 +37,8 @@ class Generation:
     rows: int | None = None
     samples: int = 0
     tokenizer: Any = field(default=None, repr=False, compare=False)
+    choices: Sequence[str] = ()  # the texts that may be answers; the likeliest is taken, and nothing is decoded
+    per: Literal["choice", "token"] = "choice"  # what the likelihoods of choices are sums or means over
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,10 @@ def write(
 ) -> list[Written]:
     """What model params[j] answers to the questions each[j]. Models that are one object answer as one."""
     first = _first(f)
+    if g.choices:
+        prompts_of = [[q.prompt or first for q in own] for own in each]
+        found = choices.likelihoods(f, g, params, prompts_of, block)
+        return [Written(own, choices.chosen(s, g)) for own, s in zip(each, found, strict=True)]
     most = f.model.positions - g.how.new_tokens
     same: dict[int, list[int]] = {}
     for j, p in enumerate(params):

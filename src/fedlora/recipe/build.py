@@ -168,7 +168,7 @@ def generation_of(r: Recipe, tokenizer: Any) -> Generation | None:
     """What is written in evaluations; None where no score of it is asked for."""
     g = r.generation
     how = Decoding(g.new_tokens, g.temperature, g.top_p, g.top_k)
-    return Generation(g.scores, how, g.rows, g.samples, tokenizer) if g.scores else None
+    return Generation(g.scores, how, g.rows, g.samples, tokenizer, g.choices or (), g.per) if g.scores else None
 
 
 def method_of(r: Recipe) -> Method:

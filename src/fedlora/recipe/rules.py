@@ -111,6 +111,19 @@ def generation(model: Model, data: Data, generation: Generation) -> Iterator[Pro
         yield Problem("generation.scores", list(g.scores), "none for texts without prompts", what)
     if len(set(g.scores)) < len(g.scores):
         yield Problem("generation.scores", list(g.scores), "each score once", "drop the repetition")
+    if g.choices is not None and (same := sorted({c for c in g.choices if g.choices.count(c) > 1})):
+        yield Problem("generation.choices", same, "each choice once", "drop the repetition")
+    if g.choices is not None and not g.scores:
+        yield Problem("generation.choices", list(g.choices), "scores beside it", "set generation.scores to [accuracy]")
+    if g.choices is None and "accuracy" in g.scores:
+        what = "list the texts that may be answers, or take exact-match"
+        yield Problem("generation.choices", None, "two texts or more for accuracy", what)
+    if g.choices is None and g.per != "choice":
+        yield Problem("generation.per", g.per, "choice without generation.choices", "leave it out")
+    if g.choices is not None and g.temperature:
+        yield Problem(
+            "generation.temperature", g.temperature, "0 beside generation.choices", "nothing is drawn: leave it out"
+        )
     for field in ("top_p", "top_k"):
         value, usual = getattr(g, field), Generation.model_fields[field].default
         if not g.temperature and value != usual:

@@ -228,8 +228,12 @@ class Evaluation(Section):
 class Generation(Section):
     """Texts that a language model writes in every evaluation, scored against references."""
 
-    scores: tuple[Literal["bleu", "chrf", "rouge", "exact-match", "number-match"], ...] = ()
+    scores: tuple[Literal["bleu", "chrf", "rouge", "exact-match", "number-match", "accuracy"], ...] = ()
     """Nothing is written without one. number-match: of the number after "####", as in GSM8K, or of the last one."""
+    choices: Annotated[tuple[Text, ...], Field(min_length=2)] | None = None
+    """The texts that may be answers, for score accuracy: the likeliest after its prompt is the answer, and nothing is decoded."""
+    per: Literal["choice", "token"] = "choice"
+    """A choice's likelihood is that of all its tokens, or the mean of a token, which does not favour short ones."""
     new_tokens: Annotated[int, Field(ge=1, le=8192)] = 64
     """Most tokens of an answer."""
     temperature: NotNegative = 0.0

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data import chats, template
+from ..data import chats, encode, template
 from ..data.columns import below
 from ..data.examples import Arrays
 from ..errors import DataError, near
+from ..federation import choices
+from ..federation.generation import Generation
 from ..federation.run import Federation
 from ..training.task import ROWS, Prediction, Serving, shown
 from ..tree import Params, stack
@@ -41,9 +43,26 @@ def predict_texts(
     if data.get("messages") or data.get("chat"):
         inputs = [chats.prompt(tokenizer, x if isinstance(x, str) else " ".join(x)) for x in inputs]
     there = {k: v.to(f.model.device) for k, v in stack([deltas]).items()}
+    if (g := f.evaluation.generation) is not None and g.choices:
+        return _chosen(f, g, tokenizer, deltas, requests, inputs)
     serving = Serving(f.model, there, tokenizer, f.task.names(f.data), data["max_length"], new_tokens)
     said = f.task.answer(serving, inputs)
     return [replace(p, text=_request(r)) for p, r in zip(said, requests, strict=True)]
+
+
+def _chosen(
+    f: Federation, g: Generation, tokenizer: Any, deltas: Params, requests: Sequence[Request], inputs: Sequence[Any]
+) -> list[Prediction]:
+    """The likeliest choice after each input, with the probability of each among the choices."""
+    before, _ = encode.specials(tokenizer)
+    texts = [x if isinstance(x, str) else " ".join(x) for x in inputs]
+    prompts = [[*before, *tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]] for t in texts]
+    [scores] = choices.likelihoods(f, replace(g, tokenizer=tokenizer), [deltas], [prompts], 1)
+    shares = torch.from_numpy(scores).softmax(1).tolist()
+    return [
+        Prediction(_request(r), said, max(p), dict(zip(g.choices, p, strict=True)))
+        for r, said, p in zip(requests, choices.chosen(scores, g), shares, strict=True)
+    ]
 
 
 def predict_columns(f: Federation, deltas: Params, columns: Any) -> list[Prediction]:

@@ -44,6 +44,11 @@ def exact_match(answers: Answers, references: References) -> dict[str, float]:
     return {"exact_match": sum(hits) / len(hits)}
 
 
+def accuracy(answers: Answers, references: References) -> dict[str, float]:
+    """Share of answers that are right, where an answer is one of given choices."""
+    return {"accuracy": exact_match(answers, references)["exact_match"]}
+
+
 def number_match(answers: Answers, references: References) -> dict[str, float]:
     """Share of answers whose number is that of one of their references: the one after the last "####", where GSM8K writes its
     results (arXiv:2110.14168), or without that mark the last number. 1,000 and 1000.0 are equal."""
@@ -63,6 +68,7 @@ def number(text: str) -> Decimal | None:
 
 SCORES: dict[str, Callable[[Answers, References], dict[str, float]]] = {
     "bleu": bleu, "chrf": chrf, "rouge": rouge, "exact-match": exact_match, "number-match": number_match,
+    "accuracy": accuracy,
 }  # fmt: skip
 LIBRARIES = {
     "bleu": ("sacrebleu", "sacrebleu"),

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...data import chats, encode
+from ...data.columns import class_names, lists, strings, under
 from ...data.columns import full as full_column
-from ...data.columns import lists, strings, under
 from ...data.labels import classes
 from ...data.lines import place
 from ...data.load import Targets, Texts, field_of, filled
@@ -102,6 +102,8 @@ class CausalLM(Task):
         first = filled(table, data) if template else None
         if completion:
             answers = strings(table, completion, "data.completion")
+            if names := class_names(table, completion):  # numbers of classes: what a model says is their names
+                answers = [names[int(a)] for a in answers]
             prompts = first or under(table, data["prompt"], "data.prompt")
             more = data.get("references")
             references = lists(table, more, "data.references") if more else None
