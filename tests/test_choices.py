@@ -108,3 +108,16 @@ def test_what_does_not_fit(generation: dict[str, Any], says: str, tmp_path: Path
     with pytest.raises(ConfigError) as e:
         fl.Recipe.from_dict(recipe(tmp_path, generation=generation))
     assert says in str(e.value)
+
+
+def test_a_choice_has_the_tokens_of_a_completion() -> None:
+    """Those that the same text has in training, the one that ends a text included."""
+    from test_chats import bytewise
+
+    from fedlora.data import encode
+    from fedlora.federation import choices
+
+    own = bytewise()
+    found = encode.continuations(own, ["good?"], ["yes é"], 40)
+    assert found.prompt is not None
+    assert choices._tokens(own, "yes é") == found.flat[found.prompt[0] :].tolist()

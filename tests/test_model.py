@@ -349,6 +349,27 @@ def test_fused_attention_drops_nothing_where_dropout_is_off(tmp_path: Path) -> N
     tiny.close(*runs)
 
 
+@pytest.mark.parametrize("longest", [4, 7, 9])
+def test_short_rows_train_with_dropout_in_fused_attention(longest: int, tmp_path: Path) -> None:
+    """Also where no row has as many tokens as attention's kernel is worth for."""
+    examples = tiny.tokens(longest=longest)
+    runs = []
+    for attention in ("eager", "sdpa"):
+        base = tiny.bert(dropout=0.2)
+        base.config._attn_implementation = attention
+        if attention == "sdpa" and not kernels.useful(torch.device("cpu"), torch.float32):
+            pytest.skip("needs compiled operators")
+        f = tiny.federation(
+            METHODS["homlora"](rank=2),
+            tmp_path / attention,
+            base,
+            data=dataclasses.replace(tiny.data(), examples=examples),
+        )
+        f.run()
+        runs.append(f.store.load_server()[1])
+    tiny.close(*runs)
+
+
 def test_dropout_inside_fused_attention_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would draw from torch's global generator, where attention is not ours: no run could be repeated."""
     monkeypatch.setattr(kernels, "useful", lambda device, dtype: False)

@@ -134,11 +134,19 @@ def serves(x: Tensor) -> bool:
 
 
 def attends(
-    query: Tensor, key: Tensor, value: Tensor, heads_alike: bool = True, packing: Packing | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads_alike: bool = True,
+    packing: Packing | None = None,
+    least: int = FEWEST,
 ) -> bool:
-    """Whether they are what the kernel is made for. Of packed rows each is as long as it was, however many tokens a client has."""
+    """Whether they are what the kernel is made for. Of packed rows each is as long as it was, however many tokens a client has.
+
+    least: queries from which it is worth its padding; our dropout has no other way, and takes any number.
+    """
     if packing is None:
-        sizes = FEWEST <= query.shape[2] <= MOST and key.shape[2] <= MOST
+        sizes = least <= query.shape[2] <= MOST and key.shape[2] <= MOST
     else:
         sizes = packing.longest <= MOST
     alike = key.shape == value.shape and (not heads_alike or query.shape[1] == key.shape[1])
@@ -159,7 +167,7 @@ def attention(
 ) -> Tensor:
     """F.scaled_dot_product_attention. packing: of [K h T d], rows without padding; the mask is of the padded rows then, and says nothing
     that the packing does not. drop: dropout of ours, in place of dropout_p."""
-    able = attends(query, key, value, not enable_gqa, packing) and not dropout_p
+    able = attends(query, key, value, not enable_gqa, packing, FEWEST if drop is None else 1) and not dropout_p
     if not able:
         assert packing is None and drop is None, "rows are packed, and our dropout used, where the kernel is"
         return F.scaled_dot_product_attention(

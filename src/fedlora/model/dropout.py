@@ -94,7 +94,7 @@ class ClientDropout(TorchFunctionMode):
             if self.seeds is None:
                 return func(query, key, value, **kwargs)
             useful = self.now is not None and kernels.useful(query.device, query.dtype)
-            if not useful or not attends(query, key, value, False, packing):
+            if not useful or not attends(query, key, value, False, packing, least=1):
                 raise ModelError(
                     "model: its fused attention (sdpa) drops weights by torch's global generator, so no run could be repeated; load "
                     'it with attn_implementation="eager", or without dropout'
