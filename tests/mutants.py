@@ -39,6 +39,7 @@ GENERATION = "tests/test_generation.py"
 PACKETS = "tests/test_packets.py -m 'not slow'"
 MUTANTS = (
     # the command
+    Mutant("a run whose model cannot be had ends its sweep", "cli/actions.py", "            except FedloraError as e:\n", "            except TrainingError as e:\n", "tests/test_sweeps.py -k fails"),
     Mutant("dropout in short rows has no attention", "model/dropout.py", "False, packing, least=1)", "False, packing)", "tests/test_model.py -k short_rows"),
     Mutant("the unlikeliest choice is the answer", "federation/choices.py", "scores.argmax(1)", "scores.argmin(1)", "tests/test_choices.py"),
     Mutant("a mean likelihood is a sum", "federation/choices.py", "-x.losses / x.counts for", "-x.losses for", "tests/test_choices.py"),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pytest
 from cli import command, environment, fedlora, write_recipe
 
 
@@ -53,3 +54,16 @@ def test_a_sweep_is_interrupted_looked_at_and_gone_on_with(tmp_path: Path) -> No
     assert "left out, no score yet: 1 of 3 runs (young)" in compared.stderr
     shutil.copytree(sweep / "young", tmp_path / "alone/young")
     assert "none of 1 runs has a score yet" in fedlora("compare", tmp_path / "alone", code=1).stderr
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_that_fails_does_not_end_its_sweep(jobs: int, tmp_path: Path) -> None:
+    """Neither one whose training diverges, nor one whose model cannot be had; the others are compared, and the exit code says it."""
+    sweep = tmp_path / "sweep"
+    settings = {"model.name": ["./nowhere", str(tmp_path / "model")], "train.lr": [1e30, 0.01]}
+    recipe = write_recipe(tmp_path, federation={"rounds": 2}, train={"steps": 2, "optimizer": "sgd"}, sweep=settings)
+    done = fedlora("sweep", recipe, "-o", sweep, "--jobs", jobs, code=1)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "nowhere" in said and "3 of 4 runs have failed" in said
+    [works] = sweep.glob("*/summary.json")
+    assert json.loads((works.parent / "recipe.json").read_text())["recipe"]["train"]["lr"] == 0.01

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from ..errors import StateError, TrainingError
+from ..errors import FedloraError, StateError, TrainingError
 from ..federation.callbacks import Callback, Several
 from . import jobs as processes
 from . import listing, searches, sweeps, tables
@@ -147,7 +147,7 @@ def _searched(
 def _runs(
     todo: searches.Todo, sweep: Path, quiet: bool, json: bool, jobs: int, say: Callable[[str], None]
 ) -> Mapping[Path, str]:
-    """Bring runs to their end; folder -> why a run has failed, of those whose training did."""
+    """Bring runs to their end; folder -> why a run has failed, of those that have."""
     failed: dict[Path, str] = {}
     try:
         if jobs > 1:
@@ -156,7 +156,9 @@ def _runs(
             say(said)
             try:
                 _execute(r, folder, quiet, json, sweep)
-            except TrainingError as e:
+            except Interrupted:
+                raise
+            except FedloraError as e:
                 failed[folder] = str(e)
                 say(f"{r.name} failed: {e}")
     except KeyboardInterrupt:  # while a model is loaded
