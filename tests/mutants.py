@@ -39,6 +39,11 @@ GENERATION = "tests/test_generation.py"
 PACKETS = "tests/test_packets.py -m 'not slow'"
 MUTANTS = (
     # the command
+    Mutant("rows of one draw are counted", "federation/engine.py", "return cls(len(batches) // draws, rows, tokens)", "return cls(len(batches) // draws, rows // draws, tokens)", "tests/test_equal.py"),
+    Mutant("a minibatch is a step, however many a step draws", "federation/engine.py", "return cls(len(batches) // draws, rows, tokens)", "return cls(len(batches), rows, tokens)", "tests/test_equal.py"),
+    Mutant("runs are made equal at the largest total", "report/budgets.py", "budget = min(max(u.values())", "budget = max(max(u.values())", "tests/test_equal.py"),
+    Mutant("a cut run keeps the round that the whole one chose", "report/budgets.py", "own = outcome(lines, run.metric, lower)", "own = outcome(run.lines, run.metric, lower)", "tests/test_equal.py"),
+    Mutant("a cut run has sent what the whole one has", "report/budgets.py", "for x in cut.trains)", "for x in run.trains)", "tests/test_equal.py"),
     Mutant("a run whose model cannot be had ends its sweep", "cli/actions.py", "            except FedloraError as e:\n", "            except TrainingError as e:\n", "tests/test_sweeps.py -k fails"),
     Mutant("dropout in short rows has no attention", "model/dropout.py", "False, packing, least=1)", "False, packing)", "tests/test_model.py -k short_rows"),
     Mutant("the unlikeliest choice is the answer", "federation/choices.py", "scores.argmax(1)", "scores.argmin(1)", "tests/test_choices.py"),

@@ -25,6 +25,7 @@ from .recipe.checked import Check
 from .recipe.checked import checked as look
 from .recipe.sweep import begun
 from .report import frames
+from .report.budgets import Quantity
 from .report.read import records
 from .serving import evaluate as scoring
 from .serving import export
@@ -94,13 +95,16 @@ def results(folder: str | Path | Sequence[str | Path] = "runs") -> pandas.DataFr
 
 
 @checked
-def compare(folder: str | Path | Sequence[str | Path] = "runs", output: str | Path | None = None) -> pandas.DataFrame:
+def compare(
+    folder: str | Path | Sequence[str | Path] = "runs", output: str | Path | None = None, equal: Quantity | None = None
+) -> pandas.DataFrame:
     """The table of `fedlora compare` as a pandas DataFrame: one row for each setting, seeds together, for the runs at or below a
-    folder or several. output: where the page with curves is written, if at all. Raises StateError where there is no run."""
+    folder or several. output: where the page with curves is written, if at all. equal: "steps", "rows", "tokens", "bytes" or "seconds": every run is
+    read up to where all have used equally much, per client. Raises StateError where there is no run."""
     found = frames.found(_several(folder))
-    table = frames.comparison(found)
+    table = frames.comparison(found, equal)
     if output is not None:
-        report.write_comparison(found, output)
+        report.write_comparison(found, output, equal=equal)
     return table
 
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from ..federation.store import Which
     from ..recipe import Recipe
     from ..recipe.search import Plan
+    from ..report.budgets import Quantity
     from ..report.formats import Format
+    from ..report.read import Records
     from ..serving.export import Served
     from ..serving.serve import Server
 
@@ -301,13 +303,13 @@ def _scored(folders: Sequence[Path]) -> list[Path]:
     return have
 
 
-def table(folders: Sequence[Path], output: Path | None, format: Format) -> None:
+def table(folders: Sequence[Path], output: Path | None, format: Format, equal: Quantity | None = None) -> None:
     """Write the comparison's table to a file, or to standard output."""
     from ..report.comparison import reading, side_by_side
     from ..report.formats import written
     from ..report.tables import compare_rows
 
-    rows = compare_rows(_scored(run_folders(folders)))
+    rows = compare_rows(_read(_scored(run_folders(folders)), equal))
     text = written(format, rows, side_by_side(rows), reading(rows))
     if output is None:
         sys.stdout.write(text)
@@ -317,21 +319,37 @@ def table(folders: Sequence[Path], output: Path | None, format: Format) -> None:
         out.print(str(output), soft_wrap=True, highlight=False, markup=False)
 
 
-def compare(folders: Sequence[Path], output: Path | None, json: bool, sweep: Path | None = None) -> None:
-    from .. import report as pages
+def _read(folders: Sequence[Path], equal: Quantity | None) -> list[Records]:
+    """The runs, cut where they have used equally much, which is said."""
+    from ..report import budgets
+    from ..report.comparison import amount
     from ..report.read import records
+
+    runs = [records(f) for f in folders]
+    if equal is None:
+        return runs
+    cut, least = budgets.equal(runs, equal)
+    err.print(f"equal {equal}: every run up to its last round within {amount(equal, least)} a client", highlight=False)
+    return cut
+
+
+def compare(
+    folders: Sequence[Path], output: Path | None, json: bool, sweep: Path | None = None, equal: Quantity | None = None
+) -> None:
+    from .. import report as pages
     from ..report.tables import compare_rows, grouped, paired
 
     found = _scored(run_folders(folders))
-    rows = compare_rows(found)
+    runs = _read(found, equal)
+    rows = compare_rows(runs)
     if json:
         sys.stdout.write(json_.dumps(rows) + "\n")
     else:
         tables.comparison(out, rows)
-        tables.pairs(out, paired(grouped([records(f) for f in found])))
+        tables.pairs(out, paired(grouped(runs)))
     try:
         page = pages.write_comparison(
-            found, output or (folders[0] if len(folders) == 1 else Path()) / "comparison.html", sweep
+            found, output or (folders[0] if len(folders) == 1 else Path()) / "comparison.html", sweep, equal
         )
     except pages.MissingPlotly as e:
         err.print(str(e), soft_wrap=True, markup=False)

@@ -233,15 +233,21 @@ def compare(
         Literal["csv", "markdown", "latex"] | None,
         typer.Option("--to", help="Write the table alone, here or to --output.", show_default=False),
     ] = None,
+    equal: Annotated[
+        Literal["steps", "rows", "tokens", "bytes", "seconds"] | None,
+        typer.Option(
+            "--equal", help="Read every run up to where all have used equally much, per client.", show_default=False
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compare runs: a table here, and an HTML page."""
     from . import actions
 
     if to is not None:
-        actions.table(folders, output, to)
+        actions.table(folders, output, to, equal)
     else:
-        actions.compare(folders, output, json)
+        actions.compare(folders, output, json, equal=equal)
 
 
 @app.command()

@@ -246,11 +246,11 @@ class Site:
         cohort = [fed.client(fed.index[c]) for c in accepted]
         parts: dict[str, bytes] = {}
         facts: dict[str, Any] = {}
-        for client, done, tokens in engine.train(info, cohort, lambda c: down[c.id]):
+        for client, done, effort in engine.train(info, cohort, lambda c: down[c.id]):
             fed.store.save_client(client.id, info.round, done.kept)
             assert done.sent is not None
             parts[client.id] = done.sent.encode()
-            facts[client.id] = {"examples": client.examples, "metrics": done.metrics, "tokens": tokens}
+            facts[client.id] = {"examples": client.examples, "metrics": done.metrics, "tokens": effort.tokens}
         fed.store.sync()  # one sync for all clients, before the server hears of their uploads
         for client in cohort:
             fed.store.forget(client.id, accepted[client.id], info.round)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -131,6 +131,21 @@ def _to_batch(batch: Batch, device: torch.device) -> Batch:
     return there if lengths is None else there | {"tokens": lengths}
 
 
+class Effort(NamedTuple):
+    """What a client's local work was: optimizer steps, rows in their minibatches (all draws of a step), real tokens."""
+
+    steps: int
+    rows: int
+    tokens: int
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], draws: int) -> Effort:
+        """Of a client's minibatches, of which a step takes `draws`."""
+        rows = sum(len(next(iter(b.values()))) for b in batches)
+        tokens = sum(int(b["attention_mask"].sum()) for b in batches if "attention_mask" in b)
+        return cls(len(batches) // draws, rows, tokens)
+
+
 @dataclass
 class RoundLog:
     """What a round tells its caller beside the next server."""
@@ -141,6 +156,8 @@ class RoundLog:
     down: wire.Traffic = field(default_factory=wire.Traffic)
     examples: int = 0
     tokens: int = 0
+    steps: int = 0  # local ones of all clients, and the rows that they saw; 0 where sites do not tell
+    rows: int = 0
     cohort: Sequence[str] | None = None  # the clients that were asked, if they are others than planned
 
 
@@ -221,9 +238,11 @@ class Engine:
             specs[c.id] = declared(sent.params, c)
             return sent.params
 
-        for c, r, tokens in self.train(info, cohort, down):
+        for c, r, effort in self.train(info, cohort, down):
             log.losses[c.id] = r.metrics.get("loss", float("nan"))
-            log.tokens += tokens
+            log.tokens += effort.tokens
+            log.steps += effort.steps
+            log.rows += effort.rows
             assert r.sent is not None
             log.up += r.sent.traffic
             try:
@@ -240,18 +259,19 @@ class Engine:
 
     def train(
         self, info: RoundInfo, cohort: Sequence[Client], down: Callable[[Client], Params]
-    ) -> Iterator[tuple[Client, Trained, int]]:
-        """Every client's local work of a round with its message, and its tokens; a block at a time."""
+    ) -> Iterator[tuple[Client, Trained, Effort]]:
+        """Every client's local work of a round with its message, and what it was; a block at a time."""
         for clients in blocks(cohort, self.block):
             received = [down(c) for c in clients]
             draws = [self.method.draws_for(p) for p in received]
             work = [self.batches(c, info, n) for c, n in zip(clients, draws, strict=True)]
             stored = [self._kept(c, info.round) for c in clients]
             results = self._trained(info, received, [own for own, _ in stored], work)
-            for c, r, down_, (_, guards), batches in zip(clients, results, received, stored, work, strict=True):
+            each = zip(clients, results, received, stored, work, draws, strict=True)
+            for c, r, down_, (_, guards), batches, n in each:
                 r.sent = self.channel.up(r.upload, down_, guards, info, c)
                 r.kept |= r.sent.kept
-                yield c, r, sum(int(b["attention_mask"].sum()) for b in batches if "attention_mask" in b)
+                yield c, r, Effort.of(batches, n)
             self.on_block(len(clients))
 
     def _trained(

@@ -155,6 +155,8 @@ class Timing:
     server_seconds: float
     tokens: int
     peak_memory_bytes: int
+    steps: int = 0  # local ones of all clients; 0 where it is not known
+    rows: int = 0  # in their minibatches
 
     def to_json(self) -> dict[str, Any]:
         """The line as it stands in the file."""

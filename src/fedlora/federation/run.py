@@ -255,7 +255,7 @@ class Federation(Setting):
             self._ledger.released(server.round)
         self._commit(new, lines, watch)
         spent = (trained - start, evaluated - trained, time.perf_counter() - evaluated)
-        facts = Timing(new.round, *spent, log.tokens, peak_memory()).to_json()
+        facts = Timing(new.round, *spent, log.tokens, peak_memory(), log.steps, log.rows).to_json()
         self.store.append_timing(facts)
         watch.round_done(new.round, facts | {"bytes": log.up.total + log.down.total})
         return new

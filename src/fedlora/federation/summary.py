@@ -146,7 +146,27 @@ def own_evals(lines: Iterable[Line]) -> list[EvalLine]:
 def summarise(f: Setting, server: ServerState, lines: Sequence[Line], timings: Sequence[Timing]) -> dict[str, Any]:
     """summary.json: parameters, chosen round, scores of every view there, costs. server: of the last round."""
     metric = f.task.metric
-    chosen, chosen_on = chosen_round(lines, metric, f.task.lower)
+    sent = {d: sum(x.sent(d) for x in lines if isinstance(x, TrainLine)) for d in ("up", "down")}
+    return {
+        "name": f.name,
+        "hash": f.recipe_hash,
+        "seed": f.seed,
+        "method": {"name": f.method.name, "title": f.method.title, "repr": repr(f.method), "paper": f.method.paper},
+        "task": f.task.kind,
+        "metric": metric,
+        "rounds": server.round,
+        **outcome(lines, metric, f.task.lower),
+        "constant": f.data.constant() if metric == "accuracy" and not f.withheld else None,
+        "parameters": f.parameters(server),
+        "bytes": sent | {"total": sent["up"] + sent["down"]},
+        "seconds": sum(t.train_seconds + t.eval_seconds + t.server_seconds for t in timings),
+        "peak_memory_bytes": max((t.peak_memory_bytes for t in timings), default=0),
+    }
+
+
+def outcome(lines: Sequence[Line], metric: str, lower: Collection[str]) -> dict[str, Any]:
+    """The chosen round, the scores of every view there, and the mean of the last rounds, from a run's lines alone."""
+    chosen, chosen_on = chosen_round(lines, metric, lower)
     evals = own_evals(lines)
 
     def at(view: str, split: str, round: int | None) -> dict[str, Any]:
@@ -159,25 +179,12 @@ def summarise(f: Setting, server: ServerState, lines: Sequence[Line], timings: S
     main = "personal" if views["personal"] else "global"
     tested = [x for x in evals if (x.view, x.split) == (main, "test") and metric in x.mean and x.round]
     last = [x.mean[metric] for x in tested[-10:]]  # without round 0, which nobody has trained
-    sent = {d: sum(x.sent(d) for x in lines if isinstance(x, TrainLine)) for d in ("up", "down")}
     return {
-        "name": f.name,
-        "hash": f.recipe_hash,
-        "seed": f.seed,
-        "method": {"name": f.method.name, "title": f.method.title, "repr": repr(f.method), "paper": f.method.paper},
-        "task": f.task.kind,
-        "metric": metric,
-        "rounds": server.round,
         "chosen_round": chosen,
         "chosen_on": chosen_on,
         "validation": at(main, "validation", chosen).get("mean", {}).get(metric),
         "test": views[main].get("mean", {}).get(metric),
         "test_last10": sum(last) / len(last) if last else None,
         "last_rounds": len(last),
-        "constant": f.data.constant() if metric == "accuracy" and not f.withheld else None,
         "views": {v: x for v, x in views.items() if x},
-        "parameters": f.parameters(server),
-        "bytes": sent | {"total": sent["up"] + sent["down"]},
-        "seconds": sum(t.train_seconds + t.eval_seconds + t.server_seconds for t in timings),
-        "peak_memory_bytes": max((t.peak_memory_bytes for t in timings), default=0),
     }

@@ -16,6 +16,8 @@ from urllib.parse import quote
 
 from ..errors import FedloraError, StateError
 from ..files import sealed
+from . import budgets
+from .budgets import Quantity
 from .read import records
 from .tables import compare_rows
 
@@ -44,8 +46,11 @@ def write_run(folder: str | Path, out: str | Path | None = None, beside: Path | 
     return write_page(run_page(run), Path(out) if out else Path(folder) / "report.html", beside)
 
 
-def write_comparison(folders: Sequence[str | Path], out: str | Path, beside: Path | None = None) -> Path:
-    """Write the comparison of run folders to `out`; returns it. beside and errors as of write_run."""
+def write_comparison(
+    folders: Sequence[str | Path], out: str | Path, beside: Path | None = None, equal: Quantity | None = None
+) -> Path:
+    """Write the comparison of run folders to `out`; returns it. beside and errors as of write_run. equal: what the runs are cut at
+    (report/budgets.py)."""
     from .comparison import comparison_page
 
     runs = [records(f) for f in folders]
@@ -54,7 +59,11 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path, beside: Pat
         raise StateError(f"compare: the runs are scored differently: {kinds}; compare runs of one task")
     need_plotly()
     search = sealed.read(beside / SEARCH) if beside is not None else None
-    return write_page(comparison_page(runs, compare_rows(folders), search), Path(out), beside)
+    budget = None
+    if equal is not None:
+        runs, least = budgets.equal(runs, equal)
+        budget = (equal, least)
+    return write_page(comparison_page(runs, compare_rows(runs), search, budget), Path(out), beside)
 
 
 def write_example(found: Sequence[Course], out: str | Path, seed: int = 0) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..units import NOTHING, count, fields, number, seconds, size
 from . import figures, races
+from .budgets import QUANTITIES, Quantity
 from .page import Block, about, short, source
 from .read import Records
 from .statistics import LEAST
@@ -29,9 +30,13 @@ from .tables import (
 
 
 def comparison_page(
-    runs: Sequence[Records], rows: Sequence[Mapping[str, Any]], search: Mapping[str, Any] | None = None
+    runs: Sequence[Records],
+    rows: Sequence[Mapping[str, Any]],
+    search: Mapping[str, Any] | None = None,
+    budget: tuple[Quantity, float] | None = None,
 ) -> dict[str, Any]:
-    """Title and blocks of a comparison. search: what the search of hyperparameters has tried, where there was one."""
+    """Title and blocks of a comparison. search: what the search of hyperparameters has tried, where there was one. budget: what
+    the runs were cut at, for a client."""
     groups = grouped(runs)
     metric = runs[0].metric
     m = figures.words(metric)
@@ -42,6 +47,8 @@ def comparison_page(
         note += f" Always giving a client's most frequent class, without a model, scores {bar}."
     if has_global(rows):
         note += f" The column global is of the round that was chosen for {heading(rows)}."
+    if budget is not None:
+        note += f" Equal {budget[0]}: every run is read up to its last round within {amount(*budget)} a client, the least that one of them has used."
     if different := unequal(rows):
         note += f" {different}"
     first = runs[0]
@@ -57,6 +64,7 @@ def comparison_page(
     ]  # fmt: skip
     told = "Fields of the recipes in which the settings differ, defaults included."
     blocks += [
+        _effort(rows),
         Block("Settings that differ", told, table=settings(groups)),
         _to_target(rows, m),
         _clients(groups),
@@ -161,6 +169,24 @@ def _search(facts: Mapping[str, Any]) -> Block:
         "one may lie beyond."
     )
     return Block("Search", told, table=[head, *body], wide=True, folded=len(body) > 20)
+
+
+def amount(what: Quantity, n: float | None) -> str:
+    """So much of a quantity, as it is read: "1.2 MB", "3 min", "1,200 steps"."""
+    if n is None:
+        return NOTHING
+    return size(n) if what == "bytes" else seconds(n) if what == "seconds" else f"{n:,.0f} {what}"
+
+
+def _effort(rows: Sequence[Mapping[str, Any]]) -> Block:
+    """What a client of each setting has done and sent, on average."""
+    known = [q for q in QUANTITIES if any(r[f"{q}_each"] is not None for r in rows)]
+    body = [(r["method"], *(amount(q, r[f"{q}_each"]).removesuffix(f" {q}") for q in known)) for r in rows]
+    told = (
+        "A client's local steps, the rows and tokens in its minibatches, what it sent and received, and its training on this machine; "
+        "mean over the clients that train. fedlora compare --equal rows (or steps, bytes, seconds) reads all at the least of them."
+    )
+    return Block("What a client does", told, table=[("method", *known), *body])
 
 
 def _to_target(rows: Sequence[Mapping[str, Any]], metric: str) -> Block:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import StateError, near
 from ..federation.outcome import pandas_
+from . import budgets
+from .budgets import Quantity
 from .read import Records, records, runs_in
 from .tables import compare_rows, differing, flat
 
@@ -30,9 +32,10 @@ def results(folders: Sequence[str | Path]) -> pandas.DataFrame:
     return table.DataFrame(rows)
 
 
-def comparison(folders: Sequence[str | Path]) -> pandas.DataFrame:
+def comparison(folders: Sequence[str | Path], equal: Quantity | None = None) -> pandas.DataFrame:
     """The table of `fedlora compare`: one row for each setting, its seeds together. Raises StateError and MissingPandas."""
-    return pandas_().DataFrame(compare_rows(found(folders)))
+    runs = [records(f) for f in found(folders)]
+    return pandas_().DataFrame(compare_rows(runs if equal is None else budgets.equal(runs, equal)[0]))
 
 
 def found(folders: Sequence[str | Path]) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..training.metrics import beats
 from ..units import NOTHING, number
+from .budgets import QUANTITIES, used
 from .read import Records, records
 from .statistics import Pair, Seed, differences, interval
 
@@ -18,13 +19,13 @@ Row = dict[str, Any]
 BANDWIDTH = (50.0, 10.0)  # megabits a second, for runs without a recipe
 
 
-def compare_rows(folders: Sequence[str | Path]) -> list[Row]:
-    """One row per setting: scores on test at the round chosen on validation, mean over seeds, and costs.
+def compare_rows(runs: Sequence[str | Path | Records]) -> list[Row]:
+    """One row per setting, of run folders or what was read of them: scores on test at the round chosen on validation, mean over seeds, and costs.
 
     test_std: sample standard deviation over seeds; test_interval: 95 % by a two-level bootstrap over seeds and their
     clients. Both are None for one seed.
     """
-    groups = grouped([records(f) for f in folders])
+    groups = grouped([r if isinstance(r, Records) else records(r) for r in runs])
     target = common_target(groups)
     return [_row(label, runs) | cost_to(runs, target) for label, runs in groups.items()]
 
@@ -281,6 +282,9 @@ def _row(label: str, runs: Sequence[Records]) -> Row:
         "bytes_total": _mean([s["bytes"]["total"] for s in done]),
         "seconds": _mean([s["seconds"] for s in done]),
         "tokens": _mean([float(sum(t.tokens for t in r.timings)) for r in runs if r.summary]),
+        **{
+            f"{q}_each": _mean(_known([_most(used(r, q)) for r in runs if r.summary])) for q in QUANTITIES
+        },  # a client's
         "peak_memory_bytes": max((s["peak_memory_bytes"] for s in done), default=None),
         "epsilon": _epsilon([s["privacy"]["epsilon"] for s in done if "privacy" in s]),
         "seeds": len(runs),
@@ -303,6 +307,10 @@ def has_epsilon(rows: Sequence[Mapping[str, Any]]) -> bool:
 def _view(s: Mapping[str, Any], view: str, summary: str) -> float | None:
     found: float | None = s["views"].get(view, {}).get(summary, {}).get(s["metric"])
     return found
+
+
+def _most(found: Mapping[int, float] | None) -> float | None:
+    return max(found.values()) if found else None
 
 
 def _known(values: Sequence[float | None]) -> list[float]:
