@@ -78,6 +78,8 @@ MUTANTS = (
     Mutant("a resumed run forgets what it spent", "federation/run.py", "                self._ledger.opened(done)", "                pass", "tests/test_privacy.py -k ledger_is_gone"),
     Mutant("a round is trained before it is charged", "federation/run.py", "            self._ledger.charge(server.round)", "            pass", "tests/test_privacy.py -k 'budget or recomputed'"),
     Mutant("a round that was released is free the second time", "federation/ledger.py", "if again and (not self.fresh or", "if again and (True or", "tests/test_privacy.py -k done_again"),
+    Mutant("a round that was cut off is charged again in a simulation", "federation/ledger.py", "if again and (not self.fresh or", "if False and (not self.fresh or", "tests/test_privacy_killed.py -m 'not slow'"),
+    Mutant("a round done again in a simulation has other noise", "federation/private.py", "draw = secret() if self.place.fresh else", "draw = secret() if True else", "tests/test_privacy_killed.py -m 'not slow'"),
     Mutant("records of a private run name its clients", "federation/run.py", "        if self.private is not None:\n", "        if False:\n", "tests/test_privacy.py -k tell_nothing"),
     Mutant("an attack is judged on the rows its threshold was chosen on", "serving/attacks/membership.py", "hits[c] += [np.sum(s[i][h[i] != side] >= cut)", "hits[c] += [np.sum(s[i][h[i] == side] >= cut)", "tests/test_attacks.py -k few_rows"),
     Mutant("members and others are exchanged", "serving/attacks/membership.py", "np.mean((below + upto) / 2)", "np.mean(len(others) - (below + upto) / 2)", "tests/test_attacks.py -k statistics"),
