@@ -39,6 +39,9 @@ GENERATION = "tests/test_generation.py"
 PACKETS = "tests/test_packets.py -m 'not slow'"
 MUTANTS = (
     # the command
+    Mutant("personal layers are shared", "methods/sgd.py", " and not self._stays(k.layer)", "", "tests/test_law_personal.py"),
+    Mutant("any method takes personal layers", "methods/sgd.py", "if self.personal_layers and not self.averages:", "if False:", "tests/test_law_personal.py"),
+    Mutant("everything may be personal", "methods/sgd.py", "if self.personal_layers and all(", "if False and all(", "tests/test_law_personal.py"),
     Mutant("rows of one draw are counted", "federation/engine.py", "return cls(len(batches) // draws, rows, tokens)", "return cls(len(batches) // draws, rows // draws, tokens)", "tests/test_equal.py"),
     Mutant("a minibatch is a step, however many a step draws", "federation/engine.py", "return cls(len(batches) // draws, rows, tokens)", "return cls(len(batches), rows, tokens)", "tests/test_equal.py"),
     Mutant("runs are made equal at the largest total", "report/budgets.py", "budget = min(max(u.values())", "budget = max(max(u.values())", "tests/test_equal.py"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import FORMS, AdapterName, Form, Pattern, init_head, make, named, pattern_problems
+from ..adapters.base import matches
 from ..errors import ConfigError, ModelError, Problem, near
 from ..layers import Layer
 from ..model.adapted import Batch
@@ -47,6 +48,8 @@ class SGDMethod(Method):
     head: who owns the classification head; one switch, the same for all methods of a comparison.
     weights: p_k by number of examples or uniform.
     moments: optimizer state reset at the start of each round, or kept by the client.
+    personal_layers: layers, named as in rank_pattern, whose leaves stay at their client, as FedBN keeps normalisation (Li et al.,
+    ICLR 2021, arXiv:2102.07623); any layers, which is ours. Of methods whose server averages leaves.
     clip: largest gradient norm per client, None for none.
     """
 
@@ -59,6 +62,7 @@ class SGDMethod(Method):
     optimizer: Optimizer = AdamW()
     clip: float | None = None
     rank_pattern: Pattern = ()
+    personal_layers: tuple[str, ...] = ()
     label: ClassVar[str] = "lora"  # the adapter's name in keys
     needs_halves: ClassVar[bool] = False  # shares or trains one half of the adapter only
     shares_head: ClassVar[bool] = True  # Local-only shares nothing, whatever the switch says
@@ -91,6 +95,12 @@ class SGDMethod(Method):
         if self.rank_pattern and not FORMS[self.adapter].ranks_by_layer:
             have = named(lambda f: f.ranks_by_layer, "and")
             bad.append(Problem("method.rank_pattern", dict(self.rank_pattern), f"none: it is of {have}"))
+        bad += pattern_problems("method.personal_layers", ((p, 1) for p in self.personal_layers), lambda one: True, "")
+        if self.personal_layers and not self.averages:
+            why = f"none: the server of {self.title} is no mean of leaves, layer by layer"
+            bad.append(
+                Problem("method.personal_layers", list(self.personal_layers), why, "leave it out, or use homlora")
+            )
         if self.clip is not None and not self.clip > 0:
             bad.append(Problem("train.clip", self.clip, "a number > 0 or null"))
         return bad
@@ -126,7 +136,11 @@ class SGDMethod(Method):
         """Whether the server owns a trained leaf; its client does otherwise. Decides for the head too."""
         if k.adapter == "head":
             return self.shares_head and (self.head == "shared" or self.pooled)  # pooled data have one owner
-        return "~" not in k.adapter and self.shares(k)
+        return "~" not in k.adapter and self.shares(k) and not self._stays(k.layer)
+
+    def _stays(self, layer: str) -> bool:
+        """Whether a layer's leaves are personal by its name."""
+        return any(matches(p, layer) for p in self.personal_layers)
 
     def fixed(self, context: Context) -> Params:
         """Leaves that every party derives from the seed: frozen halves, random projections. Nobody owns or sends them."""
@@ -139,7 +153,22 @@ class SGDMethod(Method):
         layers = self.layers_of(context)
         self.form.check(self.title, layers)
         p = select(self.begun(context, self.form.init(self.label, layers, context.seed)), self.trains)
+        self._known_layers(p)
         return p if self.head == "frozen" else p | self.begun(context, init_head(context.head))
+
+    def _known_layers(self, p: Params) -> None:
+        """Raise ModelError for personal layers that are none of those trained, and where nothing would be shared."""
+        names = sorted({k.layer for k in p})
+        for pattern in self.personal_layers:
+            if not any(matches(pattern, n) for n in names):
+                raise ModelError(
+                    f"method.personal_layers: {pattern!r} matches none of the {len(names)} trained layers, e.g. {names[0]!r}; "
+                    "write the end of a layer's name, e.g. query, or a regular expression"
+                )
+        if self.personal_layers and all(self._stays(n) for n in names):
+            raise ModelError(
+                "method.personal_layers: every trained layer is personal, so nothing is shared; use the method local"
+            )
 
     def begun(self, context: Context, p: Params) -> Params:
         """Leaves at the start that the run was given, where it has one. Raises ModelError for factors of another rank."""
