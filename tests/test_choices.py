@@ -46,7 +46,7 @@ def plainly(folder: Path, run: Any, client: str, question: str, per: str) -> Ten
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("per", ["choice", "token"])
+@pytest.mark.parametrize("per", ["choice", pytest.param("token", marks=pytest.mark.slow)])
 def test_the_likeliest_choice_is_the_answer(per: str, tmp_path: Path) -> None:
     fl.run(recipe(tmp_path, generation=asked(per, samples=2)))
     run = fl.load(tmp_path / "run")

@@ -83,6 +83,7 @@ def test_the_page_on_privacy(notes: Path) -> None:
     assert "of 8" in said[-1].stdout
 
 
+@pytest.mark.slow
 def test_the_page_on_flowertune(tmp_path: Path) -> None:
     """With a small model that has a chat template, and a few instructions, in place of what the recipe names."""
     import json
