@@ -39,6 +39,11 @@ GENERATION = "tests/test_generation.py"
 PACKETS = "tests/test_packets.py -m 'not slow'"
 MUTANTS = (
     # the command
+    Mutant("ranks run the wrong way", "report/datasets.py", "table if lower else -table", "-table if lower else table", "tests/test_datasets.py"),
+    Mutant("an interquartile mean is a plain mean", "report/datasets.py", "for e in each]), 0.25))", "for e in each]), 0.0))", "tests/test_datasets.py"),
+    Mutant("the critical difference is not divided", "report/datasets.py", " / math.sqrt(2) *", " *", "tests/test_datasets.py"),
+    Mutant("ranks within chance are told apart", "report/datasets.py", "if found.p >= 1 - LEVEL:", "if False:", "tests/test_datasets.py"),
+    Mutant("methods that lack a data set are ranked", "report/datasets.py", "if each.keys() == every}", "}", "tests/test_datasets.py"),
     Mutant("personal layers are shared", "methods/sgd.py", " and not self._stays(k.layer)", "", "tests/test_law_personal.py"),
     Mutant("any method takes personal layers", "methods/sgd.py", "if self.personal_layers and not self.averages:", "if False:", "tests/test_law_personal.py"),
     Mutant("everything may be personal", "methods/sgd.py", "if self.personal_layers and all(", "if False and all(", "tests/test_law_personal.py"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..units import NOTHING, count, fields, number, seconds, size
-from . import figures, races
+from . import datasets, figures, races
 from .budgets import QUANTITIES, Quantity
 from .page import Block, about, short, source
 from .read import Records
@@ -64,6 +64,7 @@ def comparison_page(
     ]  # fmt: skip
     told = "Fields of the recipes in which the settings differ, defaults included."
     blocks += [
+        *_several(runs),
         _effort(rows),
         Block("Settings that differ", told, table=settings(groups)),
         _to_target(rows, m),
@@ -171,6 +172,32 @@ def _search(facts: Mapping[str, Any]) -> Block:
     return Block("Search", told, table=[head, *body], wide=True, folded=len(body) > 20)
 
 
+def _several(runs: Sequence[Records]) -> list[Block]:
+    """Methods over several data sets, where there are enough of them."""
+    scores = datasets.by_dataset(runs)
+    if not scores:
+        return []
+    middle, found = datasets.middles(scores), datasets.ranks(scores, runs[0].lower_is_better)
+    order = sorted(scores, key=found.average.__getitem__)
+    body = [
+        (
+            s,
+            f"{found.average[s]:.2f}",
+            number(middle[s].mean),
+            NOTHING if (low := middle[s].low) is None else f"{number(low)} to {number(middle[s].high)}",
+            str(min(map(len, scores[s].values()))),
+        )
+        for s in order
+    ]
+    told = (
+        f"Over {found.datasets} data sets: average rank, and the mean of the middle half of all scores, with a bootstrap interval over the "
+        f"seeds of each data set. {datasets.verdict(found)} A data set is one observation, however many seeds it has. "
+        "Grey bars join settings whose ranks are closer than the critical difference (Nemenyi, 0.05)."
+    )
+    head = ("method", "average rank", "interquartile mean", "95 %", "seeds, at least")
+    return [Block("Over data sets", told, datasets.picture(found), table=[head, *body])]
+
+
 def amount(what: Quantity, n: float | None) -> str:
     """So much of a quantity, as it is read: "1.2 MB", "3 min", "1,200 steps"."""
     if n is None:
@@ -186,7 +213,7 @@ def _effort(rows: Sequence[Mapping[str, Any]]) -> Block:
         "A client's local steps, the rows and tokens in its minibatches, what it sent and received, and its training on this machine; "
         "mean over the clients that train. fedlora compare --equal rows (or steps, bytes, seconds) reads all at the least of them."
     )
-    return Block("What a client does", told, table=[("method", *known), *body])
+    return Block("What a client does", told, table=[("method", *known), *body], folded=len(body) > 12)
 
 
 def _to_target(rows: Sequence[Mapping[str, Any]], metric: str) -> Block:
