@@ -17,7 +17,8 @@ from fedlora.errors import StateError
 from fedlora.federation.records import EvalLine
 from fedlora.federation.setting import Evaluation, Sampling
 from fedlora.methods import METHODS
-from fedlora.report import budgets
+from fedlora.report import budgets, write_comparison
+from fedlora.report.comparison import at_equal_rows, side_by_side
 from fedlora.report.read import Records, records
 from fedlora.report.tables import compare_rows
 
@@ -94,6 +95,28 @@ def test_the_command_and_python_tell_the_same(tmp_path: Path) -> None:
     assert f"Equal {said}" in page and "What a client does" in page
     assert {r["rows_each"] for r in json.loads(fedlora("compare", runs, "--json").stdout)} == {16.0, 64.0}
     assert "16.0" in fedlora("compare", runs, "--to", "csv", "--equal", "rows").stdout
+
+
+def test_a_page_at_equal_steps_shows_equal_rows_too(runs: Path, tmp_path: Path) -> None:
+    """PF2LoRA is read after four rounds in the first table, after two in the second one; without it, one table says it all."""
+    whole = read(runs)
+    more = at_equal_rows(whole)
+    assert more is not None and "within 24 rows a client" in more.text
+    by_hand = [budgets.until(r, n) for r, n in zip(whole, (8, 2, 8), strict=True)]
+    assert more.table == side_by_side(compare_rows(by_hand))
+    write_comparison([r.folder for r in whole], page := tmp_path / "page.html", equal="steps")
+    text = page.read_text(encoding="utf-8")
+    assert text.index("within 12 steps a client") < text.index("Side by side") < text.index("At equal rows")
+    write_comparison([r.folder for r in whole], page, equal="rows")
+    assert "At equal rows" not in page.read_text(encoding="utf-8")
+    assert at_equal_rows([whole[0], whole[2]]) is None
+
+
+def test_a_page_says_why_it_has_no_table_at_equal_rows(runs: Path) -> None:
+    hom, pf2, _ = read(runs)
+    late = replace(pf2, lines=[x for x in pf2.lines if not isinstance(x, EvalLine) or x.round in (0, 4)])
+    more = at_equal_rows([hom, late])
+    assert more is not None and not more.table and "first evaluated in round 4" in more.text
 
 
 def test_what_cannot_be_made_equal_is_said(runs: Path, tmp_path: Path) -> None:

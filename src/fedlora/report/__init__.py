@@ -51,7 +51,7 @@ def write_comparison(
 ) -> Path:
     """Write the comparison of run folders to `out`; returns it. beside and errors as of write_run. equal: what the runs are cut at
     (report/budgets.py)."""
-    from .comparison import comparison_page
+    from .comparison import at_equal_rows, comparison_page
 
     runs = [records(f) for f in folders]
     if len({r.metric for r in runs}) > 1:
@@ -60,10 +60,11 @@ def write_comparison(
     need_plotly()
     search = sealed.read(beside / SEARCH) if beside is not None else None
     budget = None
+    more = at_equal_rows(runs) if equal != "rows" else None
     if equal is not None:
         runs, least = budgets.equal(runs, equal)
         budget = (equal, least)
-    return write_page(comparison_page(runs, compare_rows(runs), search, budget), Path(out), beside)
+    return write_page(comparison_page(runs, compare_rows(runs), search, budget, more), Path(out), beside)
 
 
 def write_example(found: Sequence[Course], out: str | Path, seed: int = 0) -> Path:

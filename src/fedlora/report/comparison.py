@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..errors import StateError
 from ..units import NOTHING, count, fields, number, seconds, size
-from . import datasets, figures, races
+from . import budgets, datasets, figures, races
 from .budgets import QUANTITIES, Quantity
 from .page import Block, about, short, source
 from .read import Records
@@ -14,6 +15,7 @@ from .statistics import LEAST
 from .tables import (
     against,
     choice,
+    compare_rows,
     constant,
     differing,
     flat,
@@ -34,9 +36,10 @@ def comparison_page(
     rows: Sequence[Mapping[str, Any]],
     search: Mapping[str, Any] | None = None,
     budget: tuple[Quantity, float] | None = None,
+    more: Block | None = None,
 ) -> dict[str, Any]:
     """Title and blocks of a comparison. search: what the search of hyperparameters has tried, where there was one. budget: what
-    the runs were cut at, for a client."""
+    the runs were cut at, for a client. more: a block after the first table, as of at_equal_rows."""
     groups = grouped(runs)
     metric = runs[0].metric
     m = figures.words(metric)
@@ -56,6 +59,7 @@ def comparison_page(
     whose = "" if alike else f"; of {first.name}"
     blocks = [
         Block("Side by side", reading(rows), table=side_by_side(rows), wide=True),
+        more or Block(""),
         Block(f"{m}, personal models".capitalize(), "Mean over clients, each on its own test data; the band is the range of seeds.", races.race(groups)),
         Block(f"{m} against bytes".capitalize(), "The same, against what was sent.", races.race(groups, "bytes")),
         Block(f"{m}, global model".capitalize(), "The shared part alone, for a client that keeps nothing.", races.race(groups, view="global")),
@@ -72,7 +76,7 @@ def comparison_page(
         _pairs(groups),
     ]
     blocks += [] if search is None else [_search(search)]
-    blocks = [b for b in blocks if b.figure is not None or b.table]
+    blocks = [b for b in blocks if b.figure is not None or b.table or b is more]
     blocks += about(first)
     count = f"{len(groups)} settings, {len(runs)} runs"
     lead = (
@@ -133,6 +137,25 @@ def side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         row += [size(r["bytes_total"]), count(r["tokens"]), seconds(r["seconds"]), size(r["peak_memory_bytes"])]
         out.append((*row, f"{r['seeds']}{unfinished}"))
     return out
+
+
+def at_equal_rows(runs: Sequence[Records]) -> Block | None:
+    """A second table, of whole runs read at equal rows; None where every setting has seen the same, or a run does not know.
+
+    A method that draws several minibatches a step is ahead at equal steps for having seen more. Where it is behind in this table
+    and ahead in the first one, the rows and not the method made the difference.
+    """
+    seen = [r["rows_each"] for r in compare_rows(runs)]
+    if None in seen or max(seen) < 1.1 * min(seen):
+        return None
+    try:
+        cut, least = budgets.equal(runs, "rows")
+    except StateError as e:
+        return Block("At equal rows", f"Cannot be shown: {e}.")
+    told = (
+        f"Every run up to its last round within {amount('rows', least)} a client, the least that one of them has seen."
+    )
+    return Block("At equal rows", told, table=side_by_side(compare_rows(cut)), wide=True)
 
 
 def reading(rows: Sequence[Mapping[str, Any]]) -> str:
