@@ -181,6 +181,10 @@ def test_an_export_folds_into_the_original_weights(tmp_path: Path) -> None:
     assert "int8" in fl.check(recipe, measure=False).run.numbers
     fl.run(recipe)
     fedlora("export", tmp_path / "run", "-o", tmp_path / "out", "--merged")
+    assert (
+        "| trained over | the base in int8, and loaded over its own weights |"
+        in (tmp_path / "out/README.md").read_text()
+    )
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
     whole = pretrained.load(str(tmp_path / "m"), classes=3).base.state_dict()
     found = fl.load(tmp_path / "run").deltas()

@@ -36,6 +36,11 @@ def card(recipe: Recipe, fed: Federation, of: Served, client: str | None, base: 
     names = task.names(fed.data)
     facts = {
         "base": f"`{base}`" + (f", revision `{recipe.model.revision}`" if recipe.model.revision else ""),
+        **(
+            {"trained over": "the base in int8, and loaded over its own weights"}
+            if recipe.numbers.dtype == "int8"
+            else {}
+        ),
         "task": recipe.model.task + (f": {', '.join(names)}" if names else ""),
         "input": _input(recipe),
         "trained on": _rows(fed, client),
