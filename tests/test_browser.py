@@ -164,7 +164,7 @@ def test_a_live_page_updates_itself(tmp_path: Path, browser: Any) -> None:
         threading.Thread(target=live.serve_forever, args=(0.05,), daemon=True).start()
         browser.get_log("browser")
         browser.get(live.url)
-        lead = "return document.querySelector('.lead').textContent"
+        lead = "return document.querySelector('.lead')?.textContent"
         WebDriverWait(browser, 60).until(lambda b: b.execute_script("return !!document.querySelector('svg.main-svg')"))
         assert "1 rounds." in browser.execute_script(lead)
         fed().run()
@@ -172,5 +172,5 @@ def test_a_live_page_updates_itself(tmp_path: Path, browser: Any) -> None:
         WebDriverWait(browser, 60).until(lambda b: b.execute_script("return !!document.querySelector('svg.main-svg')"))
         assert [x["message"] for x in browser.get_log("browser") if x["level"] == "SEVERE"] == []
         live.shutdown()
-    said = "return document.getElementById('live').textContent"
+    said = "return document.getElementById('live')?.textContent"
     WebDriverWait(browser, 30).until(lambda b: "start fedlora watch again" in b.execute_script(said))
