@@ -173,4 +173,4 @@ def test_a_live_page_updates_itself(tmp_path: Path, browser: Any) -> None:
         assert [x["message"] for x in browser.get_log("browser") if x["level"] == "SEVERE"] == []
         live.shutdown()
     said = "return document.getElementById('live')?.textContent"
-    WebDriverWait(browser, 30).until(lambda b: "start fedlora watch again" in b.execute_script(said))
+    WebDriverWait(browser, 30).until(lambda b: "start fedlora watch again" in (b.execute_script(said) or ""))
