@@ -13,6 +13,7 @@ from ..data.encode import flatten
 from ..data.examples import Tokens
 from ..data.federated import FederatedData
 from ..evaluation.predictions import predict
+from ..training.tasks.causal_lm import ends
 from ..tree import Params
 
 if TYPE_CHECKING:
@@ -54,5 +55,4 @@ def chosen(scores: np.ndarray, g: Generation) -> list[str]:
 
 
 def _tokens(tokenizer: Any, choice: str) -> list[int]:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [*tokenizer(choice, add_special_tokens=False, verbose=False)["input_ids"], *end]
+    return [*tokenizer(choice, add_special_tokens=False, verbose=False)["input_ids"], *ends(tokenizer)]

@@ -146,7 +146,6 @@ def own_evals(lines: Iterable[Line]) -> list[EvalLine]:
 def summarise(f: Setting, server: ServerState, lines: Sequence[Line], timings: Sequence[Timing]) -> dict[str, Any]:
     """summary.json: parameters, chosen round, scores of every view there, costs. server: of the last round."""
     metric = f.task.metric
-    sent = {d: sum(x.sent(d) for x in lines if isinstance(x, TrainLine)) for d in ("up", "down")}
     return {
         "name": f.name,
         "hash": f.recipe_hash,
@@ -158,9 +157,18 @@ def summarise(f: Setting, server: ServerState, lines: Sequence[Line], timings: S
         **outcome(lines, metric, f.task.lower),
         "constant": f.data.constant() if metric == "accuracy" and not f.withheld else None,
         "parameters": f.parameters(server),
+        **costs(lines, timings),
+        "peak_memory_bytes": max((t.peak_memory_bytes for t in timings), default=0),
+    }
+
+
+def costs(lines: Iterable[Line], timings: Iterable[Timing]) -> dict[str, Any]:
+    """What was sent, by direction and in all, and the seconds of all rounds."""
+    trains = [x for x in lines if isinstance(x, TrainLine)]
+    sent = {d: sum(x.sent(d) for x in trains) for d in ("up", "down")}
+    return {
         "bytes": sent | {"total": sent["up"] + sent["down"]},
         "seconds": sum(t.train_seconds + t.eval_seconds + t.server_seconds for t in timings),
-        "peak_memory_bytes": max((t.peak_memory_bytes for t in timings), default=0),
     }
 
 

@@ -63,7 +63,7 @@ def equal(runs: Sequence[Records], what: Quantity) -> tuple[list[Records], float
 
 def until(run: Records, last: int) -> Records:
     """The run as if it had ended after round `last`: its choice of the round, its scores and its costs."""
-    from ..federation.summary import outcome
+    from ..federation.summary import costs, outcome
     from ..training.tasks import TASKS
 
     lines = [x for x in run.lines if x.round <= last]
@@ -72,12 +72,7 @@ def until(run: Records, last: int) -> Records:
     if run.summary is None:
         return cut
     lower = TASKS[run.summary["task"]].lower if run.summary.get("task") in TASKS else frozenset({"loss"})
-    sent = {d: sum(x.sent(d) for x in cut.trains) for d in ("up", "down")}
-    own = outcome(lines, run.metric, lower) | {
-        "rounds": last,
-        "bytes": sent | {"total": sum(sent.values())},
-        "seconds": sum(t.train_seconds + t.eval_seconds + t.server_seconds for t in timings),
-    }
+    own = outcome(lines, run.metric, lower) | costs(lines, timings) | {"rounds": last}
     return replace(cut, summary=run.summary | own)
 
 
